@@ -24,51 +24,44 @@ def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
 
 
 def prefix_attention_torch(q, k, v, pad, prefix: int, length: int):
+    """The definition.  Padding is cut off first, so that it needs no mask and costs nothing."""
+    if not pad.any():
+        return unpadded_attention(q, k, v, prefix, length)
+    rows = []
+    for b, p in enumerate(pad.tolist()):
+        qb, kb, vb = (x[b : b + 1, :, p:] for x in (q, k, v))
+        rows.append(F.pad(unpadded_attention(qb, kb, vb, prefix - p, length), (0, 0, p, 0)))
+    return torch.cat(rows)
+
+
+def unpadded_attention(q, k, v, P: int, N: int):
     B, H, T, D = q.shape
     G = H // k.shape[1]
-    C = (T - prefix) // length if length else 0
-    column = torch.arange(prefix, device=q.device)
-    real = column >= pad[:, None]  # [B, P]
-    rows = []
-    if prefix:
-        # Padding queries see themselves so that no row of the softmax is empty; zeroed below.
-        visible = (real[:, None, :] | torch.eye(prefix, dtype=torch.bool, device=q.device)).tril()
-        qp, kp, vp = (x[:, :, :prefix] for x in (q, k, v))
-        if not pad.any():
-            out = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, enable_gqa=G > 1)
-        else:
-            mask = visible[:, None]
-            out = F.scaled_dot_product_attention(qp, kp, vp, attn_mask=mask, enable_gqa=G > 1)
-            out = out.masked_fill(~real[:, None, :, None], 0.0)
-        rows.append(out)
-    if C:
-        qc = q[:, :, prefix:].reshape(B, -1, G, C, length, D)
-        kc, vc = (x[:, :, prefix:].reshape(B, -1, 1, C, length, D) for x in (k, v))
-        shared = qc.flatten(2, 4) @ k[:, :, :prefix].mT  # [B, Hkv, G*C*N, P]
-        shared = shared.masked_fill(~real[:, None, None, :], -torch.inf)
-        own = qc @ kc.mT  # [B, Hkv, G, C, N, N]
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        own = own.masked_fill(future, -torch.inf)
-        scores = torch.cat([shared.view(*own.shape[:-1], prefix), own], -1) * D**-0.5
-        weights = scores.softmax(-1)
-        out = (weights[..., :prefix].flatten(2, 4) @ v[:, :, :prefix]).view(qc.shape)
-        out = out + weights[..., prefix:] @ vc
-        rows.append(out.reshape(B, H, C * length, D))
-    return torch.cat(rows, 2) if rows else torch.empty_like(q)
+    if T - P <= N:  # at most one continuation: ordinary causal attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G > 1)
+    out = unpadded_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], P, 0)
+    qc = (q[:, :, P:] * D**-0.5).reshape(B, H // G, G, -1, N, D)  # [B, Hkv, G, C, N, D]
+    kc, vc = (x[:, :, P:].reshape(B, H // G, 1, -1, N, D) for x in (k, v))
+    shared = qc.flatten(2, 4) @ k[:, :, :P].mT  # [B, Hkv, G*C*N, P]
+    own = (qc @ kc.mT).add_(q.new_full((N, N), -torch.inf).triu(1))  # [B, Hkv, G, C, N, N]
+    weights = torch.cat([shared.view(*own.shape[:-1], P), own], -1).softmax(-1)
+    cont = (weights[..., :P].flatten(2, 4) @ v[:, :, :P]).view(qc.shape) + weights[..., P:] @ vc
+    return torch.cat([out, cont.reshape(B, H, T - P, D)], 2)
 
 
 def decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
+    """The definition: one product per kv head reads the prefix for all its K*G queries."""
     B, K, H, D = q.shape
     Hkv, P = k_prefix.shape[1:3]
-    N = int(filled)
-    grouped = q.view(B, K, Hkv, H // Hkv, D)
-    folded = grouped.transpose(1, 2).reshape(B, Hkv, K * (H // Hkv), D)
-    shared = folded @ k_prefix.mT  # [B, Hkv, K*G, P]
-    hidden = torch.arange(P, device=q.device) < pad[:, None]
-    shared = shared.masked_fill(hidden[:, None, None, :], -torch.inf)
-    own = grouped @ k_cont[:, :, :, :N].mT  # [B, K, Hkv, G, N]
-    own = own.transpose(1, 2).reshape(B, Hkv, -1, N)
-    weights = (torch.cat([shared, own], -1) * D**-0.5).softmax(-1)
-    out = (weights[..., :P] @ v_prefix).view(B, Hkv, K, -1, D).transpose(1, 2)
-    own = weights[..., P:].view(B, Hkv, K, -1, N).transpose(1, 2)  # [B, K, Hkv, G, N]
-    return (out + own @ v_cont[:, :, :, :N]).reshape(B, K, H, D)
+    N, G = int(filled), H // Hkv
+    query = q.view(B, K, Hkv, G, D)
+    folded = query.transpose(1, 2).reshape(B * Hkv, K * G, D)
+    scores = q.new_empty(B, Hkv, K, G, P + N)
+    scores[..., :P] = (folded @ k_prefix.flatten(0, 1).mT).view(B, Hkv, K, G, P)
+    scores[..., P:] = (query @ k_cont[:, :, :, :N].mT).transpose(1, 2)
+    for row, p in zip(scores, pad.tolist(), strict=True):
+        row[..., :p] = -torch.inf
+    weights = scores.mul_(D**-0.5).softmax(-1)
+    shared = weights[..., :P].reshape(B * Hkv, K * G, P) @ v_prefix.flatten(0, 1)
+    own = weights[..., P:].transpose(1, 2) @ v_cont[:, :, :, :N]  # [B, K, Hkv, G, D]
+    return (shared.view(B, Hkv, K, G, D).transpose(1, 2) + own).reshape(B, K, H, D)
