@@ -1,0 +1,386 @@
+"""The policy: a Llama-family transformer that reads and writes Hugging Face folders.
+
+In: tokens laid out as [left-padded prefix of P | C continuations of N], described by (pad per row,
+P, N) alone. A prefix token attends causally to the prefix; a continuation token attends to the whole
+prefix and, causally, to its own continuation; positions of every continuation restart after the
+prefix. So a prefix is computed once however many continuations are scored, and C = 0 or 1 is
+ordinary causal attention.
+Out: hidden states, or the log-probability of every continuation token.
+
+Parameters carry the names of transformers' LlamaForCausalLM, so a state dict is a checkpoint.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from kernels.attention import prefix_attention
+from kernels.logprob import linear_logprob
+
+
+class ModelError(ValueError):
+    """A folder that is not a Llama-family checkpoint this file can represent exactly."""
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int  # grouped-query attention when smaller than n_head
+    d_model: int
+    d_ff: int
+    head_dim: int
+    max_seq: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or the llama3 rule as config.json spells it
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+
+
+def preset(name: str, vocab_size: int) -> ModelConfig:
+    """Shapes by name for `init_from=scratch`; the vocabulary comes from the tokenizer.
+
+    world: 0.5M parameters for a laptop. llama-1.4b: the paper's size in the Llama 2 architecture.
+    """
+    #        layers heads kv    d    ff  tied   theta
+    shapes = {
+        "world": (3, 4, 4, 96, 256, True, 1e4),
+        "llama-1.4b": (24, 16, 16, 2048, 5632, False, 1e4),
+        "smollm2-135m": (30, 9, 3, 576, 1536, True, 1e5),
+        "smollm2-360m": (32, 15, 5, 960, 2560, True, 1e5),
+        "smollm2-1.7b": (24, 32, 32, 2048, 8192, True, 1.3e5),
+    }
+    if name not in shapes:
+        raise ModelError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
+    n_layer, n_head, n_kv_head, d_model, d_ff, tied, theta = shapes[name]
+    return ModelConfig(
+        vocab_size, n_layer, n_head, n_kv_head, d_model, d_ff, d_model // n_head,
+        rope_theta=theta, tie_embeddings=tied,
+    )  # fmt: skip
+
+
+def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
+    """Angle per position of each pair of dimensions: float32 [head_dim / 2].
+
+    The llama3 rule (Llama 3.1 model card) keeps high frequencies, divides low ones by `factor` and
+    blends in between, so that a model trained on `original_max_position_embeddings` reads further.
+    """
+    D = config.head_dim
+    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)
+    if (rule := config.rope_scaling) is not None:
+        turns = rule["original_max_position_embeddings"] * freq / (2 * math.pi)
+        low, high = rule["low_freq_factor"], rule["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / rule["factor"]
+    return freq
+
+
+def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [B, T] -> cos, sin float32 [B, 1, T, head_dim]."""
+    angle = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [B, H, T, D]; dimension i is paired with i + D/2, as in transformers."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+def positions(pad: torch.Tensor, prefix: int, length: int, total: int) -> torch.Tensor:
+    """Position of every token of the layout: int64 [B, total]; padding gets 0."""
+    index = torch.arange(total, device=pad.device)
+    if total > prefix:
+        index[prefix:] = prefix + torch.arange(total - prefix, device=pad.device) % length
+    return (index - pad[:, None]).clamp(min=0)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c, self.head_dim = config, config.head_dim
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
+
+    def qkv(self, x, cos, sin):
+        """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D], rotated."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer in two halves around attention, so that training and the sampler share both."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def before(self, x, cos, sin):
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, attended):
+        """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+
+
+class Llama(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def initialise(self, seed: int):
+        """Normal(0, 0.02), projections into the residual stream smaller by sqrt(2 * layers)."""
+        rng = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.data.fill_(1.0)
+                continue
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
+            p.data.copy_(torch.randn(p.shape, generator=rng) * std)
+        return self
+
+    def forward(self, tokens, pad, prefix: int, length: int, cache: list | None = None):
+        """Final hidden states of the layout.
+
+        tokens int64 [B, T] with T = prefix + C * length, pad int [B]: left padding of each prefix.
+        -> hidden [B, T, d]. A `cache` list receives each layer's (k, v), [B, Hkv, T, D].
+        """
+        B, T = tokens.shape
+        cos, sin = rope_tables(self.config, positions(pad, prefix, length, T))
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            q, k, v = layer.before(x, cos, sin)
+            if cache is not None:
+                cache.append((k, v))
+            attended = prefix_attention(q, k, v, pad, prefix, length)
+            x = layer.after(x, attended.transpose(1, 2).reshape(B, T, -1))
+        return self.model.norm(x)
+
+    def logprobs(self, prefix, pad, continuations, lengths=None, temperature: float = 1.0):
+        """log p(continuation token | prefix, the continuation so far).
+
+        prefix int64 [B, P] with P >= 1, pad int [B], continuations int64 [B, C, N];
+        lengths int [B, C] says how many tokens of each count (default: all N).
+        -> float32 [B, C, N], 0 beyond the length. The logits never exist all at once.
+        """
+        B, C, N = continuations.shape
+        P = prefix.shape[1]
+        # The last token of a continuation predicts nothing, so it is not fed.
+        tokens = torch.cat((prefix, continuations[:, :, :-1].flatten(1)), dim=1)
+        hidden = self(tokens, pad, P, N - 1)
+        first = hidden[:, None, P - 1 : P].expand(B, C, 1, -1)  # predicts every first token
+        rest = hidden[:, P:].unflatten(1, (C, N - 1)) if N > 1 else first[:, :, :0]
+        hidden = torch.cat((first, rest), dim=2)  # [B, C, N, d]
+        targets = continuations
+        if lengths is not None:
+            beyond = torch.arange(N, device=prefix.device) >= lengths[:, :, None]
+            targets = continuations.masked_fill(beyond, -100)
+        logp = linear_logprob(
+            hidden.reshape(B * C * N, -1), self.lm_head.weight, targets.reshape(-1), temperature
+        )
+        return logp.view(B, C, N)
+
+    def logits(self, hidden):
+        return self.lm_head(hidden)
+
+
+# --- Hugging Face folders ------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
+    path = Path(folder) / "config.json"
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist: {folder} is not a model folder") from None
+    except (ValueError, OSError) as e:
+        raise ModelError(f"{path} cannot be read: {e}") from None
+    if not isinstance(hf, dict):
+        raise ModelError(f"{path}: a JSON object is expected, this is a {type(hf).__name__}")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fixed = {
+        "model_type": (hf.get("model_type"), "llama"),
+        "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(hf.get("attention_bias")), False),
+        "mlp_bias": (bool(hf.get("mlp_bias")), False),
+        "quantization_config": (hf.get("quantization_config"), None),
+        "rope type": (kind if kind == "default" else "llama3", kind),
+    }
+    for key, (found, needed) in fixed.items():
+        if found != needed:
+            raise ModelError(
+                f"{path}: {key} is {found!r}, only {needed!r} is supported"
+                if key != "rope type"
+                else f"{path}: rope type {kind!r} is not supported (only default and llama3)"
+            )
+
+    def size(key, default=None):
+        value = hf.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ModelError(f"{path}: {key} must be a positive integer, found {value!r}")
+        return value
+
+    def number(key, value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ModelError(f"{path}: {key} must be a positive number, found {value!r}")
+        return float(value)
+
+    heads, d_model = size("num_attention_heads"), size("hidden_size")
+    config = ModelConfig(
+        vocab_size=size("vocab_size"),
+        n_layer=size("num_hidden_layers"),
+        n_head=heads,
+        n_kv_head=size("num_key_value_heads", heads),
+        d_model=d_model,
+        d_ff=size("intermediate_size"),
+        head_dim=size("head_dim", d_model // heads) if hf.get("head_dim") else d_model // heads,
+        max_seq=size("max_position_embeddings", 2048),
+        rope_theta=number("rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
+        norm_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
+    if kind == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        config.rope_scaling = {key: number(f"rope {key}", rope.get(key)) for key in keys}
+    if config.n_head % config.n_kv_head or config.head_dim % 2:
+        raise ModelError(f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
+                         f"{config.head_dim} dimensions do not fit together")  # fmt: skip
+    return config
+
+
+def write_config(config: ModelConfig, folder: Path, dtype: torch.dtype, bos, eos):
+    rope = None
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **config.rope_scaling}
+        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    }
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Where each tensor of the folder lies. Shard names may not lead out of the folder."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {tensor: folder / name for tensor, name in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ModelError(f"{index} is not a safetensors index: {e!r}") from None
+        for name in set(names.values()):
+            if os.path.basename(name) != name:
+                raise ModelError(f"{index}: shard name {name!r} leads out of the folder")
+        return files
+    if not single.exists():
+        raise ModelError(f"{folder} holds neither model.safetensors nor an index of shards")
+    try:
+        with safe_open(single, "pt") as f:
+            return dict.fromkeys(f.keys(), single)
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{single} cannot be read (damaged or cut off): {e}") from None
+
+
+def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
+    """Read a Hugging Face folder (single or sharded safetensors); dtype None keeps the file's."""
+    folder = Path(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    files = {n: f for n, f in tensor_files(folder).items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        files.pop("lm_head.weight", None)
+    if missing := sorted(wanted.keys() - files.keys()):
+        raise ModelError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
+    if extra := sorted(files.keys() - wanted.keys()):
+        raise ModelError(f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}")
+    state = {}
+    for path in sorted(set(files.values())):
+        try:
+            with safe_open(path, "pt") as f:
+                for name in (n for n, p in files.items() if p == path):
+                    shape = torch.Size(f.get_slice(name).get_shape())
+                    if shape != wanted[name]:
+                        raise ModelError(f"{path}: {name} has shape {list(shape)}, config.json "
+                                         f"asks for {list(wanted[name])}")  # fmt: skip
+                    state[name] = f.get_tensor(name).to(device, dtype)
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"{path} cannot be read (damaged or cut off): {e}") from None
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def save_model(model: Llama, folder: str | Path, bos: int | None = None, eos: int | None = None):
+    """Write config.json and model.safetensors that transformers, vLLM and llama.cpp read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_config(model.config, folder, next(iter(state.values())).dtype, bos, eos)

@@ -1,0 +1,208 @@
+"""The policy equals transformers' Llama, and sharing a prefix changes nothing."""
+
+import json
+
+import pytest
+import torch
+
+from model import (
+    Llama,
+    ModelConfig,
+    ModelError,
+    load_model,
+    preset,
+    read_config,
+    save_model,
+)
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "llama2": dict(n_kv_head=4),
+    "gqa": dict(n_kv_head=2),
+    "tied": dict(n_kv_head=1, tie_embeddings=True, rope_theta=1e5),
+    "llama3": dict(n_kv_head=2, rope_scaling=LLAMA3, rope_theta=5e5, max_seq=512),
+    "wide-heads": dict(n_kv_head=2, head_dim=32),
+}
+
+
+def tiny(**changes) -> Llama:
+    shape = dict(vocab_size=101, n_layer=2, n_head=4, n_kv_head=4, d_model=64, d_ff=96, head_dim=16)
+    return Llama(ModelConfig(**(shape | changes))).initialise(0)
+
+
+def layout(B=3, P=9, C=3, N=5, seed=0, V=101):
+    rng = torch.Generator().manual_seed(seed)
+    prefix = torch.randint(V, (B, P), generator=rng)
+    pad = torch.tensor([0, 3, P - 1])[:B]
+    return prefix, pad, torch.randint(V, (B, C, N), generator=rng)
+
+
+@pytest.fixture(params=VARIANTS)
+def pair(request, tmp_path):
+    """Our model with random weights, and transformers' model read from what we saved."""
+    transformers = pytest.importorskip("transformers")
+    ours = tiny(**VARIANTS[request.param])
+    for p in ours.parameters():  # large enough that every part of the model shows in the logits
+        p.data.mul_(3.0)
+    save_model(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32
+    )
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("C", [0, 1, 3])
+def test_logits_equal_transformers(pair, C):
+    ours, theirs = pair
+    prefix, pad, continuations = layout(C=C)
+    P, N = prefix.shape[1], continuations.shape[2]
+    tokens = torch.cat((prefix, continuations.flatten(1)), dim=1)
+    with torch.no_grad():
+        logits = ours.logits(ours(tokens, pad, P, N))
+        for b in range(len(prefix)):
+            row = prefix[b, pad[b] :]
+            expected = theirs(row[None]).logits[0]
+            assert torch.allclose(logits[b, pad[b] : P], expected, atol=1e-4, rtol=0)
+            for c in range(C):
+                one = torch.cat((row, continuations[b, c]))
+                expected = theirs(one[None]).logits[0, -N:]
+                mine = logits[b, P + c * N : P + (c + 1) * N]
+                assert torch.allclose(mine, expected, atol=1e-4, rtol=0)
+
+
+def test_llama3_rule_reaches_far_positions(tmp_path):
+    """At positions beyond the original window the scaled frequencies matter most."""
+    transformers = pytest.importorskip("transformers")
+    ours = tiny(**VARIANTS["llama3"])
+    save_model(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(101, (1, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 300, 0))
+        assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_shared_prefix_equals_separate_rows():
+    """Log-probabilities and gradients: C continuations of one prefix, or C rows of one each."""
+    model = tiny(n_kv_head=2).double()
+    prefix, pad, continuations = layout(C=4)
+    lengths = torch.tensor([[5, 1, 3, 5], [2, 5, 5, 4], [5, 5, 1, 2]])
+    B, C, N = continuations.shape
+    shared = model.logprobs(prefix, pad, continuations, lengths, temperature=0.7)
+    shared.square().sum().backward()
+    gradient = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    separate = model.logprobs(
+        prefix.repeat_interleave(C, 0),
+        pad.repeat_interleave(C, 0),
+        continuations.reshape(B * C, 1, N),
+        lengths.reshape(B * C, 1),
+        temperature=0.7,
+    ).view(B, C, N)
+    assert torch.allclose(shared, separate, atol=1e-5)
+    assert (shared[0, 1, 1:] == 0).all() and (shared[0, 0] < 0).all()
+    separate.square().sum().backward()
+    assert torch.allclose(gradient, model.model.embed_tokens.weight.grad, atol=1e-4)
+
+
+def test_logprobs_are_the_softmax_of_the_logits():
+    model = tiny()
+    prefix, pad, continuations = layout(C=2, N=1)
+    with torch.no_grad():
+        logp = model.logprobs(prefix, pad, continuations)
+        logits = model.logits(model(prefix, pad, prefix.shape[1], 0))[:, -1]
+    expected = logits.log_softmax(-1).gather(1, continuations[:, :, 0])
+    assert torch.allclose(logp[:, :, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_load_round_trip_is_bit_exact(variant, dtype, tmp_path):
+    model = tiny(**VARIANTS[variant]).to(dtype)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    ours, back = dict(model.named_parameters()), dict(again.named_parameters())
+    assert ours.keys() == back.keys()
+    assert all(torch.equal(ours[n], back[n]) and back[n].dtype == dtype for n in ours)
+    save_model(again, tmp_path / "twice")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+def test_reads_what_transformers_writes_in_shards(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ours = load_model(tmp_path)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 20, 0))
+        assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": "x"}}, "factor"),
+        ({"hidden_size": "large"}, "hidden_size"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "heads"),
+        ({"intermediate_size": 97}, "shape"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"num_hidden_layers": 1}, "belong to no Llama"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(changes, words, tmp_path):
+    save_model(tiny(n_kv_head=2), tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ModelError, match=words) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_files_are_one_clear_error(tmp_path):
+    with pytest.raises(ModelError, match="config.json"):
+        read_config(tmp_path)
+    save_model(tiny(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="model.safetensors"):
+        load_model(tmp_path)
+    index = {"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="leads out of the folder"):
+        load_model(tmp_path)
+
+
+def test_presets():
+    with torch.device("meta"):
+        count = {
+            name: sum(p.numel() for p in Llama(preset(name, V)).parameters())
+            for name, V in (("llama-1.4b", 32000), ("smollm2-135m", 49152), ("world", 1000))
+        }
+    assert 1.3e9 < count["llama-1.4b"] < 1.45e9
+    assert count["smollm2-135m"] == 134_515_008  # what its model card and safetensors count
+    assert count["world"] < 1e6
+    with pytest.raises(ModelError, match="smollm2-360m"):
+        preset("llama-9b", 10)

@@ -1,0 +1,131 @@
+"""The sampler: cached equals uncached, exact frequencies, trainer's log-probabilities, independence."""
+
+import pytest
+import torch
+
+from model import Llama, ModelConfig
+from rollout import rollout, sample, uniforms
+
+V, EOS = 23, 22
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(V, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
+    model = Llama(config).initialise(1)
+    for p in model.parameters():  # peaked enough that temperature and top-p matter
+        p.data.mul_(4.0)
+    return model
+
+
+def prefixes(B=3, P=7):
+    rng = torch.Generator().manual_seed(2)
+    prefix = torch.randint(V - 1, (B, P), generator=rng)
+    pad = torch.tensor([0, 2, P - 1])[:B]
+    return prefix.masked_fill(torch.arange(P) < pad[:, None], EOS), pad
+
+
+def run(model, prefix, pad, K=4, N=12, seed=7, index=None, **how):
+    index = torch.arange(len(prefix)) if index is None else index
+    return rollout(model, prefix, pad, K, N, eos=EOS, seed=seed, index=index, **how)
+
+
+@torch.no_grad()
+def naive_greedy(model, row, N):
+    """Greedy decoding of one row without any cache."""
+    out = []
+    while len(out) < N and (not out or out[-1] != EOS):
+        tokens = torch.tensor([row + out])
+        hidden = model(tokens, torch.zeros(1, dtype=torch.int32), tokens.shape[1], 0)
+        out.append(model.logits(hidden)[0, -1].argmax().item())
+    return out
+
+
+def test_cached_greedy_equals_uncached(model):
+    prefix, pad = prefixes()
+    got = run(model, prefix, pad, K=2, temperature=0)
+    for b in range(len(prefix)):
+        expected = naive_greedy(model, prefix[b, pad[b] :].tolist(), 12)
+        for k in range(2):
+            assert got.tokens[b, k, : got.lengths[b, k]].tolist() == expected
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.6}, {"top_p": 0.5}, {"temperature": 0}])
+def test_logprobs_equal_the_trainers(model, how):
+    prefix, pad = prefixes()
+    got = run(model, prefix, pad, **how)
+    with torch.no_grad():
+        temperature = how.get("temperature", 1.0) or 1.0
+        again = model.logprobs(prefix, pad, got.tokens, got.lengths, temperature)
+    assert torch.allclose(got.logprobs, again, atol=2e-5)
+    assert (got.lengths < 12).any(), "no rollout stopped: the test would not see the mask"
+
+
+def test_stops_at_end_of_text(model):
+    got = run(model, *prefixes(), K=16)
+    for row, length in zip(got.tokens.flatten(0, 1), got.lengths.flatten(), strict=True):
+        text = row[:length]
+        assert (text[:-1] != EOS).all() and (row[length:] == EOS).all()
+        assert length == 12 or text[-1] == EOS
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (1.7, 0.8)])
+def test_frequencies_match_exact_probabilities(model, temperature, top_p):
+    """Chi-square over two-token continuations of one prefix, 40,000 samples, exact expectation."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    prefix, pad = prefixes(1)
+    K, B = 2000, 20
+    got = run(model, prefix.expand(B, -1), pad.expand(B), K, 2, temperature=temperature, top_p=top_p)
+
+    @torch.no_grad()
+    def step(rows):
+        hidden = model(rows, torch.zeros(len(rows), dtype=torch.int32), rows.shape[1], 0)
+        p = (model.logits(hidden)[:, -1].double() / temperature).softmax(-1)
+        ranked, order = p.sort(-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        p = torch.zeros_like(p).scatter(1, order, ranked)
+        return p / p.sum(-1, keepdim=True)
+
+    first = step(prefix)[0]
+    second = step(torch.cat((prefix.expand(V, -1), torch.arange(V)[:, None]), 1))
+    second[EOS] = torch.eye(V, dtype=torch.double)[EOS]  # after a stop nothing but padding
+    expected = (first[:, None] * second).flatten() * B * K
+    pairs = got.tokens.flatten(0, 1)
+    counts = torch.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V).double()
+    assert (counts[expected == 0] == 0).all(), "a token without probability was sampled"
+    often = expected >= 5
+    observed = torch.cat((counts[often], counts[~often].sum()[None]))
+    wanted = torch.cat((expected[often], expected[~often].sum()[None]))
+    chi2 = ((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
+    assert scipy_stats.chi2.sf(chi2, df=len(wanted) - 1) > 1e-3
+
+
+def test_result_does_not_depend_on_the_batch(model):
+    prefix, pad = prefixes()
+    index = torch.tensor([5, 900, 31])
+    together = run(model, prefix, pad, K=6, index=index)
+    for b in range(3):
+        row = prefix[b : b + 1, pad[b] :]  # alone, and without its padding
+        alone = run(model, row, torch.zeros(1, dtype=torch.int64), K=3, index=index[b : b + 1])
+        assert torch.equal(alone.tokens[0], together.tokens[b, :3])
+    other_seed = run(model, prefix, pad, K=6, index=index, seed=8)
+    assert not torch.equal(other_seed.tokens, together.tokens)
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    u = uniforms(3, torch.arange(64), 16, 64).double()
+    assert 0 < u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.001
+    for axis in range(3):  # neighbours along rows, rollouts and positions
+        a, b = u.narrow(axis, 0, u.shape[axis] - 1), u.narrow(axis, 1, u.shape[axis] - 1)
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
+    assert torch.equal(u[5:6], uniforms(3, torch.tensor([5]), 16, 64).double())
+
+
+def test_top_p_never_leaves_the_nucleus():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(1000, -1)
+    u = torch.linspace(1e-4, 1 - 1e-4, 1000)
+    tokens, logp = sample(logits, u, 1.0, 0.6)
+    assert set(tokens.tolist()) == {0, 1}
+    assert abs((tokens == 0).float().mean().item() - 0.5 / 0.8) < 0.01
+    assert torch.allclose(logp, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0])
