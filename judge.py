@@ -1,0 +1,339 @@
+"""Judging: prompts, verdict parsers and rewards over the candidates of a prefix.
+
+In: prefixes, original suffixes and candidate texts; a `Chat` that speaks to the teacher.
+Out: `Scores` (rewards [B, C], nan where there is no verdict); every pool is kept in the run's
+SQLite file, so that a finished run can be scored again without a judge.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import re
+import sqlite3
+import unicodedata
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from schedules import schedule
+
+# What each verdict is worth: to the first option of a pair, or to the text itself.
+VERDICTS = {
+    "quality": {"A": 1.0, "B": 0.0},
+    "coherence": {"A": 1.0, "B": 0.0, "TIE": 0.5},
+    "factuality_pair": {"A": 1.0, "B": 0.0, "TIE": 0.5},
+    "safety": {"SAFE": 1.0, "UNSAFE": 0.0},
+    "factuality": {
+        "No Hallucination": 1.0,
+        "Possible Hallucination": 0.5,
+        "Definite Hallucination": 0.0,
+    },
+}
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+
+
+def load_prompts(folder="prompts"):
+    """Templates by name. A folder of one's own replaces those it has; ours fill the rest."""
+    ours = Path(__file__).parent / "prompts"
+    folders = [ours, Path(folder)] if Path(folder).is_dir() else [ours]
+    if folder != "prompts" and not Path(folder).is_dir():
+        raise ValueError(f"prompts: no such folder: {folder}")
+    return {f.stem: f.read_text(encoding="utf-8") for d in folders for f in sorted(d.glob("*.txt"))}
+
+
+def render(template, **texts):
+    """Fill a template in a single pass: a text is never read as a template. {mark} becomes a word
+    that stands in none of the texts, so that no text can close its own section; it depends on the
+    first text only, so that questions about one prefix share their head (prefix caching)."""
+    names = [name for name in re.findall(r"\{(\w+)\}", template) if name != "mark"]
+    texts = {name: texts[name] if texts[name].strip() else "(empty)" for name in names}
+    mark = hashlib.sha256(texts[names[0]].encode("utf-8", "replace")).hexdigest()[:8]
+    while any(mark in text for text in texts.values()):
+        mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
+    return re.sub(r"\{(\w+)\}", lambda m: texts.get(m[1], mark), template)
+
+
+def question_seed(*parts):
+    """31 bits that depend on what is asked, never on when."""
+    digest = hashlib.sha256(repr(parts).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Verdict parsers: strict about where a verdict stands (the end of the answer), tolerant of how it
+# is written. What they cannot read is None, never a guess.
+
+LABELS = {  # how each label may be written
+    "A": r"A",
+    "B": r"B",
+    "TIE": r"(?:a )?(?:tie|tied|draw)",
+    "SAFE": r"safe",
+    "UNSAFE": r"(?:un-?|not )safe",
+    "No Hallucination": r"no[ _-]?hallucinations?",
+    "Possible Hallucination": r"possible[ _-]?hallucinations?",
+    "Definite Hallucination": r"definite[ _-]?hallucinations?",
+}
+KEY = r"(?:verdict|label|answer|decision|judge?ment|winner|choice|conclusion)"
+LEAD = r"(?:(?:so|thus|therefore|hence|final|overall|my|the|in conclusion)[,:]? )*"
+NOUN = r"(?:(?:the )?(?:continuation|option|passage|text|candidate|version) )?"
+REMARK = r"is (?:the |clearly |slightly )*(?:better|best|winner|preferred)|wins|because|since"
+
+
+def parse(kind, answer):
+    """The judge's verdict (a key of VERDICTS[kind]) or None."""
+    answer = own_words(answer or "")
+    labels = {label: LABELS[label] for label in VERDICTS[kind]}
+    if answer.endswith("}") and (label := from_json(answer, labels)):
+        return label
+    if kind == "factuality" and (label := from_broken_json(answer, labels)):
+        return label
+    return from_line(answer.rsplit("\n", 1)[-1], labels)
+
+
+def own_words(answer):
+    """The end of the answer in plain characters, without reasoning blocks, fences and end marks."""
+    answer = re.split(r"</think(?:ing)?>|<\|message\|>", unicodedata.normalize("NFKC", answer))[-1]
+    if re.match(r"\s*<think(?:ing)?>", answer):
+        return ""  # the reasoning never ended
+    answer = re.sub(r"\s*\n\s*", "\n", answer[-20_000:]).strip()
+    answer = re.sub(rf"<({KEY})>\s*", r"\n\1: ", answer, flags=re.I)
+    closer = re.compile(r"\s*(?:<\|\w+\|>|</\w+>|<end_of_turn>|```|~~~|---+|\*\*\*+)\s*$")
+    while (shorter := closer.sub("", answer[-100:])) != answer[-100:]:
+        answer = answer[:-100] + shorter
+    return answer
+
+
+def which(text, labels):
+    """The label that the whole text is, or None."""
+    text = re.sub(r"[*`\"'\s]+", " ", text).strip(" .!:,()_")
+    found = [k for k, how in labels.items() if re.fullmatch(f"{NOUN}(?:{how})", text, re.I)]
+    return found[0] if found else None
+
+
+def from_json(answer, labels):
+    """A JSON object that ends the answer, whatever stands before it."""
+    for brace in list(re.finditer(r"\{", answer))[:50]:
+        try:
+            value, end = json.JSONDecoder(strict=False).raw_decode(answer, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if end == len(answer) and isinstance(value, dict):
+            said = [v for k, v in value.items() if re.fullmatch(KEY, k.strip(), re.I)]
+            return which(said[0], labels) if len(said) == 1 and isinstance(said[0], str) else None
+    return None
+
+
+def from_broken_json(answer, labels):
+    """{"reasoning": ..., "label": ...} with unescaped or single quotes, or no closing brace. The
+    label must be the last thing said, or the first of an object that speaks of no other label."""
+    pair = rf"[\"'`]?label[\"'`]?\s*[:=]\s*[\"'`]?({'|'.join(labels.values())})[\"'`]?\s*"
+    if last := re.search(rf"[{{,\n]\s*{pair},?\s*\}}?$", answer, re.I):
+        return which(last[1], labels)
+    first = re.match(rf"(?:```\w*)?\s*\{{\s*{pair},\s*[\"'`]?reasoning\b", answer, re.I)
+    alone = len(re.findall(r"\blabel\b", answer, re.I)) == 1
+    return which(first[1], labels) if first and alone else None
+
+
+def from_line(line, labels):
+    """`VERDICT: A`, alone on the last line or after a full stop; a remark may follow."""
+    line = re.sub(r"\\(?:boxed|text\w*|math\w+)\b|[*`#$\[\]{}]", "", line)
+    line = re.sub(r"\s+", " ", line).strip()
+    if label := which(line, labels):  # nothing but the label
+        return label
+    any_label = f"(?:{'|'.join(labels.values())})"
+    start = rf"(?:^[\"']?|^[-•] |(?<=[.!?)]) ){LEAD}{KEY}(?: is)?(?: ?[:=–—>→-]+)? ?"
+    again = rf"(?:{LEAD}{KEY} ?: ?)?[\"'(]?{NOUN}"
+    found = list(re.finditer(rf"{start}{again}({any_label})(?![\w/|&])", line, re.I))
+    if not found or len(re.findall(rf"\b{KEY}\W*{any_label}\b", line, re.I)) > len(found):
+        return None
+    rest = line[found[-1].end() :].strip("\"') ")
+    remark = rf"[.,;:(—–-]+ ?\(?(?!(?:or|and|{any_label})\b)|(?:{REMARK})\b"
+    return which(found[-1][1], labels) if not rest or re.match(remark, rest, re.I) else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards
+
+
+@dataclass
+class Scores:
+    """Rewards of B pools of C candidates; nan = absent (failed rewrite, or no verdict)."""
+
+    reward: np.ndarray  # [B, C], weighted sum over the kinds
+    by_kind: dict  # kind -> [B, C]
+    calls: int  # answers asked for
+    failed: int  # of these, answers without a readable verdict
+    absent: int  # questions left without a verdict after all retries
+    examples: list  # of the first pool: {"kind", "candidates" shown, "verdict", "answer"}
+
+
+@dataclass
+class Pool:
+    """One prefix, the distinct texts that continue it, and what was asked about them."""
+
+    prefix: str
+    reference: str
+    texts: list
+    pivot: int  # the text with which the pivot schedule compares all others
+    key: int  # global sample number
+    tally: Counter = field(default_factory=Counter)
+    verdicts: list = field(default_factory=list)
+
+
+def parse_rewards(rewards):
+    """ "quality,safety:2" or its items -> {"quality": 1.0, "safety": 2.0}"""
+    weights = {}
+    for item in rewards.split(",") if isinstance(rewards, str) else rewards:
+        kind, _, weight = item.strip().partition(":")
+        if kind not in ("quality", "safety", "factuality"):
+            raise ValueError(f"rewards: {kind!r} is not one of quality, safety, factuality")
+        weights[kind] = float(weight or 1)
+    return weights
+
+
+class Judge:
+    """rewards: kinds, each with an optional weight ("quality,safety:2"). comparisons: "all",
+    "pivot", or R opponents a candidate (schedules.py). samples: how often each question is asked;
+    pairs alternate their order. retries: how often an answer without a readable verdict is asked
+    again, with a fresh seed, before the verdict is absent. store: SQLite file that keeps pools."""
+
+    def __init__(
+        self,
+        chat,
+        *,
+        rewards=("quality", "safety"),
+        comparisons="all",
+        samples=1,
+        temperature=1.0,
+        top_p=1.0,
+        max_tokens=512,
+        prompts="prompts",
+        retries=3,
+        seed=0,
+        store=None,
+    ):
+        self.chat, self.comparisons, self.samples = chat, comparisons, samples
+        self.weights, self.prompts = parse_rewards(rewards), load_prompts(prompts)
+        self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+        self.retries, self.seed, self.store = retries, seed, store
+
+    def score(self, step, prefixes, references, candidates, sources, index):
+        """Rewards of candidates[b][c] (None: a failed rewrite) as a Future of Scores. `sources`
+        names the C candidates; `index` are the global sample numbers that key all chance."""
+        return self.chat.run(self._score(step, prefixes, references, candidates, sources, index))
+
+    async def _score(self, step, prefixes, references, candidates, sources, index):
+        rows = list(zip(prefixes, references, candidates, index, strict=True))
+        pools = [new_pool(*row, sources) for row in rows]
+        asked = [(kind, pool) for kind in self.weights for pool in pools]
+        worth = await together(self._worth(kind, pool) for kind, pool in asked)
+        values = [
+            [np.nan if text is None else by_text.get(text, 0.0) for text in row]
+            for by_text, row in zip(worth, candidates * len(self.weights), strict=True)
+        ]
+        shape = (len(self.weights), len(pools), len(sources))
+        by_kind = dict(zip(self.weights, np.array(values).reshape(shape), strict=True))
+        reward = sum(weight * by_kind[kind] for kind, weight in self.weights.items())
+        if self.store:
+            await asyncio.to_thread(keep_pools, self.store, step, sources, rows, reward)
+        tally = sum((pool.tally for pool in pools), Counter())
+        counts = (tally["calls"], tally["failed"], tally["absent"])
+        return Scores(reward, by_kind, *counts, pools[0].verdicts)
+
+    async def _worth(self, kind, pool):
+        """text -> its value between 0 and 1 in one kind, nan without a verdict."""
+        if kind == "quality":
+            values = await self._compare(pool)
+        else:
+            values = await together(self._mean(kind, pool, i) for i in range(len(pool.texts)))
+        return dict(zip(pool.texts, values, strict=True))
+
+    async def _compare(self, pool):
+        """Asks the schedule's rounds and returns its scores."""
+        rng = np.random.default_rng([self.seed, pool.key])
+        rounds = schedule(self.comparisons, len(pool.texts), pool.pivot, rng)
+        outcomes = None
+        while True:
+            try:
+                pairs = rounds.send(outcomes)
+            except StopIteration as done:
+                return done.value
+            outcomes = await together(self._mean("quality", pool, *pair) for pair in pairs)
+
+    async def _mean(self, kind, pool, *shown):
+        """Mean over the samples that have a verdict, nan without any."""
+        asked = (self._sample(kind, pool, sample, *shown) for sample in range(self.samples))
+        values = [value for value in await together(asked) if value is not None]
+        return sum(values) / len(values) if values else np.nan
+
+    async def _sample(self, kind, pool, sample, *shown):
+        """The value of the first (or only) candidate shown; odd samples swap the order."""
+        shown = [pool.texts[i] for i in (shown[::-1] if sample % 2 else shown)]
+        names = ("a", "b") if len(shown) == 2 else ("text",)
+        texts = dict(zip(names, shown, strict=True), prefix=pool.prefix, reference=pool.reference)
+        label, answer = await self.verdict(kind, sample, pool.tally, **texts)
+        pool.verdicts.append(dict(kind=kind, candidates=shown, verdict=label, answer=answer))
+        if label is None:
+            return None
+        value = VERDICTS[kind][label]
+        return 1 - value if len(shown) == 2 and sample % 2 else value
+
+    async def verdict(self, kind, sample=0, tally=None, prompt=None, **texts):
+        """(label, answer): a key of VERDICTS[kind] and the answer it was read from; label None if
+        none could be read. The seed is keyed by what is asked, so order of arrival never matters.
+        `prompt` names another template that is answered in the same form."""
+        question = render(self.prompts[prompt or kind], **texts)
+        tally = Counter() if tally is None else tally
+        for attempt in range(1 + self.retries):
+            seed = question_seed(self.seed, question, sample, attempt)
+            answer = await self.chat.ask(question, seed=seed, **self.sampling)
+            tally["calls"] += 1
+            if label := parse(kind, answer.text):
+                return label, answer.text
+            tally["failed"] += 1
+        tally["absent"] += 1
+        return None, answer.text
+
+
+def new_pool(prefix, reference, candidates, key, sources):
+    """Equal texts are judged once and share their score; one without a word is 0 in every kind
+    without asking, for it must never pay to say nothing."""
+    texts = list(dict.fromkeys(text for text in candidates if text and text.strip()))
+    suffix = dict(zip(sources, candidates, strict=True)).get("suffix")
+    pivot = texts.index(suffix) if suffix in texts else 0
+    return Pool(prefix, reference, texts, pivot, key)
+
+
+async def together(coroutines):
+    """asyncio.gather that leaves nothing running when one fails or the whole is cancelled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pools kept for replay
+
+POOLS = """CREATE TABLE IF NOT EXISTS pools
+    (step INTEGER, key INTEGER, pool BLOB, PRIMARY KEY (step, key)) WITHOUT ROWID"""
+
+
+def keep_pools(store, step, sources, rows, rewards):
+    """One compressed row a pool: [prefix, reference, candidates, sources, rewards]."""
+    blobs = [
+        (step, key, zlib.compress(json.dumps([prefix, reference, texts, sources, reward]).encode()))
+        for (prefix, reference, texts, key), reward in zip(rows, rewards.tolist(), strict=True)
+    ]
+    with contextlib.closing(sqlite3.connect(store, timeout=60)) as db, db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(POOLS)
+        db.executemany("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", blobs)

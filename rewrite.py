@@ -1,0 +1,102 @@
+"""Rewriting: a better suffix for a prefix, from a teacher.
+
+In: prefixes and their original suffixes (text). Out: rewritten suffixes that continue the prefix
+directly, None where the teacher refused or gave no passage."""
+
+import re
+
+from judge import load_prompts, question_seed, render, together
+
+REFUSAL = re.compile(
+    r"(?:i(?:'m| am) (?:so |very )?(?:sorry|unable|not able)|sorry\b|i apologi[sz]e"
+    r"|as an? (?:ai|language model)"
+    r"|(?:unfortunately,? )?i (?:can(?:no|')?t|can not|won't|will not|must decline|decline)\b)",
+    re.I,
+)
+NO_CHANGE = re.compile(
+    r"\W*(?:no (?:changes?|rewrit\w+|mending)|n/a|none|empty|unchanged)\b.{0,60}$", re.I
+)
+INTRODUCTION = re.compile(
+    r"(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,80}\n+)?"
+    r"(?:\W*(?:here(?:'s| is)|below is|this is|(?:the )?(?:new|rewritten|revised|corrected) "
+    r"(?:passage|text|version)|rewrite|passage)[^\n:]{0,100}:\W*\s)",
+    re.I,
+)
+REMARK = re.compile(r"\n\s*\W*(?:notes?|changes(?: made)?|explanation|comment)\W*:.*", re.I | re.S)
+
+
+class Rewriter:
+    """retries: how often a refusal, an empty or a cut answer is asked again, with a fresh seed."""
+
+    def __init__(
+        self,
+        chat,
+        *,
+        temperature=1.0,
+        top_p=1.0,
+        max_tokens=512,
+        prompts="prompts",
+        seed=0,
+        retries=1,
+    ):
+        self.chat, self.seed, self.retries = chat, seed, retries
+        self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+        self.template = load_prompts(prompts)["rewrite"]
+        self.calls = self.failed = 0  # passages asked for; suffixes left without a rewrite
+
+    def rewrite(self, prefixes, suffixes, index):
+        """Future of a list of texts or None. `index`: global sample numbers that key all chance."""
+        return self.chat.run(self._rewrite(prefixes, suffixes, index))
+
+    async def _rewrite(self, prefixes, suffixes, index):
+        rows = zip(prefixes, suffixes, index, strict=True)
+        return await together(self._one(*row) for row in rows)
+
+    async def _one(self, prefix, suffix, key):
+        last_words = last_five_words(prefix)
+        question = render(self.template, prefix=prefix, original=suffix, last_words=last_words)
+        for attempt in range(1 + self.retries):
+            seed = question_seed(self.seed, question, key, attempt)
+            answer = await self.chat.ask(question, seed=seed, **self.sampling)
+            self.calls += 1
+            if passage := clean(answer.text, prefix, suffix):
+                return passage
+        self.failed += 1
+        return None
+
+
+def last_five_words(prefix):
+    """With the white space that ends the prefix, so that any suffix fits right behind them."""
+    return " ".join(prefix.split()[-5:]) + prefix[len(prefix.rstrip()) :]
+
+
+def clean(answer, prefix, suffix):
+    """The passage alone, behind the white space that the suffix starts with; None without one."""
+    passage = re.split(r"</think(?:ing)?>|<\|message\|>", answer or "")[-1].strip()
+    passage = INTRODUCTION.sub("", passage, count=1) if not INTRODUCTION.match(suffix) else passage
+    passage = re.sub(r"</?(?:original|prefix|passage|rewrite)(?: \w+)?>", "", passage).strip()
+    if fenced := re.fullmatch(r"```\w*\n(.*?)\n?```", passage, re.S):
+        passage = fenced[1].strip()
+    passage = REMARK.sub("", passage).strip()
+    if passage[:1] in "\"“'" and passage[-1:] in "\"”'" and suffix.strip()[:1] not in "\"“'":
+        passage = passage[1:-1].strip()
+    passage = without_echo(passage, prefix, suffix)
+    if not re.search(r"\w", passage) or NO_CHANGE.match(passage):
+        return None
+    if REFUSAL.match(passage) and not REFUSAL.match(suffix.strip()):
+        return None
+    space = suffix[: len(suffix) - len(suffix.lstrip())]
+    return space + passage
+
+
+def without_echo(passage, prefix, suffix):
+    """Drops what the passage repeats of the prefix's last five words, however spaced; and, where
+    the prefix ends within a word, the part of that word which the prefix already holds."""
+    words = prefix.split()[-5:]
+    echo = r"(?:\.\.\.|…)?\s*" + r"\s+".join(re.escape(word) for word in words)
+    if echoed := words and re.match(echo, passage, re.I):
+        return passage[echoed.end() :].lstrip()
+    within_word = prefix[-1:].isalnum() and suffix[:1].isalnum()
+    if within_word and passage.lower().startswith(words[-1].lower()):
+        return passage[len(words[-1]) :]
+    return passage
