@@ -1,0 +1,370 @@
+"""Text to token ids and back, for every vocabulary this repository meets.
+
+load_tokenizer("world")               the pocket world's words; nothing is downloaded
+load_tokenizer("path/to/hf_folder")   tokenizer.json (GPT-2, Llama 3, SmolLM2 ...) or tokenizer.model
+load_tokenizer("gpt2")                an encoding that tiktoken knows by name (it downloads the ranks)
+
+Byte-level BPE runs on tiktoken, several times faster than the `tokenizers` library. tiktoken joins any
+two neighbours whose concatenation is a token, lowest rank first; a tokenizer.json lists the pairs that
+may join. `ranks_from_merges` builds the ranks with which both do the same. What it can't convert (a
+sentencepiece vocabulary, an unknown pre-tokenizer) runs on the `tokenizers` library instead.
+
+Ordinary text never becomes a special token, even where it spells one.
+"""
+
+import base64
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import tiktoken
+
+# How text is cut into pieces before merging. SmolLM2 isolates every digit first, so a run of spaces
+# before a digit isn't split the way GPT-2 splits it before a letter.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORLD_PATTERN = r" ?\S+|\s"  # words as they stand between spaces
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # if no config names the token
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model vocab.json"
+    " merges.txt added_tokens.json chat_template.jinja"
+).split()
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in a byte-level tokenizer.json."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols, spare = {byte: chr(byte) for byte in printable}, 256
+    for byte in range(256):
+        if byte not in symbols:
+            symbols[byte] = chr(spare)
+            spare += 1
+    return [symbols[byte] for byte in range(256)]
+
+
+SYMBOLS = byte_symbols()
+BYTE_OF = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
+
+
+def to_symbols(token: bytes) -> str:
+    return "".join(SYMBOLS[byte] for byte in token)
+
+
+def to_bytes(symbols: str) -> bytes:
+    return bytes(BYTE_OF[symbol] for symbol in symbols)
+
+
+class Tokenizer:
+    """Byte-level BPE on tiktoken.
+
+    ranks: id of each ordinary token that merging can reach; specials: id of each special token;
+    eos: the special token that ends a document; bos: the one that the tokenizer itself puts before
+    a text, None where it puts none; folder: files to copy on save.
+    """
+
+    def __init__(self, ranks, pattern, specials, eos, bos=None, vocabulary=None, folder=None):
+        self.pattern, self.specials, self.folder = pattern, specials, folder
+        self.vocabulary = vocabulary or ranks  # also holds tokens that merging can't reach
+        self.token_bytes = {i: token for token, i in self.vocabulary.items()}
+        self.vocab_size = 1 + max(*self.token_bytes, *specials.values())
+        self.eos = specials[eos]
+        self.bos = None if bos is None else specials[bos]
+        # tiktoken needs all 256 bytes; those a vocabulary lacks get ids beyond it, dropped in encode
+        absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        stand_ins = {byte: self.vocab_size + i for i, byte in enumerate(absent)}
+        self.absent = absent
+        self.encoding = tiktoken.Encoding(
+            "ordinary text", pat_str=pattern, mergeable_ranks=ranks | stand_ins, special_tokens={}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.encoding.encode_ordinary(text)
+        if self.absent and ids and max(ids) >= self.vocab_size:
+            return [i for i in ids if i < self.vocab_size]
+        return ids
+
+    def decode(self, ids) -> str:
+        """Special tokens and ids outside the vocabulary are dropped."""
+        data = b"".join(self.token_bytes.get(int(i), b"") for i in ids)
+        return data.decode("utf-8", errors="replace")
+
+    def save(self, folder) -> None:
+        """Write what transformers, vLLM and llama.cpp read; originals are copied untouched."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.folder:
+            for name in TOKENIZER_FILES:
+                if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
+                    shutil.copy(self.folder / name, folder / name)
+        names = {i: name for name, i in self.specials.items()}
+        if not (folder / "tokenizer.json").exists():
+            (folder / "tokenizer.json").write_text(json.dumps(self.to_json()), encoding="utf-8")
+        if not (folder / "tokenizer_config.json").exists():
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                "eos_token": names[self.eos],
+                "bos_token": names.get(self.bos),
+            }
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+    def to_json(self) -> dict:
+        """tokenizer.json with every merge that tiktoken would do, lowest rank first."""
+        merges = []
+        for token, rank in sorted(self.vocabulary.items(), key=lambda item: item[1]):
+            halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+            merges += [
+                [to_symbols(left), to_symbols(right)]
+                for left, right in halves
+                if self.vocabulary.get(left, rank) < rank > self.vocabulary.get(right, rank)
+            ]
+        # tiktoken's patterns have possessive quantifiers; without them they match the same text
+        pattern = self.pattern.replace("{1,3}+", "{1,3}").replace("$", r"\z")
+        for sign in "+*?":
+            pattern = pattern.replace(f"{sign}+", sign)
+        added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        byte_level["trim_offsets"] = True
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        split["invert"] = False
+        bos = [name for name, i in self.specials.items() if i == self.bos]
+        template = None if not bos else bos_template(bos[0], self.bos)
+        return {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": i, "content": name, **added, "special": True}
+                for name, i in sorted(self.specials.items(), key=lambda item: item[1])
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": template,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "ignore_merges": True,
+                "vocab": {to_symbols(token): i for token, i in self.vocabulary.items()},
+                "merges": merges,
+            },
+        }
+
+
+def bos_template(name: str, token_id: int) -> dict:
+    special, text = (
+        {"SpecialToken": {"id": name, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, special, second],
+        "special_tokens": {name: {"id": name, "ids": [token_id], "tokens": [name]}},
+    }
+
+
+class LibraryTokenizer:
+    """The same interface on the `tokenizers` library, for files that tiktoken can't reproduce."""
+
+    def __init__(self, spec: dict, eos: str, bos: str | None, folder: Path):
+        from tokenizers import Tokenizer as Library
+
+        self.folder, special = folder, {t["id"] for t in spec["added_tokens"] if t["special"]}
+        # Without their entries under added_tokens, special tokens are ordinary text to the encoder.
+        ordinary = [t for t in spec["added_tokens"] if not t["special"]]
+        plain = spec | {"added_tokens": ordinary, "post_processor": None}
+        plain |= {"truncation": None, "padding": None}
+        # A leading space belongs to a continuation, so decoding must keep it.
+        decoder = plain["decoder"] or {}
+        if decoder.get("type") == "Sequence":
+            kept = [d for d in decoder["decoders"] if d["type"] != "Strip"]
+            plain["decoder"] = {"type": "Sequence", "decoders": kept}
+        self.library = Library.from_str(json.dumps(plain))
+        whole = Library.from_str(json.dumps(spec))
+        self.eos = whole.token_to_id(eos)
+        self.bos = None if bos is None else whole.token_to_id(bos)
+        self.special, self.vocab_size = special, whole.get_vocab_size(with_added_tokens=True)
+        # Sentencepiece puts a space before every text; a text that brings its own needs no second.
+        tokens = self.library.encode("a").tokens
+        self.brings_space = bool(tokens) and tokens[0].startswith("▁")
+
+    def encode(self, text: str) -> list[int]:
+        if self.brings_space and text.startswith(" "):
+            text = text[1:]
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        return self.library.decode([int(i) for i in ids if int(i) not in self.special])
+
+    save = Tokenizer.save
+
+
+# ---------------------------------------------------------------------------------------------------
+# Conversion of a tokenizer.json
+
+
+def merge_all(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What tiktoken makes of one piece: join the lowest-ranked neighbours until none is left."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        pairs = [ranks.get(a + b, 1 << 60) for a, b in zip(parts, parts[1:], strict=False)]
+        lowest = min(pairs)
+        if lowest == 1 << 60:
+            break
+        i = pairs.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def ranks_from_merges(vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]], whole: bool):
+    """Token ids as tiktoken ranks, or None where they can't reproduce the merges.
+
+    Merging is local: two neighbours (a, b) can meet in a text only if merging the string a+b by the
+    earlier merges alone ends in exactly [a, b]. So one pair at most can ever make a token, and the
+    merges of any other pair are dead; a token whose own pair isn't listed is never made at all.
+    whole: a piece that is a token is taken unmerged (ignore_merges), so dead tokens matter.
+    """
+    ranks = {token: i for token, i in vocab.items() if len(token) == 1}
+    last = -1
+    for left, right in merges:
+        token = left + right
+        if token not in ranks and merge_all(token, ranks) == [left, right]:
+            if vocab[token] < last:
+                return None  # joined in another order than that of the ids
+            ranks[token] = last = vocab[token]
+    if whole:
+        for token in sorted(vocab.keys() - ranks.keys(), key=vocab.get):
+            lower = {t: i for t, i in ranks.items() if i < vocab[token]}
+            if len(merge_all(token, lower)) < 3:
+                return None  # tiktoken would join what the file doesn't
+        ranks = dict(vocab)
+    return ranks
+
+
+def split_pattern(spec: dict) -> str | None:
+    """The one regular expression that cuts text as the file's pre-tokenizers do."""
+    steps = spec["pre_tokenizer"] or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return None
+    first, regex = steps[:-1], steps[-1].get("use_regex", True)
+    if not first and regex:
+        return GPT2_PATTERN
+    if len(first) != 1:
+        return None
+    if first[0]["type"] == "Digits" and first[0]["individual_digits"] and regex:
+        return DIGITS_PATTERN
+    if first[0]["type"] == "Split" and not regex:
+        isolated = first[0]["behavior"] == "Isolated" and not first[0]["invert"]
+        return first[0]["pattern"].get("Regex") if isolated else None
+    return None
+
+
+def convert(spec: dict, eos: str, bos: str | None, folder: Path) -> Tokenizer | None:
+    """A tokenizer.json on tiktoken with identical ids, or None."""
+    model, pattern = spec["model"], split_pattern(spec)
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type") != "BPE" or pattern is None or spec["normalizer"]:
+        return None
+    if any(model.get(name) for name in options) or model.get("byte_fallback"):
+        return None
+    if not all(token["special"] for token in spec["added_tokens"]):
+        return None
+    specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    vocab = {to_bytes(t): i for t, i in model["vocab"].items() if t not in specials}
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    merges = [(to_bytes(left), to_bytes(right)) for left, right in pairs]
+    ranks = ranks_from_merges(vocab, merges, whole=model.get("ignore_merges", False))
+    if ranks is None:
+        return None
+    return Tokenizer(ranks, pattern, specials, eos, bos, vocabulary=vocab, folder=folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sources of tokenizers
+
+
+def load_tokenizer(name: str) -> Tokenizer | LibraryTokenizer:
+    """name: "world", a folder, a tokenizer.json, a Llama-3 tokenizer.model, or a tiktoken encoding."""
+    path = Path(name)
+    if name == "world":
+        import world
+
+        return from_words(world.vocabulary())
+    if path.is_dir():
+        files = [path / "tokenizer.json", path / "tokenizer.model"]
+        path = next((file for file in files if file.exists()), files[0])
+    if path.suffix == ".json":
+        return from_tokenizer_json(path)
+    if path.suffix == ".model":
+        return from_llama3_model(path)
+    if name in tiktoken.list_encoding_names():
+        known = tiktoken.get_encoding(name)
+        specials = known._special_tokens
+        return Tokenizer(known._mergeable_ranks, known._pat_str, specials, "<|endoftext|>")
+    raise ValueError(
+        f"no tokenizer {name!r}: give a folder with tokenizer.json or tokenizer.model, 'world', "
+        f"or one of {', '.join(tiktoken.list_encoding_names())}"
+    )
+
+
+def from_words(words: list[str]) -> Tokenizer:
+    """One token for each word, alone and after a space; anything else falls back to bytes."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [form.encode() for word in words for form in (word, " " + word)]
+    ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return Tokenizer(ranks, WORLD_PATTERN, {"<|endoftext|>": len(ranks)}, "<|endoftext|>")
+
+
+def from_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        eos, bos = end_and_start(spec, path.parent)
+        tokenizer = convert(spec, eos, bos, path.parent)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable tokenizer.json: {error!r}") from error
+    if tokenizer is None:
+        warnings.warn(f"{path}: not convertible to tiktoken, using `tokenizers`", stacklevel=3)
+        tokenizer = LibraryTokenizer(spec, eos, bos, path.parent)
+    return tokenizer
+
+
+def end_and_start(spec: dict, folder: Path) -> tuple[str, str | None]:
+    """Name of the token that ends a text, and of the one that the tokenizer puts before it."""
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    eos, bos = config.get("eos_token"), config.get("bos_token")
+    eos, bos = (t["content"] if isinstance(t, dict) else t for t in (eos, bos))
+    names = [token["content"] for token in spec["added_tokens"]]
+    eos = eos or next((name for name in END_OF_TEXT if name in names), None)
+    if eos not in names:
+        raise ValueError(f"{folder}: can't tell which of {names[:9]} ends a text (eos_token)")
+    before = bos and config.get("add_bos_token")
+    if "add_bos_token" not in config:
+        before = f'{{"id": "{bos}"' in json.dumps((spec["post_processor"] or {}).get("single"))
+    return eos, bos if before else None
+
+
+def from_llama3_model(path: Path) -> Tokenizer:
+    """Lines of base64 token and rank, as Meta publishes Llama 3."""
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        if not re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", line):
+            raise ValueError(f"{path} is no Llama-3 tokenizer.model; is there a tokenizer.json?")
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"}
+    named |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    spare = iter(range(256))
+    specials = {}
+    for i in range(256):
+        name = named.get(i) or f"reserved_special_token_{next(spare)}"
+        specials[f"<|{name}|>"] = len(ranks) + i
+    eos, bos = "<|end_of_text|>", "<|begin_of_text|>"
+    return Tokenizer(ranks, LLAMA3_PATTERN, specials, eos, bos)
