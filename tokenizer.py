@@ -1,13 +1,13 @@
 """Text to token ids and back, for every vocabulary this repository meets.
 
-load_tokenizer("world")               the pocket world's words; nothing is downloaded
-load_tokenizer("path/to/hf_folder")   tokenizer.json (GPT-2, Llama 3, SmolLM2 ...) or tokenizer.model
-load_tokenizer("gpt2")                an encoding that tiktoken knows by name (it downloads the ranks)
+    load_tokenizer("world")        the pocket world's words; nothing is downloaded
+    load_tokenizer("hf_folder")    its tokenizer.json (GPT-2, Llama 3, SmolLM2) or tokenizer.model
+    load_tokenizer("gpt2")         an encoding that tiktoken knows by name and downloads
 
-Byte-level BPE runs on tiktoken, several times faster than the `tokenizers` library. tiktoken joins any
-two neighbours whose concatenation is a token, lowest rank first; a tokenizer.json lists the pairs that
-may join. `ranks_from_merges` builds the ranks with which both do the same. What it can't convert (a
-sentencepiece vocabulary, an unknown pre-tokenizer) runs on the `tokenizers` library instead.
+Byte-level BPE runs on tiktoken, several times faster than the `tokenizers` library. tiktoken joins
+any two neighbours whose concatenation is a token, lowest rank first; a tokenizer.json lists the
+pairs that may join. `ranks_from_merges` builds the ranks with which both do the same. What it can't
+convert (a sentencepiece vocabulary, an unknown pre-tokenizer) runs on `tokenizers` instead.
 
 Ordinary text never becomes a special token, even where it spells one.
 """
@@ -33,9 +33,15 @@ WORLD_PATTERN = r" ?\S+|\s"  # words as they stand between spaces
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # if no config names the token
 TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model vocab.json"
-    " merges.txt added_tokens.json chat_template.jinja"
-).split()
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 def byte_symbols() -> list[str]:
@@ -76,7 +82,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(*self.token_bytes, *specials.values())
         self.eos = specials[eos]
         self.bos = None if bos is None else specials[bos]
-        # tiktoken needs all 256 bytes; those a vocabulary lacks get ids beyond it, dropped in encode
+        # tiktoken needs all 256 bytes; those a vocabulary lacks get ids beyond it
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         stand_ins = {byte: self.vocab_size + i for i, byte in enumerate(absent)}
         self.absent = absent
@@ -205,7 +211,7 @@ class LibraryTokenizer:
     save = Tokenizer.save
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Conversion of a tokenizer.json
 
 
@@ -286,12 +292,12 @@ def convert(spec: dict, eos: str, bos: str | None, folder: Path) -> Tokenizer | 
     return Tokenizer(ranks, pattern, specials, eos, bos, vocabulary=vocab, folder=folder)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Sources of tokenizers
 
 
 def load_tokenizer(name: str) -> Tokenizer | LibraryTokenizer:
-    """name: "world", a folder, a tokenizer.json, a Llama-3 tokenizer.model, or a tiktoken encoding."""
+    """name: "world", a folder, a tokenizer.json or .model, or an encoding of tiktoken's."""
     path = Path(name)
     if name == "world":
         import world

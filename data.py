@@ -1,0 +1,224 @@
+"""Documents in, prefixes and suffixes out.
+
+    python data.py inspect PATH            # what is there: fields, lengths, samples, a histogram
+    python data.py filter PATH --out DIR   # RedPajama's unsafe documents (see unsafe.py)
+
+A document is its tokens and an end of text, cut into chunks of N tokens. One chunk boundary, drawn
+at random, gives one sample: up to max_seq - N tokens before it are the prefix, the N tokens after
+it the suffix. A sample never holds text of two documents.
+
+The order of samples is one global order that knows nothing of processes: shards in an order keyed
+by the seed, documents in windows permuted by a keyed generator. Every rank walks through all of it,
+and of each global batch takes samples rank, rank + world_size, ...; so the state is a few integers,
+and a run may go on with another number of ranks.
+"""
+
+import hashlib
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sources import DataError, Files, Skips
+
+# Shares of the documents, by a hash of their text: whatever the shards, no document is in two.
+SPLITS = {
+    "train": (0.0, 0.9),
+    "teacher": (0.9, 0.98),  # for training judges and rewriters
+    "validation": (0.98, 0.99),
+    "test": (0.99, 1.0),
+    "all": (0.0, 1.0),
+}
+WINDOW_BYTES = 32 << 20  # a window of the shuffle ends early when its texts pass this size
+PATIENCE = 200_000  # documents without a sample before we give up
+
+
+@dataclass
+class Batch:
+    prefix: torch.Tensor  # int64 [B, P], padded on the left with the end-of-text id
+    pad: torch.Tensor  # int32 [B], number of padding tokens
+    suffix: torch.Tensor  # int64 [B, N]
+    index: torch.Tensor  # int64 [B], number of the sample in the run; keys its randomness
+    prefix_text: list[str]
+    suffix_text: list[str]
+    state: dict  # Stream(state=...) goes on right after this batch
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a text: they decide its split, and tell duplicates."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def in_split(key: int, split: str) -> bool:
+    low, high = SPLITS[split]
+    return low <= key / 2**64 < high
+
+
+def cut(
+    ids: np.ndarray, key: int, chunk: int, max_seq: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Prefix and suffix around one of the document's chunk boundaries; None if it has none."""
+    boundaries = len(ids) // chunk - 1
+    if boundaries < 1:
+        return None
+    middle = chunk * (1 + key % boundaries)
+    return ids[max(0, middle - (max_seq - chunk)) : middle], ids[middle : middle + chunk]
+
+
+class Stream:
+    """Iterating yields this rank's part of each global batch, prepared by a background thread."""
+
+    def __init__(
+        self,
+        source,  # what `sources.list_files` takes, or an object with documents(start)
+        tokenizer,
+        *,
+        chunk: int,
+        max_seq: int,
+        batch_size: int,  # of the global batch
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        text_field: str | None = None,  # None: whichever of TEXT_FIELDS a line has
+        window: int = 1024,  # documents that are shuffled together
+        split: str = "train",  # a key of SPLITS; an object with documents() does its own splitting
+        epochs: int | None = None,  # None: for ever
+        drop_duplicates: bool = False,  # of a text, within a window
+        state: dict | None = None,
+    ):
+        if max_seq < 2 * chunk:
+            raise ValueError(f"max_seq {max_seq} can't hold two chunks of {chunk} tokens")
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        self.skipped = Skips()
+        self.files = isinstance(source, str)
+        self.source = Files(source, self.skipped, text_field, seed) if self.files else source
+        self.name = source if self.files else type(source).__name__
+        self.tokenizer, self.chunk, self.max_seq = tokenizer, chunk, max_seq
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.window, self.split, self.epochs = seed, window, split, epochs
+        self.drop_duplicates, self.state = drop_duplicates, state
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches, stop = queue.Queue(maxsize=2), threading.Event()
+
+        def put(item) -> None:
+            while not stop.is_set():
+                try:
+                    return batches.put(item, timeout=0.1)
+                except queue.Full:
+                    pass
+
+        def work() -> None:
+            try:
+                for batch in self.batches():
+                    put(batch)
+                    if stop.is_set():
+                        return
+                put(None)
+            except BaseException as error:  # the loop that asks for batches has to hear of it
+                put(error)
+
+        threading.Thread(target=work, daemon=True, name="data").start()
+        try:
+            while (item := batches.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+
+    def batches(self) -> Iterator[Batch]:
+        """What iterating yields, without the thread."""
+        rows, slot, state = [], 0, self.state
+        for number, sample, state in self.samples():
+            if slot % self.world_size == self.rank:
+                rows.append((number, *sample))
+            slot += 1
+            if slot == self.batch_size:
+                yield self.collate(rows, state)
+                rows, slot = [], 0
+        if slot:
+            yield self.collate(rows, state)
+
+    def samples(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], dict]]:
+        """(number, (prefix, suffix), state right after it) in the global order."""
+        state = self.state or {"index": 0, "epoch": 0, "window": 0, "used": 0, "source": None}
+        index, epoch, begin = state["index"], state["epoch"], state["source"]
+        window, used, idle = state["window"], state["used"], 0
+        while self.epochs is None or epoch < self.epochs:
+            first = index if (window, used) == (0, 0) else None  # None: joined in mid-epoch
+            start = self.source.beginning(epoch) if self.files and begin is None else begin
+            for texts, end in self.windows(start):
+                order = np.random.default_rng([self.seed, epoch, window]).permutation(len(texts))
+                for i in range(used, len(texts)):
+                    sample = self.sample(texts[order[i]], epoch)
+                    idle = 0 if sample else idle + 1
+                    if idle >= PATIENCE:
+                        self.give_up()
+                    if sample:
+                        place = {"epoch": epoch, "window": window, "used": i + 1, "source": start}
+                        yield index, sample, {"index": index + 1, **place}
+                        index += 1
+                window, used, start = window + 1, 0, end
+            if index == first:
+                self.give_up()
+            epoch, window, used, begin = epoch + 1, 0, 0, None
+
+    def windows(self, start: dict | None) -> Iterator[tuple[list[str], dict]]:
+        """Texts that are shuffled together, and the position after them, to the end of an epoch."""
+        texts, size, seen, end = [], 0, set(), start
+        for text, end in self.source.documents(start):
+            key = digest(text) if self.files or self.drop_duplicates else 0
+            if self.files and not in_split(key, self.split):
+                self.skipped[f"not in split {self.split}"] += 1
+            elif self.drop_duplicates and key in seen:
+                self.skipped["duplicate"] += 1
+            else:
+                seen.add(key)
+                texts.append(text)
+                size += len(text)
+            if len(texts) == self.window or size > WINDOW_BYTES:
+                yield texts, end
+                texts, size, seen = [], 0, set()
+        if texts:
+            yield texts, end
+
+    def sample(self, text: str, epoch: int) -> tuple[np.ndarray, np.ndarray] | None:
+        start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+        ids = np.array([*start, *self.tokenizer.encode(text), self.tokenizer.eos])
+        key = digest(f"{self.seed} {epoch} {text}")
+        sample = cut(ids, key, self.chunk, self.max_seq)
+        if sample is None:
+            self.skipped["shorter than two chunks"] += 1
+        return sample
+
+    def collate(self, rows: list, state: dict) -> Batch:
+        length = max((len(prefix) for _, prefix, _ in rows), default=self.chunk)
+        prefixes = torch.full((len(rows), length), self.tokenizer.eos)  # [B, P]
+        for row, (_, prefix, _) in enumerate(rows):
+            prefixes[row, length - len(prefix) :] = torch.from_numpy(prefix)
+        suffixes = np.array([suffix for *_, suffix in rows], dtype=np.int64)
+        return Batch(
+            prefix=prefixes,
+            pad=torch.tensor([length - len(prefix) for _, prefix, _ in rows], dtype=torch.int32),
+            suffix=torch.from_numpy(suffixes.reshape(len(rows), self.chunk)),
+            index=torch.tensor([number for number, *_ in rows], dtype=torch.int64),
+            prefix_text=[self.tokenizer.decode(prefix) for _, prefix, _ in rows],
+            suffix_text=[self.tokenizer.decode(suffix) for *_, suffix in rows],
+            state=state,
+        )
+
+    def give_up(self) -> None:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
+        raise DataError(f"no document left to train on in {self.name} ({counts or 'it is empty'})")
+
+
+if __name__ == "__main__":
+    from unsafe import main
+
+    main(sys.argv[1:])
