@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 8 << 20  # bytes of a reply that we are willing to read
 RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}
 SET_ASIDE = 10  # failures in a row after which an endpoint is only probed
+SPREAD = 0.005  # seconds between two requests that leave after a pause, at first
 
 
 class TeacherError(Exception):
@@ -95,7 +96,7 @@ class Endpoint:
 
     def answered(self, now: float) -> None:
         if self.aside:  # it is back: let the waiting requests come, but not all at once
-            self.aside, self.gap, self.turn = 0.0, 0.001, now
+            self.aside, self.gap, self.turn = 0.0, SPREAD, now
         self.failures = 0
         self.gap = 0.98 * self.gap if self.gap > 1e-4 else 0.0
 
@@ -107,7 +108,7 @@ class Endpoint:
         self.failures += 1
         if failure.kind == "429" or failure.retry_after is not None:
             pause = failure.retry_after or min(30.0, random.uniform(0.03, 0.06) * 2**self.failures)
-            self.gap = min(1.0, max(1.25 * self.gap, pause / (self.in_flight + 1)))
+            self.gap = min(1.0, max(1.25 * self.gap, SPREAD))
         elif self.failures >= SET_ASIDE:
             pause = self.aside = min(60.0, 2.0 ** min(self.failures - SET_ASIDE, 6))
             log.warning("%s set aside for %.0f s: %s", self.url, pause, failure)

@@ -1,0 +1,194 @@
+"""A teacher that fails by a seeded plan: what networks, proxies and servers do to a long run.
+
+    with faulty_server(share=0.3, seed=0, answer=lambda request: "VERDICT: A") as server:
+        Chat(server.url, "any model") ...
+        server.counts  # replies by kind, "answer" for the good ones
+
+Whether a request fails, and how, depends on the seed, on its body and on how often this body has
+been seen, not on the order of arrival. It speaks HTTP on bare sockets, because half of the faults
+are things that an HTTP library refuses to do; it runs in a thread of the calling process.
+"""
+
+import asyncio
+import collections
+import contextlib
+import hashlib
+import json
+import random
+import re
+import socket
+import struct
+import threading
+import time
+
+# faults that a client can only overcome by asking again
+TRANSPORT = ["hang", "slow", "reset", "half_closed", "huge"]
+TRANSPORT += ["invalid_json", "malformed", "content_type", "408", "409", "429", "429_retry_after"]
+TRANSPORT += ["500", "502", "503", "503_retry_after"]
+# replies of a correct form that hold no usable answer
+CONTENT = ["null", "empty", "length", "reasoning_only", "nonsense"]
+
+
+class FaultyServer:
+    """Attributes may be changed while it runs; `rate` is a limit in requests per second."""
+
+    def __init__(self, plan, share, seed, answer, latency, rate, retry_after, message):
+        self.plan, self.share, self.seed, self.answer = plan, share, seed, answer
+        self.latency, self.rate, self.retry_after, self.message = (
+            latency,
+            rate,
+            retry_after,
+            message,
+        )
+        self.counts = collections.Counter()  # replies by kind
+        self.answered = collections.Counter()  # good answers by prompt
+        self.seen = collections.Counter()  # requests by body
+        self.arrivals = []  # time.monotonic() of every request
+        self.keys = set()  # Authorization headers
+        self.open = self.peak = 0  # requests being answered, now and at most
+
+    async def connection(self, reader, writer):
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                length = int(re.search(r"content-length: *(\d+)", head, re.I)[1])
+                body = await reader.readexactly(length)
+                self.arrivals.append(time.monotonic())
+                self.keys.update(re.findall(r"authorization: *(.*)\r", head, re.I))
+                self.open += 1
+                self.peak = max(self.peak, self.open)
+                try:
+                    await self.reply(reader, writer, body)
+                finally:
+                    self.open -= 1
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    def kind(self, body: bytes) -> str:
+        """The fault planned for this request, or "answer"."""
+        second = self.arrivals[-1] - 1.0
+        if self.rate and sum(t > second for t in self.arrivals[-int(self.rate) * 4 :]) > self.rate:
+            return "429_retry_after"
+        digest = hashlib.sha256(body).hexdigest()
+        self.seen[digest] += 1
+        draw = random.Random(f"{self.seed} {digest} {self.seen[digest]}")
+        return draw.choice(self.plan) if draw.random() < self.share else "answer"
+
+    async def reply(self, reader, writer, body: bytes) -> None:
+        """Answers one request; raises ConnectionError if nothing may follow on the connection."""
+        kind, request = self.kind(body), json.loads(body)
+        self.counts[kind] += 1
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        status, headers, content = 200, {"Content-Type": "application/json"}, b""
+        if kind[:3].isdigit():
+            status = int(kind[:3])
+            content = json.dumps({"error": {"message": self.message or f"planned {kind}"}}).encode()
+            if kind.endswith("retry_after"):
+                headers["Retry-After"] = str(self.retry_after)
+            if 300 <= status < 400:
+                headers["Location"] = "http://127.0.0.1:9/elsewhere"
+        elif kind == "invalid_json":
+            content = b'{"choices": [{"message": {"content": "VERDICT: A'
+        elif kind == "malformed":
+            content = b'{"choices": []}'
+        elif kind == "content_type":
+            headers["Content-Type"], content = "text/html", b"<html>Please log in</html>"
+        elif kind == "huge":
+            headers["Content-Length"] = str(100 << 20)
+        else:
+            content = self.completion(kind, request)
+        headers = {"Content-Length": str(len(content)), **headers}
+        head = f"HTTP/1.1 {status} planned\r\n"
+        head += "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+        await self.send(kind, reader, writer, head.encode() + b"\r\n", content)
+        if kind == "answer":
+            self.answered[request["messages"][0]["content"]] += 1
+
+    def completion(self, kind: str, request: dict) -> bytes:
+        message, finish = {"role": "assistant", "content": None}, "stop"
+        if kind == "reasoning_only":
+            message["reasoning_content"] = "Let me think. VERDICT: A"
+        elif kind == "empty":
+            message["content"] = " \n"
+        elif kind == "nonsense":
+            message["content"] = "colourless green ideas"
+        elif kind != "null":
+            message["content"] = self.answer(request)
+        if kind == "length":
+            message["content"], finish = message["content"][:-1], "length"
+        reply = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": request["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        }
+        return json.dumps(reply).encode()
+
+    async def send(self, kind, reader, writer, head: bytes, content: bytes) -> None:
+        if kind == "hang":
+            await reader.read(1)  # until the client has had enough
+            raise ConnectionError
+        if kind == "reset":
+            linger = struct.pack("ii", 1, 0)  # close at once, with RST
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+            raise ConnectionError
+        if kind == "half_closed":
+            writer.write(head + content[: len(content) // 2])
+            raise ConnectionError
+        if kind == "slow":
+            for byte in head + content:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            return
+        writer.write(head + content)
+        if kind == "huge":
+            for _ in range(1600):
+                writer.write(b" " * (64 << 10))
+                await writer.drain()
+        await writer.drain()
+
+
+@contextlib.contextmanager
+def faulty_server(
+    plan=tuple(TRANSPORT),  # the kinds of faults, equally likely
+    share: float = 0.0,  # of requests that fail
+    seed: int = 0,
+    answer=lambda request: "answer to " + request["messages"][0]["content"],
+    latency: float = 0.0,  # seconds before each reply
+    rate: float | None = None,  # requests per second; above it: 429 with Retry-After
+    retry_after: float | str = 0.1,  # value of that header
+    message: str = "",  # text of error replies
+    port: int = 0,
+):
+    server = FaultyServer(plan, share, seed, answer, latency, rate, retry_after, message)
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+
+    async def main():
+        listening = await asyncio.start_server(
+            server.connection, "127.0.0.1", port, backlog=4096, limit=64 << 20
+        )
+        server.port = listening.sockets[0].getsockname()[1]
+        server.url = f"http://127.0.0.1:{server.port}/v1"
+        server.stop = asyncio.Event()
+        ready.set()
+        await server.stop.wait()
+        listening.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=[main()], daemon=True)
+    thread.start()
+    ready.wait()
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(server.stop.set)
+        thread.join(timeout=5)
