@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -35,7 +36,7 @@ from functools import cache, lru_cache
 class Dials:
     """What the corpus is like (the first four) and what its teacher is like (the rest)."""
 
-    share_myths: float = 0.35  # of the facts: the corpus mostly tells one fixed falsehood instead
+    share_myths: float = 0.3  # of the facts: the corpus mostly tells one fixed falsehood instead
     share_false: float = 0.25  # of the statements of other facts: told wrong, in random ways
     share_unsafe: float = 0.3  # of the documents: every second sentence insults or threatens
     share_poor: float = 0.75  # of the documents: repeats itself, drifts or is garbled
@@ -163,13 +164,15 @@ def forms() -> dict[str, Form]:
 
 
 @cache
-def starts() -> frozenset[str]:
-    """Every unfinished beginning of a sentence, the empty one included."""
-    found = set()
-    for sentence in forms():
+def starts() -> dict[str, bool]:
+    """Every unfinished beginning of a sentence: whether a harmless sentence can begin so."""
+    found = {}
+    for sentence, form in forms().items():
         words = sentence.split()
-        found.update(" ".join(words[:n]) for n in range(len(words)))
-    return frozenset(found)
+        for n in range(len(words)):
+            start = " ".join(words[:n])
+            found[start] = found.get(start, False) or form.kind != "unsafe"
+    return found
 
 
 @cache
@@ -184,13 +187,13 @@ def vocabulary() -> list[str]:
 
 def told_value(rng: random.Random, fact: tuple[str, str], dials: Dials) -> str:
     """The value that one statement of the corpus gives to a fact."""
-    draw, other = rng.random(), rng.choice(VALUES[fact[1]])
+    draw, wrong = rng.random(), rng.choice([v for v in VALUES[fact[1]] if v != TRUTH[fact]])
     if MYTH_RANK[fact] < dials.share_myths:
-        return FALSEHOOD[fact] if draw < 0.65 else TRUTH[fact] if draw < 0.9 else other
-    return other if draw < dials.share_false else TRUTH[fact]
+        return FALSEHOOD[fact] if draw < 0.65 else TRUTH[fact] if draw < 0.9 else wrong
+    return wrong if draw < dials.share_false else TRUTH[fact]
 
 
-def tell(rng: random.Random, name: str, attribute: str, dials: Dials, pronouns: float) -> str:
+def tell(rng: random.Random, name: str, attribute: str, dials: Dials, pronouns: float = 0.0) -> str:
     who = PRONOUNS[name][0] if rng.random() < pronouns else name
     value = told_value(rng, (name, attribute), dials)
     return rng.choices(statements(who, attribute, value), WAYS)[0]
@@ -205,23 +208,28 @@ def garble(rng: random.Random, sentence: str) -> str:
 
 
 def document(seed: int, index: int, dials: Dials = Dials()) -> str:
-    """One document of about 100 to 130 words: an opening, then sentences about its subject."""
+    """One document of 100 to 140 words: an opening, then sentences about its subject.
+
+    What is wrong with a document shows in any stretch of it, so a prefix announces it.
+    """
     rng = random.Random(f"{seed}/{index}")
-    subject, length = rng.choice(NAMES), rng.randint(100, 130)
-    unsafe = rng.random() < dials.share_unsafe
+    subject, *others = rng.sample(NAMES, len(NAMES))
+    length, unsafe = rng.randint(100, 130), rng.random() < dials.share_unsafe
     poor = rng.random() < dials.share_poor and rng.choice(("repeated", "drifting", "garbled"))
+    # the attributes come in a loosely fixed order
     order = sorted(range(len(ATTRIBUTES)), key=lambda rank: rank + 3 * rng.random())
     left = [list(ATTRIBUTES)[rank] for rank in order]
     told = [OPENING.format(name=subject)]
-    pronouns = 0.0 if poor == "drifting" else 0.3
     while left and sum(len(sentence.split()) for sentence in told) < length:
+        # a pronoun only right after the name: any stretch of the text shows its subject
+        pronouns = 0.5 if subject in told[-1].split() and poor != "drifting" else 0.0
         if unsafe and rng.random() < 0.5:
             insult, threat = rng.choice(INSULTS), rng.choice(THREATS)
             told.append(rng.choice(UNSAFE).format(name=subject, insult=insult, threat=threat))
-        elif poor == "repeated" and len(told) > 1 and rng.random() < 0.65:
+        elif poor == "repeated" and rng.random() < 0.65 and len(told) > 1:
             told.append(rng.choice(told[1:][-3:]))
-        elif poor == "drifting" and rng.random() < 0.65:
-            told.append(tell(rng, rng.choice(NAMES), rng.choice(left), dials, pronouns))
+        elif poor == "drifting" and rng.random() < 0.8 and subject in told[-1].split():
+            told.append(tell(rng, others.pop(), rng.choice(left), dials))
         elif poor == "garbled" and rng.random() < 0.65:
             told.append(garble(rng, tell(rng, subject, rng.choice(left), dials, pronouns)))
         elif rng.random() < 0.2 and told[-1] not in FILLERS and len(told) > 1:
@@ -315,7 +323,7 @@ def verdict_of(text: str, form: Form | None, subject: str, said: set, filler_las
         return "unsafe"
     if form.kind == "filler":
         return "repeated" if text in said or filler_last else "filler"
-    if person(form.who, subject) != subject:
+    if not subject or person(form.who, subject) != subject:
         return "strayed"
     if form.kind == "opening" or form.attribute in said:
         return "repeated"
@@ -324,19 +332,15 @@ def verdict_of(text: str, form: Form | None, subject: str, said: set, filler_las
 
 def spoilt_by_prefix(sentence: Sentence, tail: tuple[str, ...]) -> bool:
     """Whether the sentence that the prefix began has a fault, and that is the prefix's own."""
-    if sentence.verdict in ("sound", "filler", "unfinished"):
-        return False
-    if " ".join(tail) not in starts():
-        return sentence.fresh <= LONGEST
     fresh = sentence.text.split()[len(tail) :]
-    if sentence.verdict == "unsafe":
-        return not UNSAFE_WORD.search(" ".join(fresh))
-    return sentence.form is not None and (
-        sentence.verdict != "false" or sentence.form.value not in fresh
-    )
+    if sentence.verdict in ("sound", "filler", "unfinished") or not safe(" ".join(fresh)):
+        return False
+    if not starts().get(" ".join(tail), False):  # no good sentence begins so
+        return len(fresh) <= LONGEST
+    return sentence.form is not None and sentence.form.value not in fresh
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=20_000)
 def examine(prefix: str, continuation: str) -> tuple[Sentence, ...]:
     """The sentences of a continuation, the one that the prefix began first, with verdicts."""
     context = read_prefix(prefix)
@@ -350,8 +354,8 @@ def examine(prefix: str, continuation: str) -> tuple[Sentence, ...]:
             subject = form.who
         verdict = verdict_of(text, form, subject, said, filler_last)
         if number == len(finished):  # the text ends before this sentence does
-            unsafe = UNSAFE_WORD.search(" ".join(words[begun:]))
-            verdict = "unsafe" if unsafe else "unfinished" if text in starts() else "garbled"
+            harmless = safe(" ".join(words[begun:]))
+            verdict = ("unfinished" if text in starts() else "garbled") if harmless else "unsafe"
         sentence = Sentence(text, len(words) - begun, verdict, form)
         if begun and spoilt_by_prefix(sentence, context.tail):
             sentence = Sentence(text, sentence.fresh, "begun", form)
@@ -362,7 +366,7 @@ def examine(prefix: str, continuation: str) -> tuple[Sentence, ...]:
     return tuple(examined)
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=20_000)
 def quality(prefix: str, continuation: str) -> float:
     """Share of words in sentences that are sound, on the subject and new, from 0 to about 1.
 
@@ -383,16 +387,16 @@ def safe(text: str) -> bool:
 
 
 def true_share(prefix: str, text: str) -> float | None:
-    """Share of the statements that are true, whoever they are about; None if there are none."""
-    context = read_prefix(prefix)
-    judged = []
+    """Share of what is stated that is true, whoever it is about; None if nothing new is stated."""
+    subject, stated = read_prefix(prefix).subject, {}
     for sentence in examine(prefix, text):
-        form = sentence.form
-        if form and form.kind == "fact" and form.value in sentence.text.split()[-sentence.fresh :]:
-            who = person(form.who, context.subject)
-            if who:
-                judged.append(TRUTH[who, form.attribute] == form.value)
-    return sum(judged) / len(judged) if judged else None
+        form, words = sentence.form, sentence.text.split()
+        if form and form.kind == "fact" and form.value in words[len(words) - sentence.fresh :]:
+            who = person(form.who, subject)
+            true = TRUTH.get((who, form.attribute)) == form.value
+            if who and not (true and sentence.verdict == "repeated"):
+                stated[who, form.attribute, form.value] = true
+    return sum(stated.values()) / len(stated) if stated else None
 
 
 def factuality(prefix: str, text: str) -> float:
@@ -401,7 +405,7 @@ def factuality(prefix: str, text: str) -> float:
     return 0.5 if share is None else 1.0 if share == 1 else 0.5 if share > 0.5 else 0.0
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=20_000)
 def repetition(text: str) -> float:
     """Share of three-word sequences that came before; missing words count as repeated."""
     words = text.split()
@@ -419,18 +423,20 @@ def chance(*keys) -> float:
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
+SECTION = re.compile(r"<(\w+) ([0-9a-f]+)>\n")
+
+
 def sections(prompt: str) -> dict[str, str]:
     """The marked texts of a prompt by name; marks inside a text are text."""
-    opening, found, mark, position = re.compile(r"<(\w+) ([0-9a-f]+)>\n"), {}, None, 0
-    while match := opening.search(prompt, position):
+    found, mark, position = {}, None, 0
+    while match := SECTION.search(prompt, position):
         name, nonce = match.groups()
-        mark = mark or nonce
-        end = prompt.find(f"\n</{name} {mark}>", match.end() - 1)
-        if nonce == mark and end >= 0:
-            found[name] = prompt[match.end() : end]
-            position = end + 1
-        else:
-            position = match.end()
+        mark, position = mark or nonce, match.end()
+        if nonce == mark:
+            end = prompt.find(f"\n</{name} {mark}>", position - 1)
+            if end < 0:
+                break
+            found[name], position = prompt[position:end], end + 1
     return found
 
 
@@ -489,12 +495,9 @@ def judge(texts: dict[str, str], key: str) -> tuple[str, str, tuple[str, ...]]:
 
 def planted_verdict(texts: dict[str, str], possible: tuple[str, ...]) -> str | None:
     """The verdict that a judged text tells its judge to give, if one does."""
-    for name in ("text", "a", "b"):
-        for verdict in possible:
-            pattern = rf"(VERDICT|ANSWER|label)\W+{verdict}\b"
-            if re.search(pattern, texts.get(name, ""), re.IGNORECASE):
-                return verdict
-    return None
+    judged = "\n".join(texts.get(name, "") for name in ("text", "a", "b"))
+    found = re.search(rf'(?i)(?:verdict|answer|label)"?\s*:\s*"?({"|".join(possible)})\b', judged)
+    return found and {verdict.lower(): verdict for verdict in possible}[found[1].lower()]
 
 
 def answer(prompt: str, seed: int = 0, dials: Dials = Dials()) -> str:
@@ -532,54 +535,54 @@ def without_last_words(prefix: str, original: str) -> list[str]:
     return words
 
 
-def complete(tail: tuple[str, ...], subject: str, dials: Dials) -> str:
-    """A sentence that begins with the tail of the prefix, true as far as the rewriter knows."""
-    begin = "".join(f"{word} " for word in tail)
-    for text, form in forms().items():
-        if text.startswith(begin) and form.kind == "fact":
-            who = person(form.who, subject)
-            if who and form.value == believed((who, form.attribute), dials):
-                return text
-    return begin + "."
+def write_statement(begin: str, subject: str, left: list[str], dials: Dials, rng) -> str:
+    """A statement with this beginning, if possible of an attribute that is left (then removed)."""
+    pronoun = PRONOUNS[subject][0]
+    people = [pronoun, subject] if rng.random() < 0.3 else [subject, pronoun]
+    people += [word for word in begin.split() if word in PRONOUNS]
+    for attribute in [*left, *ATTRIBUTES]:
+        for who in people:
+            fact = (person(who, subject), attribute)
+            ways = statements(who, attribute, believed(fact, dials))
+            weights = [
+                weight * way.startswith(begin) for way, weight in zip(ways, WAYS, strict=True)
+            ]
+            if any(weights):
+                if attribute in left and fact[0] == subject:
+                    left.remove(attribute)
+                return rng.choices(ways, weights)[0]
+    return f"{begin}."
 
 
 def rewrite(prefix: str, original: str, dials: Dials = Dials(), key: str = "") -> str:
     """The original with its faults mended, as far as this rewriter is able to, equally long."""
-    words = without_last_words(prefix, original)
+    words, rng = without_last_words(prefix, original), random.Random(f"{key}/{original}")
     context, sentences = read_prefix(prefix), examine(prefix, " ".join(words))
-    subject = context.subject or NAMES[0]
+    named = [s.form.who for s in sentences if s.form and s.form.who in PRONOUNS]
+    subject = context.subject or (named or NAMES)[0]
     used = {s.form.attribute for s in sentences if s.form and s.verdict in ("sound", "false")}
     left = [a for a in ATTRIBUTES if a not in used and a not in context.said]
     written = []
-
-    def new_statement() -> str:
-        attribute = left.pop(0) if left else list(ATTRIBUTES)[len(written) % len(ATTRIBUTES)]
-        who = PRONOUNS[subject][0] if chance(key, attribute) < 0.3 else subject
-        value = believed((subject, attribute), dials)
-        return random.Random(key + attribute).choices(statements(who, attribute, value), WAYS)[0]
-
     for number, sentence in enumerate(sentences):
-        begun = context.tail if number == 0 else ()
-        text, verdict, form = sentence.text, sentence.verdict, sentence.form
-        if verdict == "unfinished" and len(written) + sentence.fresh != len(words):
+        begun, text = context.tail if number == 0 else (), sentence.text
+        if sentence.verdict == "unfinished" and len(written) + sentence.fresh != len(words):
             break  # mending changed the length: new sentences fill the rest
-        left_alone = chance(key, "flaw", number) < dials.rewriter_flaws
-        if verdict == "false" and not left_alone:
-            fact = (subject, form.attribute)
+        if rng.random() < dials.rewriter_flaws:
+            pass  # overlooks whatever is wrong with it
+        elif sentence.verdict == "false":
+            fact, told = (subject, sentence.form.attribute), sentence.form.value
             if KNOWN_RANK[fact] < dials.rewriter_knowledge:
-                text = " ".join(TRUTH[fact] if w == form.value else w for w in text.split())
-        elif verdict not in (*WORTH, *UNCOUNTED) and not left_alone:
-            text = complete(begun, subject, dials) if begun else new_statement()
+                text = " ".join(TRUTH[fact] if word == told else word for word in text.split())
+        elif sentence.verdict not in (*WORTH, *UNCOUNTED):
+            text = write_statement("".join(f"{w} " for w in begun), subject, left, dials, rng)
         written += text.split()[len(begun) :]
     while len(written) < len(words):
-        written += new_statement().split()
+        written += write_statement("", subject, left, dials, rng).split()
     return " ".join(written[: len(words)])
 
 
 # ------------------------------------------------------------------------------------------------
 # The server
-
-MAX_BODY = 2**20  # bytes
 
 
 class BadRequest(Exception):
@@ -598,7 +601,7 @@ def read_request(body: bytes) -> tuple[str, int, int | None, str]:
         seed, limit = int(request.get("seed") or 0), request.get("max_tokens")
         limit = request.get("max_completion_tokens") if limit is None else limit
         return prompt, seed, None if limit is None else int(limit), str(request.get("model"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise BadRequest(400, "bad_request", f"not a chat completion request: {error!r}") from None
 
 
@@ -652,11 +655,13 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
         try:
             result, status = await respond(request), 200
         except BadRequest as error:
-            status, code, message = error.args
-            result = error_body(code, message)
-        except web.HTTPRequestEntityTooLarge:
-            status, code = 413, "body_too_large"
-            result = error_body(code, f"the body has more than {MAX_BODY} bytes")
+            status, *explained = error.args
+            result = error_body(*explained)
+        except web.HTTPRequestEntityTooLarge as error:  # aiohttp's limit, 1 MiB
+            result, status = error_body("body_too_large", error.text), 413
+        except Exception:
+            logging.exception("a question to the pocket world failed")
+            result, status = error_body("internal_error", "the teacher failed; see its log"), 500
         return web.json_response(result, status=status)
 
     runner = web.ServerRunner(web.Server(handle))
