@@ -556,11 +556,13 @@ def write_statement(begin: str, subject: str, left: list[str], dials: Dials, rng
 
 def rewrite(prefix: str, original: str, dials: Dials = Dials(), key: str = "") -> str:
     """The original with its faults mended, as far as this rewriter is able to, equally long."""
-    words, rng = without_last_words(prefix, original), random.Random(f"{key}/{original}")
+    words, rng = without_last_words(prefix, original), random.Random(chance(key, original))
     context, sentences = read_prefix(prefix), examine(prefix, " ".join(words))
     named = [s.form.who for s in sentences if s.form and s.form.who in PRONOUNS]
     subject = context.subject or (named or NAMES)[0]
-    used = {s.form.attribute for s in sentences if s.form and s.verdict in ("sound", "false")}
+    used = {
+        s.form.attribute for s in sentences if s.form and s.verdict in ("sound", "false", "begun")
+    }
     left = [a for a in ATTRIBUTES if a not in used and a not in context.said]
     written = []
     for number, sentence in enumerate(sentences):
