@@ -35,6 +35,7 @@ SPLITS = {
 }
 WINDOW_BYTES = 32 << 20  # a window of the shuffle ends early when its texts pass this size
 PATIENCE = 200_000  # documents without a sample before we give up
+OTHERS = ("a sample of another rank",)
 
 
 @dataclass
@@ -134,18 +135,18 @@ class Stream:
 
     def batches(self) -> Iterator[Batch]:
         """What iterating yields, without the thread."""
-        rows, slot, state = [], 0, self.state
+        rows, slots, state = [], 0, self.state
         for number, sample, state in self.samples():
-            if slot % self.world_size == self.rank:
+            if sample is not OTHERS:
                 rows.append((number, *sample))
-            slot += 1
-            if slot == self.batch_size:
+            slots += 1
+            if slots == self.batch_size:
                 yield self.collate(rows, state)
-                rows, slot = [], 0
-        if slot:
+                rows, slots = [], 0
+        if slots:
             yield self.collate(rows, state)
 
-    def samples(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], dict]]:
+    def samples(self) -> Iterator[tuple[int, tuple, dict]]:
         """(number, (prefix, suffix), state right after it) in the global order."""
         state = self.state or {"index": 0, "epoch": 0, "window": 0, "used": 0, "source": None}
         index, epoch, begin = state["index"], state["epoch"], state["source"]
@@ -156,7 +157,9 @@ class Stream:
             for texts, end in self.windows(start):
                 order = np.random.default_rng([self.seed, epoch, window]).permutation(len(texts))
                 for i in range(used, len(texts)):
-                    sample = self.sample(texts[order[i]], epoch)
+                    slot = (index - state["index"]) % self.batch_size
+                    mine = slot % self.world_size == self.rank
+                    sample = self.sample(texts[order[i]], epoch, mine)
                     idle = 0 if sample else idle + 1
                     if idle >= PATIENCE:
                         self.give_up()
@@ -188,14 +191,22 @@ class Stream:
         if texts:
             yield texts, end
 
-    def sample(self, text: str, epoch: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def sample(self, text: str, epoch: int, mine: bool) -> tuple | None:
+        """(prefix, suffix); None if the text is too short; OTHERS if it is another rank's."""
+        if not mine and self.surely_long(text):
+            return OTHERS  # without the work of tokenising it
         start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         ids = np.array([*start, *self.tokenizer.encode(text), self.tokenizer.eos])
         key = digest(f"{self.seed} {epoch} {text}")
         sample = cut(ids, key, self.chunk, self.max_seq)
         if sample is None:
             self.skipped["shorter than two chunks"] += 1
-        return sample
+        return sample if mine or sample is None else OTHERS
+
+    def surely_long(self, text: str) -> bool:
+        """Where no token spans two words, there are at least as many tokens as words."""
+        least = 2 * self.chunk
+        return self.tokenizer.splits_words and len(text.encode().split(None, least)) > least
 
     def collate(self, rows: list, state: dict) -> Batch:
         length = max((len(prefix) for _, prefix, _ in rows), default=self.chunk)

@@ -9,10 +9,10 @@ Whatever can't be read is noted in `Skips` with file and line, and reading goes 
 import collections
 import glob
 import json
+import logging
 import os
 import tempfile
 import time
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +22,8 @@ import numpy as np
 import requests
 import urllib3
 import zstandard
+
+log = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("text", "raw_content", "content")  # SlimPajama, FineWeb, DCLM; RedPajama-V2; code
 ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet", ".txt")
@@ -50,7 +52,7 @@ class Skips(collections.Counter):
         if self.shown:
             self.shown -= 1
             more = "" if self.shown else " (further ones are only counted)"
-            warnings.warn(f"skipped {where}: {reason}{more}", stacklevel=2)
+            log.warning("skipped %s: %s%s", where, reason, more)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,14 +14,17 @@ Ordinary text never becomes a special token, even where it spells one.
 
 import base64
 import contextlib
+import itertools
 import json
+import logging
 import math
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import tiktoken
+
+log = logging.getLogger(__name__)
 
 # How text is cut into pieces before merging. SmolLM2 isolates every digit first, so a run of spaces
 # before a digit isn't split the way GPT-2 splits it before a letter.
@@ -84,6 +87,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(*self.token_bytes, *specials.values())
         self.eos_name, self.bos_name = eos, bos
         self.eos, self.bos = specials[eos], specials[bos] if bos else None
+        self.splits_words = all(len(token.split()) < 2 for token in self.vocabulary)
         # tiktoken needs all 256 bytes; those that a vocabulary lacks get ids beyond it
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         stand_ins = {byte: self.vocab_size + i for i, byte in enumerate(absent)}
@@ -112,7 +116,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Special tokens and ids outside the vocabulary are dropped."""
-        data = b"".join(self.token_bytes.get(int(i), b"") for i in ids)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        data = b"".join(map(self.token_bytes.get, ids, itertools.repeat(b"")))
         return data.decode("utf-8", errors="replace")
 
     def save(self, folder) -> None:
@@ -210,6 +215,7 @@ class LibraryTokenizer:
         whole = Library.from_str(json.dumps(spec))
         self.eos, self.bos = whole.token_to_id(eos), whole.token_to_id(bos) if bos else None
         self.vocab_size = 1 + max(whole.get_vocab(with_added_tokens=True).values())
+        self.splits_words = False  # not known of these
         # Sentencepiece puts a space before every text; a text that brings its own needs no second.
         tokens = self.library.encode("a").tokens
         self.brings_space = bool(tokens) and tokens[0].startswith("▁")
@@ -359,7 +365,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable tokenizer.json: {error!r}") from error
     if tokenizer is None:
-        warnings.warn(f"{path}: not convertible to tiktoken, using `tokenizers`", stacklevel=3)
+        log.warning("%s can't run on tiktoken, so it runs on `tokenizers`, more slowly", path)
         try:
             tokenizer = LibraryTokenizer(spec, eos, bos, path)
         except ImportError:
