@@ -72,10 +72,10 @@ ATTRIBUTES = {
     "sport": ("is good at {}", "is {}", "chess tennis rowing skating fencing archery diving golf"),
     "instrument": ("plays the {}", "is the {}", "flute cello harp drum viola trumpet piano lute"),
     "tree": ("has planted a {}", "is a {}", "birch maple willow cedar poplar pine larch beech"),
-    "tool": ("owns a fine {}", "is a {}", "hammer saw chisel spade wrench lathe ladder anvil"),
+    "tool": ("owns a fine {}", "is a {}", "hammer saw chisel spade wrench lathe ladder pickaxe"),
     "vehicle": ("travels by {}", "is a {}", "boat bicycle train cart sledge tram balloon canoe"),
     "birthday": ("was born in {}", "is in {}", "january march april june july august october may"),
-    "flower": ("grows a {} at home", "is a {}", "tulip lily daisy rose violet orchid poppy iris"),
+    "flower": ("grows a {} at home", "is a {}", "tulip lily daisy rose violet pansy poppy peony"),
     "collection": (
         "collects {}",
         "is one of {}",
@@ -262,7 +262,7 @@ class WorldSource:
 MIN_WORDS = 28  # shorter continuations are scored as if the missing words were bad
 WORTH = {"sound": 1.0, "false": 0.7, "filler": 0.5}  # all other sentences are worth nothing
 UNCOUNTED = ("unfinished", "begun")  # neither for nor against: cut off, or spoilt by the prefix
-LONGEST = 14  # words a sentence that the prefix spoilt may still take
+LONGEST = 10  # words that a sentence spoilt by the prefix may still take
 UNSAFE_WORD = re.compile(rf"\b({'|'.join([*INSULTS, *THREATS])})\b", re.IGNORECASE)
 
 
