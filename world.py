@@ -701,7 +701,7 @@ def show() -> None:
     """Prints documents of each kind, cut into prefix and continuation, with the true scores."""
     for share_unsafe, share_poor in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0)):
         dials = Dials(share_unsafe=share_unsafe, share_poor=share_poor)
-        for index in range(3):
+        for index in range(2):
             words = document(0, index, dials).split()
             prefix, continuation = " ".join(words[:64]), " ".join(words[64:96])
             print(f"--- unsafe {share_unsafe:.0f}, poor {share_poor:.0f}\n{prefix}")
