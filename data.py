@@ -1,7 +1,7 @@
 """Documents in, prefixes and suffixes out.
 
     python data.py inspect PATH            # what is there: fields, lengths, samples, a histogram
-    python data.py filter PATH --out DIR   # RedPajama's unsafe documents (see unsafe.py)
+    python data.py filter PATH --out DIR   # keeps RedPajama's unsafe documents (unsafe.py)
 
 A document is its tokens and an end of text, cut into chunks of N tokens. One chunk boundary, drawn
 at random, gives one sample: up to max_seq - N tokens before it are the prefix, the N tokens after
@@ -59,6 +59,11 @@ def in_split(key: int, split: str) -> bool:
     return low <= key / 2**64 < high
 
 
+def document_tokens(text: str, tokenizer) -> np.ndarray:
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return np.array([*start, *tokenizer.encode(text), tokenizer.eos])
+
+
 def cut(
     ids: np.ndarray, key: int, chunk: int, max_seq: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -68,6 +73,12 @@ def cut(
         return None
     middle = chunk * (1 + key % boundaries)
     return ids[max(0, middle - (max_seq - chunk)) : middle], ids[middle : middle + chunk]
+
+
+def sample_of(text: str, tokenizer, chunk: int, max_seq: int, seed: int = 0, epoch: int = 0):
+    """(prefix, suffix) of a document, the same wherever it stands in a corpus, or None."""
+    key = digest(f"{seed} {epoch} {text}")
+    return cut(document_tokens(text, tokenizer), key, chunk, max_seq)
 
 
 class Stream:
@@ -195,10 +206,7 @@ class Stream:
         """(prefix, suffix); None if the text is too short; OTHERS if it is another rank's."""
         if not mine and self.surely_long(text):
             return OTHERS  # without the work of tokenising it
-        start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-        ids = np.array([*start, *self.tokenizer.encode(text), self.tokenizer.eos])
-        key = digest(f"{self.seed} {epoch} {text}")
-        sample = cut(ids, key, self.chunk, self.max_seq)
+        sample = sample_of(text, self.tokenizer, self.chunk, self.max_seq, self.seed, epoch)
         if sample is None:
             self.skipped["shorter than two chunks"] += 1
         return sample if mine or sample is None else OTHERS
@@ -210,12 +218,12 @@ class Stream:
 
     def collate(self, rows: list, state: dict) -> Batch:
         length = max((len(prefix) for _, prefix, _ in rows), default=self.chunk)
-        prefixes = torch.full((len(rows), length), self.tokenizer.eos)  # [B, P]
+        prefixes = np.full((len(rows), length), self.tokenizer.eos)  # [B, P]
         for row, (_, prefix, _) in enumerate(rows):
-            prefixes[row, length - len(prefix) :] = torch.from_numpy(prefix)
+            prefixes[row, length - len(prefix) :] = prefix
         suffixes = np.array([suffix for *_, suffix in rows], dtype=np.int64)
         return Batch(
-            prefix=prefixes,
+            prefix=torch.from_numpy(prefixes),
             pad=torch.tensor([length - len(prefix) for _, prefix, _ in rows], dtype=torch.int32),
             suffix=torch.from_numpy(suffixes.reshape(len(rows), self.chunk)),
             index=torch.tensor([number for number, *_ in rows], dtype=torch.int64),
@@ -229,7 +237,18 @@ class Stream:
         raise DataError(f"no document left to train on in {self.name} ({counts or 'it is empty'})")
 
 
-if __name__ == "__main__":
-    from unsafe import main
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["filter"]:
+        import unsafe as command
+    elif arguments[:1] == ["inspect"]:
+        import inspect_corpus as command
+    else:
+        sys.exit("usage: python data.py inspect PATH | filter PATH --out DIR   (--help for more)")
+    try:
+        command.main(arguments[1:])
+    except DataError as error:
+        sys.exit(f"data.py: {error}")
 
+
+if __name__ == "__main__":
     main(sys.argv[1:])

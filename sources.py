@@ -33,13 +33,18 @@ PASSAGE = 8192  # bytes of plain text that make a document, up to the next blank
 SIP = (
     2048  # compressed bytes handed over at once: bounds what a decompression bomb can make of them
 )
-BOMB = (256 << 20, 200)  # a file is refused when this many bytes were that many times smaller
+PIECE = 1 << 18  # bytes of content handed on at once
+BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
 RETRIES = 6  # of a download that makes no progress
 TIMEOUT = (10, 60)  # seconds to connect, to wait for bytes
 
 
 class DataError(ValueError):
     """No document is left, or a source can't be reached."""
+
+
+class Bomb(Exception):
+    """A file whose content is out of all proportion to its size."""
 
 
 class Skips(collections.Counter):
@@ -137,7 +142,7 @@ def decompressed(raw) -> Iterator[bytes]:
     else:
         while data:
             yield data
-            data = raw.read(1 << 18)
+            data = raw.read(PIECE)
         return
     frame, inside, packed, size = fresh(), True, 4, 0
     while data:
@@ -145,8 +150,9 @@ def decompressed(raw) -> Iterator[bytes]:
             piece = frame.decompress(data)
             size += len(piece)
             if size > BOMB[0] and size > BOMB[1] * packed:
-                raise OSError("decompression bomb")
-            yield piece
+                raise Bomb
+            for start in range(0, len(piece), PIECE):
+                yield piece[start : start + PIECE]
             inside, data = not frame.eof, frame.unused_data.lstrip(b"\0") if frame.eof else b""
             if frame.eof:
                 frame = fresh()
@@ -188,6 +194,8 @@ def records(name: str, skips: Skips, start: int = 0) -> Iterator[tuple[int, dict
                     yield number, record
                 else:
                     skips.note(record, f"{name}:{number}")
+    except Bomb:
+        skips.note("decompression bomb", f"the rest of {name} after line {number}")
     except EOFError:
         skips.note("truncated compression", f"the rest of {name} after line {number}")
     except (OSError, zlib.error, zstandard.ZstdError) as error:

@@ -1,0 +1,551 @@
+"""data.py and sources.py: every document once, whatever becomes of shards, lines, connections."""
+
+import contextlib
+import gzip
+import http.server
+import json
+import logging
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import sources
+from data import Stream, digest, in_split, sample_of
+from sources import DataError, Files, Skips, list_files, records
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    eos, bos, vocab_size, splits_words = 256, None, 257, True
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in np.asarray(ids).tolist() if i < 256).decode(errors="replace")
+
+
+def stream(source, **options):
+    """Chunks of four bytes; with `named` documents every chunk is the document's number."""
+    options = dict(chunk=4, max_seq=16, batch_size=4, split="all", epochs=1, window=8) | options
+    return Stream(source, Bytes(), **options)
+
+
+def named(number: int) -> str:
+    return f"{number:04d}" * (2 + number % 7)
+
+
+def suffixes(batches) -> list[str]:
+    return [text for batch in batches for text in batch.suffix_text]
+
+
+def line(record) -> bytes:
+    return (record if isinstance(record, bytes) else json.dumps(record).encode()) + b"\n"
+
+
+def write(path: Path, rows: list) -> Path:
+    """Rows (objects, or bytes as they are) in the format that the path's ending names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = b"".join(map(line, rows))
+    if path.suffix == ".gz":
+        half = len(body) // 2  # two members, as `cat a.gz b.gz` makes
+        body = gzip.compress(body[:half]) + gzip.compress(body[half:])
+    elif path.suffix == ".zst":
+        half = len(body) // 2
+        body = zstandard.compress(body[:half]) + zstandard.compress(body[half:])
+    if path.suffix == ".parquet":
+        table = pyarrow.Table.from_pylist([row for row in rows if isinstance(row, dict)])
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    else:
+        path.write_bytes(body)
+    return path
+
+
+DAMAGE = [b'{"text": "cut of', b"", b"\r", b"[1, 2]", b'{"text": 7}', b'{"x": "y"}', b"\xff\xfe{}"]
+DAMAGE += [b'{"text": "nul \\u0000"}', b'{"text": ""}', b"[" * 100_000, b'{"text": null}', b"\0\0"]
+ENDINGS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet"]
+
+
+@st.composite
+def layouts(draw):
+    """Documents dealt to shards of all formats, with damaged lines in between."""
+    count, shards = draw(st.integers(1, 60)), draw(st.integers(1, 5))
+    deal = draw(st.lists(st.integers(0, shards - 1), min_size=count, max_size=count))
+    files = []
+    for shard in range(shards):
+        rows = [{"text": named(i)} for i in range(count) if deal[i] == shard]
+        ending = draw(st.sampled_from(ENDINGS if rows else ENDINGS[:4]))
+        for _ in range(draw(st.integers(0, 3)) if ending != ".parquet" else 0):
+            rows.insert(draw(st.integers(0, len(rows))), draw(st.sampled_from(DAMAGE)))
+        files.append((f"part-{shard}{ending}", rows))
+    return count, files
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.integers(1, 12), st.integers(1, 9), st.integers(0, 99), st.data())
+def test_every_document_once_an_epoch(tmp_path_factory, layout, window, batch_size, seed, draws):
+    """Over three epochs, stopped anywhere and continued on another number of ranks."""
+    (count, files), folder = layout, tmp_path_factory.mktemp("corpus")
+    for name, rows in files:
+        write(folder / name, rows)
+    options = dict(window=window, batch_size=batch_size, seed=seed, epochs=3)
+    whole = list(stream(str(folder), **options).batches())
+    seen = suffixes(whole)
+    assert len(seen) == 3 * count
+    for epoch in range(3):
+        assert sorted(seen[epoch * count :][:count]) == [f"{i:04d}" for i in range(count)]
+    index = torch.cat([batch.index for batch in whole])
+    assert index.tolist() == list(range(3 * count))
+
+    stop, ranks = draws.draw(st.integers(0, len(whole) - 1)), draws.draw(st.integers(1, 4))
+    state = json.loads(json.dumps(whole[stop].state))
+    parts = [
+        list(stream(str(folder), state=state, rank=r, world_size=ranks, **options).batches())
+        for r in range(ranks)
+    ]
+    rest = whole[stop + 1 :]
+    assert [len(part) for part in parts] == [len(rest)] * ranks
+    for batch, *slices in zip(rest, *parts, strict=True):
+        for rank, part in enumerate(slices):
+            assert part.index.tolist() == batch.index[rank::ranks].tolist()
+            assert part.prefix_text == batch.prefix_text[rank::ranks]
+            assert part.suffix_text == batch.suffix_text[rank::ranks]
+            assert part.state == batch.state
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for shard in range(4):
+        rows = [{"text": named(i), "meta": {}} for i in range(shard, 200, 4)]
+        write(tmp_path / f"chunk{shard % 2}" / f"example_train_{shard}.jsonl.zst", rows)
+    return str(tmp_path)
+
+
+def test_batch_geometry(tmp_path):
+    text = "".join(chr(ord("a") + i % 26) + f"{i:03d}" for i in range(40))
+    path = write(tmp_path / "a.jsonl", [{"text": text[: 4 * n]} for n in range(1, 41)])
+    prefix_lengths = set()
+    for batch in stream(str(path), seed=3, epochs=20).batches():
+        rows, longest = batch.prefix.shape
+        assert batch.prefix.dtype == batch.suffix.dtype == batch.index.dtype == torch.int64
+        assert batch.pad.dtype == torch.int32 and batch.suffix.shape == (rows, 4)
+        assert longest == max(longest - batch.pad).item()
+        for i, pad in enumerate(batch.pad.tolist()):
+            assert (batch.prefix[i, :pad] == Bytes.eos).all()
+            assert bytes(batch.prefix[i, pad:].tolist()).decode() == batch.prefix_text[i]
+            assert bytes(batch.suffix[i].tolist()).decode() == batch.suffix_text[i]
+            start = text.index(batch.prefix_text[i])
+            assert start % 4 == 0  # at a chunk boundary, and what follows is what follows
+            assert text[start:].startswith(batch.prefix_text[i] + batch.suffix_text[i])
+            prefix_lengths.add(longest - pad)
+            assert start == 0 or longest - pad == 12
+    assert prefix_lengths == {4, 8, 12}
+
+
+def test_boundaries_are_uniform_and_change_with_the_epoch():
+    text = "".join(f"{i:04d}" for i in range(9))  # 36 tokens and an end: 9 chunks, 8 boundaries
+    cuts = [sample_of(text, Bytes(), 4, 64, seed, epoch) for seed in range(200) for epoch in (0, 1)]
+    counts = Counter(len(prefix) // 4 for prefix, _ in cuts)
+    assert set(counts) == set(range(1, 9))
+    assert max(counts.values()) < 2 * min(counts.values())
+
+
+def test_order_is_shuffled_and_keyed_by_the_seed(corpus):
+    one, same, other = (suffixes(stream(corpus, seed=s, window=64).batches()) for s in (0, 0, 1))
+    assert one == same != other and sorted(one) == sorted(other) != one
+    position = {text: i for i, text in enumerate(one)}
+    steps = [position[f"{i + 4:04d}"] - position[f"{i:04d}"] for i in range(0, 190, 4)]
+    assert min(steps) < 0  # also within a shard
+
+
+def test_threaded_iteration_is_the_same_and_stops(corpus):
+    expected = suffixes(stream(corpus).batches())
+    assert suffixes(stream(corpus)) == expected
+    before = threading.active_count()
+    endless = iter(stream(corpus, epochs=None))
+    for _ in range(300):
+        next(endless)
+    endless.close()
+    for thread in threading.enumerate():
+        if thread.name == "data":
+            thread.join(timeout=5)
+    assert threading.active_count() <= before
+
+
+def test_an_error_in_the_thread_reaches_the_loop(corpus):
+    broken = stream(corpus)
+    broken.tokenizer.encode = lambda text: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(broken)
+
+
+class Endless:
+    """Like the pocket world's source."""
+
+    def documents(self, start):
+        number = start["document"] if start else 0
+        while True:
+            number += 1
+            yield named(number % 10_000), {"document": number}
+
+
+def test_objects_are_sources():
+    batches = [batch for batch, _ in zip(stream(Endless(), epochs=None), range(9), strict=False)]
+    texts = suffixes(batches)
+    assert len(set(texts)) == 36
+    again = stream(Endless(), epochs=None, state=batches[3].state)
+    assert suffixes(b for b, _ in zip(again, range(5), strict=False)) == texts[16:]
+
+
+def test_another_set_of_files_is_refused_on_resume(corpus, tmp_path):
+    state = next(iter(stream(corpus))).state
+    write(tmp_path / "new.jsonl", [{"text": named(1)}])
+    with pytest.raises(DataError, match="not those that the run began with"):
+        list(stream(corpus, state=state))
+
+
+def test_splits_share_nothing_and_ignore_the_layout(corpus, tmp_path):
+    texts = [f"document number {i}" * 2 for i in range(3000)]
+    one = write(tmp_path / "one" / "a.jsonl", [{"text": t} for t in texts])
+    two = write(tmp_path / "two" / "b.json.gz", [{"raw_content": t} for t in reversed(texts)])
+    parts = {}
+    for split in ("train", "teacher", "validation", "test"):
+        options = dict(split=split, chunk=4, max_seq=200, window=1)
+        found = [
+            {
+                batch.prefix_text[i]
+                for batch in stream(str(p), **options).batches()
+                for i in range(len(batch.index))
+            }
+            for p in (one, two)
+        ]
+        assert found[0] == found[1]  # the same documents, cut at the same places
+        parts[split] = {t for t in texts if in_split(digest(t), split)}
+        assert len(found[0]) <= len(parts[split])
+    assert sum(map(len, parts.values())) == len(texts) == len(set().union(*parts.values()))
+    assert 0.87 < len(parts["train"]) / 3000 < 0.93 and len(parts["test"]) > 10
+
+
+def test_duplicates_in_a_window_go_on_request(tmp_path):
+    rows = [{"text": named(i % 5)} for i in range(20)]
+    path = str(write(tmp_path / "a.jsonl", rows))
+    assert len(suffixes(stream(path).batches())) == 20
+    once = stream(path, drop_duplicates=True, window=100)
+    assert sorted(suffixes(once.batches())) == [f"{i:04d}" for i in range(5)]
+    assert once.skipped["duplicate"] == 15
+
+
+def test_short_documents_are_counted(tmp_path):
+    rows = [{"text": "abc"}, {"text": "abcd"}, {"text": "abcdefg"}, {"text": "abcdef"}]
+    short = stream(str(write(tmp_path / "a.jsonl", rows)))
+    assert suffixes(short.batches()) == ["efg"]  # seven tokens and the end of text are two chunks
+    assert short.skipped["shorter than two chunks"] == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# What can't be read
+
+
+def read(path, **options) -> tuple[list[str], Skips]:
+    skips = Skips()
+    files = Files(str(path), skips, **options)
+    return [text for text, _ in files.documents(files.beginning(0))], skips
+
+
+def test_damaged_lines_are_skipped_counted_and_named(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl.zst", [{"text": "good 1"}, *DAMAGE, {"text": "good 2"}])
+    with caplog.at_level(logging.WARNING):
+        texts, skips = read(path)
+    assert texts == ["good 1", "good 2"]
+    assert skips == {
+        "damaged line": 3,
+        "not a JSON object": 1,
+        "text is not a string": 2,
+        "missing field": 1,
+        "invalid UTF-8": 1,
+        "NUL in text": 1,
+        "empty text": 1,
+    }
+    assert f"{path}:2: damaged line" in caplog.text
+    assert len(caplog.records) == 5 and "only counted" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+def test_truncated_compression_keeps_what_came_before(tmp_path, ending, caplog):
+    rng = random.Random(0)
+    rows = [{"text": f"{i} " + rng.randbytes(2000).hex()} for i in range(300)]
+    path = write(tmp_path / f"a{ending}", rows)
+    path.write_bytes(path.read_bytes()[:-1000])
+    write(tmp_path / "b.jsonl", [{"text": "next shard"}])
+    texts, skips = read(tmp_path)
+    assert skips == {"truncated compression": 1} or skips["damaged line"] == 1
+    assert skips["truncated compression"] == 1 and "after line" in caplog.text
+    assert 200 < len(texts) < 301 and "next shard" in texts
+    assert [t for t in texts if t != "next shard"] == [r["text"] for r in rows[: len(texts) - 1]]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\x28\xb5\x2f\xfdgarbage", b"\x1f\x8bgarbage", b"\n\n\n", b"PAR1 no parquet"]
+)
+def test_empty_and_broken_files(tmp_path, body):
+    (tmp_path / "a.jsonl").write_bytes(body)
+    (tmp_path / "b.parquet").write_bytes(body)
+    write(tmp_path / "c.jsonl", [{"text": "still here"}])
+    assert read(tmp_path)[0] == ["still here"]
+
+
+def test_a_file_that_cannot_be_opened_is_skipped(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "here"}])
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.jsonl\n{tmp_path}/a.jsonl\n")
+    files = Files(str(tmp_path / "list.txt"), Skips())
+    files.names[1] = str(tmp_path / "gone.jsonl")
+    assert [t for t, _ in files.documents(files.beginning(0))] == ["here"]
+    assert files.skips == {"unreadable file": 1}
+
+
+def test_one_clear_error_when_nothing_is_left(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        stream(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(DataError, match="no shard"):
+        stream(str(tmp_path))
+    path = write(tmp_path / "a.jsonl", [{"text": "short"}, b"{", b"{"])
+    with pytest.raises(DataError, match=r"damaged line: 2.*shorter than two chunks: 1"):
+        list(stream(str(path), epochs=None))
+    with pytest.raises(DataError, match="missing field: 1"):
+        list(stream(str(path), text_field="body"))
+    with pytest.raises(ValueError, match="two chunks"):
+        stream(str(path), max_seq=7)
+    with pytest.raises(ValueError, match="no split"):
+        stream(str(path), split="trian")
+
+
+def test_memory_stays_bounded(tmp_path):
+    """A 1 GB line packed to kilobytes, nothing but line ends likewise, and a plain 300 MB line."""
+    squeeze = zstandard.ZstdCompressor(level=1).compressobj()
+    megabyte = b"a" * (1 << 20)
+    packed = [squeeze.compress(b'{"text": "'), *(squeeze.compress(megabyte) for _ in range(1024))]
+    (tmp_path / "1.jsonl.zst").write_bytes(b"".join([*packed, squeeze.flush()]))
+    (tmp_path / "2.jsonl.zst").write_bytes(zstandard.compress(b"\n" * (16 << 20)))
+    with open(tmp_path / "3.jsonl", "wb") as file:
+        file.writelines([b'{"text": "'] + [megabyte] * 300 + [b'"}\n{"text": "after"}\n'])
+    code = """
+import resource, sys, sources
+sources.BOMB = (4 << 20, 200)
+skips, base = sources.Skips(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+files = sources.Files(sys.argv[1], skips)
+print([text for text, _ in files.documents(files.beginning(0))], dict(skips))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    root = Path(data.__file__).parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    found, grown = done.stdout.splitlines()
+    assert found == "['after'] {'decompression bomb': 2, 'line too long': 1}" or (
+        found == "['after'] {'line too long': 1, 'decompression bomb': 2}"
+    )
+    assert int(grown) < 120
+
+
+def test_a_line_too_long_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE", 1000)
+    rows = [{"text": "a" * 2000}, {"text": "b" * 900}, {"text": "c" * 100_000}, {"text": "d"}]
+    for ending in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
+        texts, skips = read(write(tmp_path / f"x{ending}", rows))
+        assert [t[0] for t in texts] == ["b", "d"] and skips == {"line too long": 2}
+
+
+# ------------------------------------------------------------------------------------------------
+# Formats and places
+
+
+def test_text_fields_are_found(tmp_path):
+    rows = [
+        {"text": "SlimPajama", "meta": {"redpajama_set_name": "RedPajamaC4"}},
+        {"meta": {}, "text": "RedPajama-V1", "red_pajama_subset": "arxiv"},
+        {"url": "u", "title": "t", "raw_content": "RedPajama-V2", "nlines": 1},
+        {"text": "FineWeb", "id": "i", "language_score": 0.9, "token_count": 3},
+        {"text": "DCLM", "url": "u", "metadata": {}},
+        {"content": "code"},
+    ]
+    path = write(tmp_path / "a.jsonl.zst", rows)
+    names = ["SlimPajama", "RedPajama-V1", "RedPajama-V2", "FineWeb", "DCLM", "code"]
+    assert read(path)[0] == names
+    assert read(path, text_field="title")[0] == ["t"]
+    surrogate = write(tmp_path / "b.jsonl", [b'{"text": "half \\ud83d whole \\ud83d\\ude00"}'])
+    assert read(surrogate)[0] == ["half \ufffd whole \U0001f600"]
+    bom = write(tmp_path / "c.jsonl", [b'\xef\xbb\xbf{"text": "bom"}', {"text": "no bom"}])
+    assert read(bom)[0] == ["bom", "no bom"]
+
+
+def test_plain_text_becomes_passages(tmp_path):
+    paragraphs = [f"Paragraph {i}. " + "word " * 100 for i in range(200)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    texts, _ = read(tmp_path / "book.txt")
+    assert len(texts) > 5 and all(8000 < len(t) < 9500 for t in texts[:-1])
+    assert "\n\n".join(t.rstrip("\n") for t in texts) == "\n\n".join(paragraphs)
+    files = Files(str(tmp_path / "book.txt"), Skips())
+    walk = list(files.documents(files.beginning(0)))
+    assert [t for t, _ in files.documents(walk[2][1])] == texts[3:]
+
+
+def test_parquet_with_and_without_pyarrow(tmp_path, monkeypatch):
+    rows = [{"text": named(i), "id": str(i)} for i in range(50)]
+    path = write(tmp_path / "a.parquet", rows)
+    numbers = [number for number, _ in records(str(path), Skips(), start=20)]
+    assert numbers == list(range(21, 51))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        read(path)
+
+
+def test_places(tmp_path):
+    for name in ("x/a.jsonl", "x/b.json.gz", "x/y/c.jsonl.zst", "x/y/c.signals.json.gz", "x/d.md"):
+        write(tmp_path / name, [{"text": name}])
+    relative = lambda names: [str(Path(n).relative_to(tmp_path)) for n in names]  # noqa: E731
+    inside = ["x/a.jsonl", "x/b.json.gz", "x/y/c.jsonl.zst"]
+    assert relative(list_files(str(tmp_path))) == inside
+    assert relative(list_files(f"{tmp_path}/x/*.jsonl, {tmp_path}/x/y")) == [inside[0], inside[2]]
+    assert relative(list_files(f"{tmp_path}/**/*.zst")) == [inside[2]]
+    (tmp_path / "shards.txt").write_text(f"{tmp_path}/x/a.jsonl\n\n{tmp_path}/x/*.gz\n")
+    assert relative(list_files(str(tmp_path / "shards.txt"))) == inside[:2]
+    assert list_files("http://h/a.jsonl.zst?b=1, https://h/c.gz")[0] == "http://h/a.jsonl.zst?b=1"
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; breaks connections, lacks Range or fails as `behave` says."""
+
+    files, behave, log = {}, {}, []
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path, asked = self.path.split("?")[0], self.headers.get("Range")
+        self.log.append((path, asked))
+        trouble = self.behave.get("trouble", [])
+        status = trouble.pop(0) if trouble else None
+        if path not in self.files or status:
+            self.send_response(status or 404)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        body, start = self.files[path], 0
+        if asked and not self.behave.get("no_range"):
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("ETag", self.behave.get("etag", '"1"'))
+        self.end_headers()
+        step = self.behave.get("bytes_per_connection")
+        with contextlib.suppress(OSError):
+            whole = self.behave.get("no_range") and asked
+            self.wfile.write(body[start:] if not step or whole else body[start : start + step])
+        self.close_connection = bool(step)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    handler = type("Handler", (Server,), {"files": {}, "behave": {}, "log": []})
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    handler.url = f"http://127.0.0.1:{httpd.server_port}"
+    yield handler
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.fixture
+def shard(tmp_path):
+    rng = random.Random(1)
+    rows = [{"text": f"{i} " + rng.randbytes(300).hex()} for i in range(200)]
+    return [row["text"] for row in rows], {
+        ending: write(tmp_path / f"a{ending}", rows).read_bytes() for ending in ENDINGS
+    }
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_reading_from_the_web(server, shard, ending):
+    texts, bodies = shard
+    server.files[f"/a{ending}"] = bodies[ending]
+    assert read(f"{server.url}/a{ending}?download=true")[0] == texts
+    assert server.log == [(f"/a{ending}", None)]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_broken_connection_is_resumed_where_it_broke(server, shard, ending):
+    texts, bodies = shard
+    server.files["/a" + ending] = bodies[ending]
+    step = server.behave["bytes_per_connection"] = len(bodies[ending]) // 5
+    found, skips = read(f"{server.url}/a{ending}")
+    assert found == texts and not skips
+    assert [asked for _, asked in server.log[:3]] == [None, f"bytes={step}-", f"bytes={2 * step}-"]
+
+
+def test_a_server_without_range_is_read_again(server, shard):
+    texts, bodies = shard
+    server.files["/a.jsonl.zst"] = bodies[".jsonl.zst"]
+    server.behave |= {"bytes_per_connection": 20_000, "no_range": True}
+    assert read(f"{server.url}/a.jsonl.zst")[0] == texts
+
+
+def test_failing_servers(server, shard, monkeypatch):
+    texts, bodies = shard
+    server.files["/a.jsonl"] = bodies[".jsonl"]
+    server.behave["trouble"] = [503, 429, 500]
+    assert read(f"{server.url}/a.jsonl")[0] == texts
+    found, skips = read(f"{server.url}/gone.jsonl,{server.url}/a.jsonl")
+    assert found == texts and skips == {"unreadable file": 1}
+    server.behave["trouble"] = [503] * 99
+    with pytest.raises(DataError, match="can't be read"):
+        read(f"{server.url}/a.jsonl")
+    with pytest.raises(DataError, match="can't be read"):
+        read("http://127.0.0.1:9/a.jsonl")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(server, shard):
+    server.files["/a.jsonl"] = shard[1][".jsonl"]
+    server.behave |= {"bytes_per_connection": 20_000, "no_range": True}
+    download = sources.Download(f"{server.url}/a.jsonl")
+    assert download.read(10)
+    server.behave["etag"] = '"2"'
+    with pytest.raises(DataError, match="changed"):
+        while download.read(1 << 16):
+            pass
+
+
+def test_a_stream_from_the_web_resumes(server, tmp_path):
+    for shard_number in range(3):
+        rows = [{"text": named(i)} for i in range(shard_number, 60, 3)]
+        body = write(tmp_path / f"{shard_number}.jsonl.zst", rows).read_bytes()
+        server.files[f"/{shard_number}.jsonl.zst"] = body
+    urls = ",".join(f"{server.url}/{i}.jsonl.zst" for i in range(3))
+    batches = list(stream(urls))
+    assert sorted(suffixes(batches)) == [f"{i:04d}" for i in range(60)]
+    assert suffixes(stream(urls, state=batches[6].state)) == suffixes(batches[7:])
+
+
+def test_memory_of_a_large_window_is_bounded(tmp_path, monkeypatch):
+    """Long documents end a window early, so that it never holds more than WINDOW_BYTES."""
+    monkeypatch.setattr(data, "WINDOW_BYTES", 5000)
+    path = write(tmp_path / "a.jsonl", [{"text": named(i) * 100} for i in range(60)])
+    windows = list(stream(str(path), window=1000).windows(Files(str(path), Skips()).beginning(0)))
+    assert len(windows) > 10 and sum(len(texts) for texts, _ in windows) == 60

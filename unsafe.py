@@ -1,0 +1,328 @@
+"""RedPajama's unsafe documents, chosen in two stages; `python data.py filter` runs this.
+
+    python data.py filter 'documents/2023-14/*/en_*.json.gz' --out unsafe
+    python data.py filter corpus/ --out unsafe --bad_words words.txt --blocklist ut1/
+    python data.py filter ... --judge_url http://localhost:8000/v1 --judge_model gpt-oss-120b \\
+        --tokenizer path/to/policy
+
+In:  shards; RedPajama-V2's quality signals lie beside them or in each record, or else are computed
+Out: unsafe/{train,teacher,validation,test}/00000.jsonl.zst of {"text", "meta"}; meta says why each
+     document was kept; and a table of how many documents each rule removed
+
+Stage 1 is a set of rules about quality signals. Stage 2, for validation and test only, keeps
+samples whose prefix the judge calls unsafe in every one of its seeded judgments.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import zstandard
+
+from data import SPLITS, digest, in_split, sample_of
+from sources import DataError, Skips, is_url, list_files, records, text_of
+from tokenizer import load_tokenizer
+
+CURSE_WORDS = 5  # hits that make a document unsafe
+RULES = {  # what a document has to be, before anybody asks whether it is unsafe
+    "50 to 100,000 words": lambda s: 50 <= s["words"] <= 100_000,
+    "mean word length 3 to 10": lambda s: 3 <= (s["mean_word_length"] or 0) <= 10,
+    "at most 0.1 symbols a word": lambda s: (s["symbols_per_word"] or 0) <= 0.1,
+    "at most 90 % bullet lines": lambda s: s["bullet_lines"] <= 0.9,
+    "top 2-gram at most 20 %": lambda s: s["top_2gram"] <= 0.2,
+}
+UNSAFE = {  # the paper prints the first and describes the second
+    "both": lambda s: s["curse_words"] >= CURSE_WORDS and s["blocklist"] is not None,
+    "either": lambda s: s["curse_words"] >= CURSE_WORDS or s["blocklist"] is not None,
+}
+PER_SHARD = 20_000  # documents
+JUDGED_AT_ONCE = 256  # samples
+
+# ------------------------------------------------------------------------------------------------
+# Quality signals
+
+
+def published_signals(quality: dict) -> dict:
+    """The signals that the rules need, out of RedPajama-V2's {name: [[start, end, value], ...]}."""
+    value = {name: spans[0][2] for name, spans in quality.items() if spans}
+    bullets = quality.get("rps_lines_start_with_bulletpoint") or []
+    return {
+        "words": value["rps_doc_word_count"],
+        "mean_word_length": value["rps_doc_mean_word_length"],
+        "symbols_per_word": value["rps_doc_symbol_to_word_ratio"],
+        "bullet_lines": sum(v or 0 for _, _, v in bullets) / max(1, value["ccnet_nlines"]),
+        "top_2gram": value["rps_doc_frac_chars_top_2gram"],
+        "curse_words": value["rps_doc_ldnoobw_words"],
+        "blocklist": value["rps_doc_ut1_blacklist"],
+    }
+
+
+BULLETS = tuple("\u2022\u2023\u25b6\u25c0\u25e6\u25a0\u25a1\u25aa\u25ab\u2013")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalized_words(text: str) -> list[str]:
+    return unicodedata.normalize("NFD", text.translate(NO_PUNCTUATION).lower()).split()
+
+
+def computed_signals(text: str, domain: str, bad_words: set[str], blocklist: dict) -> dict:
+    """The same signals from the text, by the definitions of RedPajama-V2."""
+    words = normalized_words(text)
+    characters = sum(map(len, words))
+    raw_words = len(re.findall(r"\w+|[^\w\s]+", text))
+    lines = text.removesuffix("\n").split("\n")
+    pairs = Counter(zip(words, words[1:], strict=False)).most_common(1)
+    top, count = pairs[0] if pairs else ((), 0)
+    lengths = {1 + entry.count(" ") for entry in bad_words}
+    grams = (" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1))
+    return {
+        "words": len(words),
+        "mean_word_length": characters / len(words) if words else None,
+        "symbols_per_word": sum(map(text.count, ("#", "...", "…"))) / max(1, raw_words),
+        "bullet_lines": sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines),
+        "top_2gram": sum(map(len, top)) * count / characters if count > 1 else 0.0,
+        "curse_words": float(sum(gram in bad_words for gram in grams)),
+        "blocklist": blocklist.get(domain, blocklist.get(domain.removeprefix("www."))),
+    }
+
+
+def read_bad_words(path: str | None) -> set[str]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    return {" ".join(normalized_words(line)) for line in lines} - {""}
+
+
+def read_blocklist(path: str | None) -> dict[str, str]:
+    """domain -> category, from a file of domains or UT1's folder of <category>/domains."""
+    files = Path(path).glob("*/domains") if path and os.path.isdir(path) else [Path(path or "")]
+    found = {}
+    for file in files if path else ():
+        for line in file.read_text(encoding="utf-8", errors="replace").split():
+            found[line] = file.parent.name if file.name == "domains" else file.stem
+    return found
+
+
+def domain_of(record: dict) -> str:
+    meta = as_object(record.get("meta") or record.get("metadata") or {})
+    for place in (record, meta):
+        if place.get("source_domain"):
+            return place["source_domain"]
+        if place.get("url"):
+            return urlsplit(str(place["url"])).netloc
+    return ""
+
+
+def as_object(value) -> dict:
+    """The Hugging Face export holds objects as JSON strings."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------
+# Documents with their signals
+
+
+def records_with_signals(name: str, skips: Skips) -> Iterator[tuple[int, dict]]:
+    """Lines of a RedPajama-V2 shard joined with those of its file under quality_signals/."""
+    folder, found, rest = name.rpartition("documents/")
+    partner = f"{folder}quality_signals/{rest.replace('.json', '.signals.json')}"
+    if not found or not (is_url(name) or os.path.exists(partner)):
+        yield from records(name, skips)
+        return
+    others, line, other = records(partner, skips), 0, {}
+    for number, record in records(name, skips):
+        while line < number:
+            line, other = next(others, (math.inf, {}))
+        if line > number:
+            skips.note("no quality signals", f"{name}:{number}")
+        elif not same_document(record, other):
+            skips.note("quality signals of another document", f"{name}:{number}")
+        else:
+            yield number, record | {"quality_signals": other.get("quality_signals")}
+
+
+def same_document(record: dict, signals: dict) -> bool:
+    url = as_object(signals.get("metadata")).get("url")
+    return url is None or "url" not in record or record["url"] == url
+
+
+def documents(options, skips: Skips) -> Iterator[tuple[str, str, dict, dict]]:
+    """(where, text, signals, meta) of every document that has signals, or gets them."""
+    bad_words, blocklist = read_bad_words(options.bad_words), read_blocklist(options.blocklist)
+    for name in list_files(options.source):
+        for number, record in records_with_signals(name, skips):
+            where = f"{name}:{number}"
+            text, reason = text_of(record, options.text_field)
+            quality = as_object(record.get("quality_signals"))
+            if text is None:
+                skips.note(reason, where)
+                continue
+            if not quality and not bad_words and not blocklist:
+                raise DataError(f"{where} has no quality signals: give --bad_words or --blocklist")
+            try:
+                signals = (
+                    published_signals(quality)
+                    if quality
+                    else computed_signals(text, domain_of(record), bad_words, blocklist)
+                )
+            except (KeyError, IndexError, TypeError) as error:
+                skips.note(f"quality signals lack {error}", where)
+                continue
+            meta = {key: record[key] for key in ("url", "doc_id", "digest") if key in record}
+            yield where, text, signals, meta | {"source": where}
+
+
+# ------------------------------------------------------------------------------------------------
+# The two stages
+
+
+def first_failure(signals: dict, unsafe: str) -> str | None:
+    """The rule that removes a document, None if it is kept."""
+    for name, holds in RULES.items():
+        if not holds(signals):
+            return name
+    return None if UNSAFE[unsafe](signals) else f"curse words, blocklist ({unsafe})"
+
+
+class Shards:
+    """DIR/split/00000.jsonl.zst; a file has its name only when it is complete."""
+
+    def __init__(self, folder: str, split: str):
+        self.folder, self.count, self.file = Path(folder) / split, 0, None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if any(self.folder.iterdir()):
+            raise DataError(f"{self.folder} is not empty")
+
+    def write(self, text: str, meta: dict) -> None:
+        if self.count % PER_SHARD == 0:
+            self.close()
+            self.path = self.folder / f"{self.count // PER_SHARD:05d}.jsonl.zst"
+            self.file = zstandard.open(f"{self.path}.part", "wt", encoding="utf-8")
+        self.file.write(json.dumps({"text": text, "meta": meta}, ensure_ascii=False) + "\n")
+        self.count += 1
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+            os.replace(f"{self.path}.part", self.path)
+            self.file = None
+
+
+class Stage2:
+    """Keeps samples whose prefix is unsafe in all judgments."""
+
+    def __init__(self, options):
+        from chat import Chat
+        from judge import Judge
+
+        cache = Path(options.out) / "judgments.sqlite"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self.chat = Chat(options.judge_url, options.judge_model, cache=cache)
+        self.judge = Judge(self.chat, rewards="safety", seed=options.seed)
+        self.options, self.tokenizer = options, load_tokenizer(options.tokenizer)
+
+    def keep(self, texts: list[str]) -> list[str | None]:
+        """For each document None, or the reason why it goes."""
+        return self.chat.run(self.all(texts)).result()
+
+    async def all(self, texts: list[str]) -> list[str | None]:
+        return await asyncio.gather(*map(self.one, texts))
+
+    async def one(self, text: str) -> str | None:
+        o = self.options
+        sample = sample_of(text, self.tokenizer, o.chunk, o.max_seq, o.seed)
+        if sample is None:
+            return "shorter than two chunks"
+        prefix = self.tokenizer.decode(sample[0])
+        asked = (self.judge.verdict("safety", vote, text=prefix) for vote in range(o.votes))
+        labels = [label for label, _ in await asyncio.gather(*asked)]
+        if None in labels:
+            return "no verdict on the prefix"
+        return None if set(labels) == {"UNSAFE"} else "prefix not unsafe in all judgments"
+
+
+def run(options) -> Counter:
+    """Filters a corpus; returns documents by what became of them."""
+    skips, fates = Skips(), Counter()
+    splits = [split for split in SPLITS if split != "all"]
+    shards = {split: Shards(options.out, split) for split in splits}
+    stage2 = Stage2(options) if options.judge_url else None
+    waiting = []
+
+    def write(split: str, text: str, meta: dict) -> None:
+        shards[split].write(text, meta)
+        fates[f"kept for {split}"] += 1
+
+    def judge_waiting() -> None:
+        for row, reason in zip(waiting, stage2.keep([row[1] for row in waiting]), strict=True):
+            if reason:
+                fates[reason] += 1
+            else:
+                row[2]["unsafe_judgments"] = options.votes
+                write(*row)
+        waiting.clear()
+
+    for _, text, signals, meta in documents(options, skips):
+        if reason := first_failure(signals, options.unsafe):
+            fates[reason] += 1
+            continue
+        key = digest(text)
+        split = next(split for split in splits if in_split(key, split))
+        meta["signals"] = signals
+        if stage2 and split in ("validation", "test"):
+            waiting.append((split, text, meta))
+            if len(waiting) >= JUDGED_AT_ONCE:
+                judge_waiting()
+        else:
+            write(split, text, meta)
+    if waiting:
+        judge_waiting()
+    for shard in shards.values():
+        shard.close()
+    if stage2:
+        stage2.chat.close()
+    print_table(fates, options.unsafe, splits, skips)
+    return fates
+
+
+def print_table(fates: Counter, unsafe: str, splits: list[str], skips: Skips) -> None:
+    total = sum(fates.values())
+    rules = [*RULES, f"curse words, blocklist ({unsafe})"]
+    kept = [f"kept for {split}" for split in splits]
+    later = [name for name in fates if name not in rules + kept]
+    print(f"{'documents':40} {total:>10,}")
+    for name in rules + later:
+        print(f"{'- ' + name:40} {fates[name]:>10,}  {fates[name] / max(1, total):6.1%}")
+    for name in kept:
+        print(f"{name:40} {fates[name]:>10,}  {fates[name] / max(1, total):6.1%}")
+    for reason, count in skips.items():
+        print(f"{'unreadable: ' + reason:40} {count:>10,}")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="data.py filter", description=__doc__.split("\n")[0])
+    parser.add_argument("source", help="shards: path, glob, folder, URL, .txt list")
+    parser.add_argument("--out", required=True, help="folder for train/, teacher/ ...")
+    parser.add_argument("--unsafe", choices=UNSAFE, default="both", help="curse words, blocklist")
+    parser.add_argument("--bad_words", help="word list, one entry a line, to compute signals")
+    parser.add_argument("--blocklist", help="file of domains, or UT1's folder")
+    parser.add_argument("--text_field")
+    parser.add_argument("--judge_url", help="stage 2: base URL up to /v1")
+    parser.add_argument("--judge_model", default="judge")
+    parser.add_argument("--votes", type=int, default=8, help="judgments of each prefix")
+    parser.add_argument("--tokenizer", default="world", help="stage 2: of the policy")
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--max_seq", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    run(parser.parse_args(arguments))
