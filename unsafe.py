@@ -223,7 +223,7 @@ class Stage2:
     """Keeps samples whose prefix is unsafe in all judgments."""
 
     def __init__(self, options):
-        from chat import Chat
+        from chat import Chat, TeacherError, TeacherGone
         from judge import Judge
 
         cache = Path(options.out) / "judgments.sqlite"
@@ -231,10 +231,15 @@ class Stage2:
         self.chat = Chat(options.judge_url, options.judge_model, cache=cache)
         self.judge = Judge(self.chat, rewards="safety", seed=options.seed)
         self.options, self.tokenizer = options, load_tokenizer(options.tokenizer)
+        self.errors = (TeacherError, TeacherGone)
 
     def keep(self, texts: list[str]) -> list[str | None]:
         """For each document None, or the reason why it goes."""
-        return self.chat.run(self.all(texts)).result()
+        try:
+            return self.chat.run(self.all(texts)).result()
+        except self.errors as error:
+            self.chat.close()
+            raise DataError(f"stage 2 needs the judge: {error}") from error
 
     async def all(self, texts: list[str]) -> list[str | None]:
         return await asyncio.gather(*map(self.one, texts))

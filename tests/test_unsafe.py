@@ -1,0 +1,241 @@
+"""The two-stage unsafe filter and `data.py inspect`, on RedPajama-V2's files as published."""
+# ruff: noqa: SIM905 (lists of words are easier to read as text)
+
+import gzip
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import zstandard
+from test_data import write
+
+import data
+import inspect_corpus
+import unsafe
+import world
+from sources import DataError, Skips
+
+GOOD = {
+    "rps_doc_word_count": [[0, 90, 120]],
+    "rps_doc_mean_word_length": [[0, 90, 4.5]],
+    "rps_doc_symbol_to_word_ratio": [[0, 90, 0.01]],
+    "ccnet_nlines": [[0, 90, 4]],
+    "rps_lines_start_with_bulletpoint": [[0, 20, 0.0], [20, 40, 1.0], [40, 60, 0.0], [60, 90, 0.0]],
+    "rps_doc_frac_chars_top_2gram": [[0, 90, 0.05]],
+    "rps_doc_ldnoobw_words": [[0, 90, 6.0]],
+    "rps_doc_ut1_blacklist": [[0, 90, 3]],
+}
+WORDS, MEAN, SYMBOLS, BULLETS, BIGRAM = unsafe.RULES
+VARIANTS = [  # (signal, value, what removes the document when curse words *and* blocklist count)
+    ("rps_doc_word_count", 50, None),
+    ("rps_doc_word_count", 49, WORDS),
+    ("rps_doc_word_count", 100_000, None),
+    ("rps_doc_word_count", 100_001, WORDS),
+    ("rps_doc_mean_word_length", 3.0, None),
+    ("rps_doc_mean_word_length", 2.99, MEAN),
+    ("rps_doc_mean_word_length", 10.01, MEAN),
+    ("rps_doc_mean_word_length", None, MEAN),
+    ("rps_doc_symbol_to_word_ratio", 0.1, None),
+    ("rps_doc_symbol_to_word_ratio", 0.11, SYMBOLS),
+    ("rps_doc_frac_chars_top_2gram", 0.2, None),
+    ("rps_doc_frac_chars_top_2gram", 0.21, BIGRAM),
+    ("rps_doc_ldnoobw_words", 5.0, None),
+    ("rps_doc_ldnoobw_words", 4.0, "curse words, blocklist (both)"),
+    ("rps_doc_ut1_blacklist", 0, None),  # a category like any other
+    ("rps_doc_ut1_blacklist", None, "curse words, blocklist (both)"),
+]
+
+
+def signals(**changes) -> dict:
+    return GOOD | {name: [[0, 90, value]] for name, value in changes.items()}
+
+
+@pytest.mark.parametrize("name, value, removed_by", VARIANTS)
+def test_thresholds(name, value, removed_by):
+    found = unsafe.published_signals(signals(**{name: value}))
+    assert unsafe.first_failure(found, "both") == removed_by
+
+
+def test_bullets_and_readings():
+    bullets = [[i, i + 1, 1.0] for i in range(9)] + [[9, 10, 0.0]]
+    lines = {"rps_lines_start_with_bulletpoint": bullets, "ccnet_nlines": [[0, 90, 10]]}
+    assert unsafe.first_failure(unsafe.published_signals(GOOD | lines), "both") is None
+    lines["ccnet_nlines"] = [[0, 90, 9]]
+    assert unsafe.first_failure(unsafe.published_signals(GOOD | lines), "both") == BULLETS
+    curses = unsafe.published_signals(signals(rps_doc_ut1_blacklist=None))
+    listed = unsafe.published_signals(signals(rps_doc_ldnoobw_words=0.0))
+    neither = unsafe.published_signals(
+        signals(rps_doc_ldnoobw_words=0.0, rps_doc_ut1_blacklist=None)
+    )
+    for found, both, either in ((curses, False, True), (listed, False, True), (neither, 0, 0)):
+        assert (unsafe.first_failure(found, "both") is None) == both
+        assert (unsafe.first_failure(found, "either") is None) == either
+
+
+def test_computed_signals_by_hand():
+    text = "• Damn, damn the dirty dog!\nThe DIRTY dog... #1 café\n  – barks\n"
+    found = unsafe.computed_signals(
+        text, "www.bad.example", {"damn", "dirty dog", "cat"}, {"bad.example": "adult"}
+    )
+    words = "• damn damn the dirty dog the dirty dog 1 cafe\u0301 – barks".split()
+    assert found["words"] == len(words) == 13
+    assert found["mean_word_length"] == sum(map(len, words)) / 13
+    raw = "• Damn , damn the dirty dog ! The DIRTY dog ... # 1 café – barks".split()
+    assert found["symbols_per_word"] == 2 / len(raw)
+    assert found["bullet_lines"] == 2 / 3
+    assert found["top_2gram"] == 2 * 8 / sum(
+        map(len, words)
+    )  # "the dirty", as often as "dirty dog"
+    assert found["curse_words"] == 4.0
+    assert found["blocklist"] == "adult"
+    empty = unsafe.computed_signals("", "", {"damn"}, {})
+    assert empty["words"] == 0 and empty["mean_word_length"] is None
+    assert unsafe.first_failure(empty, "either") == WORDS
+
+
+@pytest.fixture
+def redpajama(tmp_path):
+    """Two shards of documents/ with quality_signals/ beside them; one line of each is damaged."""
+    for shard in ("0000", "0001"):
+        rows, quality = [], []
+        for i, (name, value, _) in enumerate(VARIANTS * 20):
+            url = f"http://site.example/{shard}/{i}"
+            record = {"url": url, "raw_content": f"{url} {'some text ' * 40}", "nlines": 4}
+            rows.append(record | {"source_domain": "site.example", "bucket": "head"})
+            place = f"2023-14/{shard}/en_head.json.gz/{i}"
+            metadata = {"url": url, "language": "en"}
+            entry = {"id": place, "id_int": 10**18 + i, "metadata": metadata}
+            quality.append(entry | {"quality_signals": signals(**{name: value})})
+        rows[3] = b'{"raw_content": "damaged'
+        quality[5] = b"{"
+        write(tmp_path / f"rp/documents/2023-14/{shard}/en_head.json.gz", rows)
+        write(tmp_path / f"rp/quality_signals/2023-14/{shard}/en_head.signals.json.gz", quality)
+    return tmp_path / "rp"
+
+
+def kept(folder: Path) -> dict[str, list[dict]]:
+    found = {}
+    for file in sorted(folder.glob("*/*.jsonl.zst")):
+        lines = zstandard.open(file, "rt", encoding="utf-8").read().splitlines()
+        found.setdefault(file.parent.name, []).extend(map(json.loads, lines))
+    return found
+
+
+def run_filter(source, out, *flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, "data.py", "filter", str(source), "--out", str(out), *flags]
+    return subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True, text=True)
+
+
+def test_filter_as_a_command(redpajama, tmp_path):
+    done = run_filter(redpajama, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    good = [i for i, (*_, rule) in enumerate(VARIANTS * 20) if rule is None and i not in (3, 5)]
+    found = kept(tmp_path / "out")
+    rows = [row for split in found.values() for row in split]
+    assert sorted(row["meta"]["url"] for row in rows) == sorted(
+        f"http://site.example/{shard}/{i}" for shard in ("0000", "0001") for i in good
+    )
+    for split, part in found.items():
+        assert all(data.in_split(data.digest(row["text"]), split) for row in part)
+    assert rows[0]["meta"]["signals"]["curse_words"] == 6.0  # the reasons are kept
+    assert rows[0]["meta"]["source"].endswith(tuple(f"en_head.json.gz:{i + 1}" for i in good))
+    table = done.stdout.splitlines()
+    assert table[0].split() == ["documents", str(2 * (320 - 2))]
+    removed = {row[2:40].strip(): int(row.split()[-2]) for row in table if row.startswith("- ")}
+    expected = Counter(rule for i, (*_, rule) in enumerate(VARIANTS * 20) if i not in (3, 5))
+    assert removed == {rule: 2 * expected[rule] for rule in expected if rule} | {BULLETS: 0}
+    assert sum(int(row.split()[-2]) for row in table if "kept for" in row) == 2 * len(good)
+    assert "damaged line" in done.stdout and "no quality signals" in done.stdout
+    again = run_filter(redpajama, tmp_path / "out")
+    assert again.returncode == 1 and "is not empty" in again.stderr
+
+
+def options(source, out, **changes):
+    settings = dict(source=str(source), out=str(out), unsafe="both", bad_words=None, blocklist=None)
+    settings |= dict(text_field=None, judge_url=None, judge_model="judge", votes=8)
+    settings |= dict(tokenizer="world", chunk=16, max_seq=64, seed=0)
+    return type("Options", (), settings | changes)
+
+
+def test_the_export_with_json_strings(tmp_path, capsys):
+    rows = [
+        {"raw_content": f"{i}", "doc_id": f"2023-14/0000/en_head.json.gz/{i}",
+         "meta": json.dumps({"url": "http://a.example"}),
+         "quality_signals": json.dumps(signals(**{name: value}))}
+        for i, (name, value, _) in enumerate(VARIANTS)
+    ]  # fmt: skip
+    write(tmp_path / "sample.jsonl.gz", rows)
+    fates = unsafe.run(options(tmp_path / "sample.jsonl.gz", tmp_path / "out"))
+    assert sum(n for fate, n in fates.items() if "kept" in fate) == 7
+    assert fates[WORDS] == 2 and fates[MEAN] == 3
+
+
+def test_signals_of_another_document_are_not_used(redpajama, caplog):
+    partner = redpajama / "quality_signals/2023-14/0000/en_head.signals.json.gz"
+    lines = gzip.decompress(partner.read_bytes()).splitlines()
+    partner.write_bytes(gzip.compress(b"\n".join([lines[1], lines[0], *lines[2:]])))
+    skips = Skips()
+    shard = str(redpajama / "documents/2023-14/0000/en_head.json.gz")
+    found = [number for number, _ in unsafe.records_with_signals(shard, skips)]
+    assert found == [3, 5, *range(7, 321)]  # 4 and 6 are damaged, 1 and 2 exchanged
+    assert skips["quality signals of another document"] == 2
+
+
+def test_signals_are_computed_where_there_are_none(tmp_path, capsys):
+    clean = " ".join(f"word{i % 40}" for i in range(100))
+    rows = [
+        {"text": clean, "url": "http://good.example/"},
+        {"text": clean + " damn" * 5, "url": "http://good.example/"},
+        {"text": clean, "meta": {"url": "http://www.bad.example/x"}},
+        {"text": clean + " Damn!" * 5, "url": "http://bad.example/"},
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    (tmp_path / "words.txt").write_text("damn\nnot there\n")
+    (tmp_path / "ut1/adult").mkdir(parents=True)
+    (tmp_path / "ut1/adult/domains").write_text("bad.example\n")
+    lists = dict(bad_words=str(tmp_path / "words.txt"), blocklist=str(tmp_path / "ut1"))
+    for reading, count in (("both", 1), ("either", 3)):
+        out = tmp_path / reading
+        fates = unsafe.run(options(tmp_path / "a.jsonl", out, unsafe=reading, **lists))
+        assert sum(n for fate, n in fates.items() if "kept" in fate) == count
+    with pytest.raises(DataError, match="--bad_words"):
+        unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "none"))
+
+
+def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
+    """A teacher that knows: kept are those validation and test samples whose prefix is unsafe."""
+    source = world.WorldSource(dials=world.Dials(share_unsafe=0.5))
+    texts = [text for text, _ in zip(source.documents(), range(1500), strict=False)]
+    texts = [text for text, _ in texts]
+    write(tmp_path / "a.jsonl", [{"text": t, "quality_signals": GOOD} for t in texts])
+    with world.start_teacher() as url:
+        fates = unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "out", judge_url=url))
+    tokenizer, expected = unsafe.load_tokenizer("world"), {}
+    for text in texts:
+        for split in ("validation", "test"):
+            sample = data.sample_of(text, tokenizer, 16, 64)
+            inside = sample and data.in_split(data.digest(text), split)
+            if inside and not world.safe(tokenizer.decode(sample[0])):
+                expected.setdefault(split, []).append(text)
+    found = kept(tmp_path / "out")
+    assert expected and sum(map(len, expected.values())) > 4
+    for split in ("validation", "test"):
+        assert sorted(row["text"] for row in found[split]) == sorted(expected[split])
+        assert all(row["meta"]["unsafe_judgments"] == 8 for row in found[split])
+    assert fates["prefix not unsafe in all judgments"] > 0
+    assert len(found["train"]) + len(found["teacher"]) > 1400
+
+
+def test_inspect_shows_what_is_there(redpajama, tmp_path, capsys):
+    png = tmp_path / "lengths.png"
+    inspect_corpus.main([str(redpajama), "--chunk", "16", "--max_seq", "64", "--png", str(png)])
+    shown = capsys.readouterr().out
+    assert "2 .json.gz" in shown and "documents  636" in shown
+    assert "raw_content: str" in shown and "quality_signals: dict" in shown
+    assert shown.count("sample ") == 5 and "skipped, damaged line: 4" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+    kept_both = 40 * sum(rule is None for *_, rule in VARIANTS)
+    assert f"blocklist: {kept_both:,} kept" in shown
