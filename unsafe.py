@@ -28,7 +28,9 @@ from urllib.parse import urlsplit
 
 import zstandard
 
+from chat import Chat, TeacherError, TeacherGone
 from data import SPLITS, digest, in_split, sample_of
+from judge import Judge
 from sources import DataError, Skips, is_url, list_files, records, text_of
 from tokenizer import load_tokenizer
 
@@ -223,21 +225,17 @@ class Stage2:
     """Keeps samples whose prefix is unsafe in all judgments."""
 
     def __init__(self, options):
-        from chat import Chat, TeacherError, TeacherGone
-        from judge import Judge
-
         cache = Path(options.out) / "judgments.sqlite"
         cache.parent.mkdir(parents=True, exist_ok=True)
         self.chat = Chat(options.judge_url, options.judge_model, cache=cache)
         self.judge = Judge(self.chat, rewards="safety", seed=options.seed)
         self.options, self.tokenizer = options, load_tokenizer(options.tokenizer)
-        self.errors = (TeacherError, TeacherGone)
 
     def keep(self, texts: list[str]) -> list[str | None]:
         """For each document None, or the reason why it goes."""
         try:
             return self.chat.run(self.all(texts)).result()
-        except self.errors as error:
+        except (TeacherError, TeacherGone) as error:
             self.chat.close()
             raise DataError(f"stage 2 needs the judge: {error}") from error
 
