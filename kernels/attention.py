@@ -1,16 +1,105 @@
-"""Attention over one prefix and many continuations: training rows and two-part decoding."""
+"""Attention over one prefix and many continuations: training rows and two-part decoding.
+
+A row is laid out [left-padded prefix | continuation 1 | ... | continuation C].  Which keys (across)
+a query (down) sees follows from three numbers, P, N and the row's padding, so no mask is stored:
+
+                 prefix P = 6        C = 2 continuations, N = 3
+            .  .  k2 k3 k4 k5 | a0 a1 a2 | b0 b1 b2
+        q2  .  .  x                                     pad = 2: two columns of padding
+        q3  .  .  x  x                                  prefix: causal from the padding on
+        q4  .  .  x  x  x
+        q5  .  .  x  x  x  x
+        a0  .  .  x  x  x  x    x                       a continuation: the whole prefix ...
+        a1  .  .  x  x  x  x    x  x
+        a2  .  .  x  x  x  x    x  x  x
+        b0  .  .  x  x  x  x              x             ... and its own tokens, causally
+        b1  .  .  x  x  x  x              x  x
+        b2  .  .  x  x  x  x              x  x  x
+
+The kernels are FlashAttention-2 (Dao 2023): softmax online over blocks of keys, of which only the
+log-sum-exp is kept; probabilities are computed again backward.  What is new is which blocks they
+visit.  A tile of queries goes through the whole blocks of prefix keys, from the first real one on,
+without a mask, then through the few blocks at its edges with one: the end of the prefix, a jump
+over the continuations in between, its own keys (always masked: at N = 128 each of their blocks is
+an edge).  Decoding splits attention at the end of the prefix (Hydragen, Juravsky et al. 2024): one
+tile holds the queries of all K rollouts times the heads of a group, so the prefix is read once.
+
+Tiles are as large as the registers allow without a spill, for 8 warps on 255 registers each:
+128 x D float32 accumulators take 64 of them at D = 128.  `python -m kernels.report` shows what
+every configuration below compiles to.
+"""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+
+from kernels import architecture, jit, tl, use_triton
+
+# kernel, head dimension: (BM, BN, warps, stages); queries BM, keys BN, but rows BM for decoding
+CONFIGS = {
+    "sm_80": {
+        ("forward", 64): (128, 64, 8, 3),
+        ("forward", 128): (128, 32, 8, 3),
+        ("backward_query", 64): (128, 64, 8, 2),
+        ("backward_query", 128): (64, 64, 8, 2),
+        ("backward_key", 64): (32, 128, 8, 2),
+        ("backward_key", 128): (32, 64, 8, 2),
+        ("decode_prefix", 64): (64, 64, 4, 3),
+        ("decode_prefix", 128): (64, 64, 4, 3),
+        ("decode_own", 64): (16, 64, 4, 2),
+        ("decode_own", 128): (16, 64, 4, 2),
+    },
+    "sm_90": {
+        ("forward", 64): (128, 64, 4, 3),
+        ("forward", 128): (128, 64, 8, 3),
+        ("backward_query", 64): (64, 64, 4, 2),
+        ("backward_query", 128): (128, 64, 8, 2),
+        ("backward_key", 64): (64, 128, 8, 2),
+        ("backward_key", 128): (32, 128, 8, 2),
+        ("decode_prefix", 64): (64, 64, 4, 3),
+        ("decode_prefix", 128): (64, 64, 4, 3),
+        ("decode_own", 64): (16, 64, 4, 2),
+        ("decode_own", 128): (16, 64, 4, 2),
+    },
+    "sm_100": {
+        ("forward", 64): (128, 64, 4, 3),
+        ("forward", 128): (128, 64, 8, 3),
+        ("backward_query", 64): (64, 64, 4, 2),
+        ("backward_query", 128): (128, 64, 8, 2),
+        ("backward_key", 64): (64, 64, 4, 2),
+        ("backward_key", 128): (64, 64, 4, 2),
+        ("decode_prefix", 64): (64, 64, 4, 3),
+        ("decode_prefix", 128): (64, 64, 4, 3),
+        ("decode_own", 64): (16, 64, 4, 2),
+        ("decode_own", 128): (16, 64, 4, 2),
+    },
+    "gfx942": {
+        ("forward", 64): (128, 64, 4, 1),
+        ("forward", 128): (128, 64, 4, 1),
+        ("backward_query", 64): (128, 64, 4, 1),
+        ("backward_query", 128): (128, 32, 4, 1),
+        ("backward_key", 64): (32, 64, 4, 1),
+        ("backward_key", 128): (32, 64, 4, 1),
+        ("decode_prefix", 64): (64, 64, 4, 1),
+        ("decode_prefix", 128): (64, 64, 4, 1),
+        ("decode_own", 64): (16, 64, 4, 1),
+        ("decode_own", 128): (16, 64, 4, 1),
+    },
+}
+LOG2E = 1.4426950408889634
 
 
 def prefix_attention(q, k, v, pad, prefix: int, length: int):
     """Attention over rows laid out [left-padded prefix | continuation 1 | ... | continuation C].
 
     q [B, H, T, D], k and v [B, Hkv, T, D] in any strides, T = prefix + C * length; pad int32 [B]
-    counts the padding tokens at the left of each prefix.  Returns [B, H, T, D].
+    counts the padding tokens at the left of each prefix.  Returns [B, H, T, D], 0 at padding.
     """
-    return prefix_attention_torch(q, k, v, pad, prefix, length)
+    if not use_triton(q):
+        return prefix_attention_torch(q, k, v, pad, prefix, length)
+    D = q.shape[-1]
+    q, k, v = (_pad_heads(x) for x in (q, k, v))
+    return _attention(q, k, v, pad, prefix, length, D**-0.5)[0][..., :D]
 
 
 def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
@@ -20,7 +109,26 @@ def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
     [B, K, Hkv, N, D], of which the first `filled` positions (int, or int32 [1] on the device)
     are valid and include the new token's own.  Returns [B, K, H, D].
     """
-    return decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled)
+    caches = (k_prefix, v_prefix, k_cont, v_cont)
+    if not use_triton(q):
+        return decode_attention_torch(q, *caches[:2], pad, *caches[2:], filled)
+    D = q.shape[-1]
+    q, k_prefix, v_prefix, k_cont, v_cont = (_pad_heads(x) for x in (q, *caches))
+    if not isinstance(filled, Tensor):
+        filled = torch.full((1,), filled, dtype=torch.int32, device=q.device)
+    return _decode(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, D**-0.5)[..., :D]
+
+
+def _pad_heads(x):
+    """Head dimensions to the kernels' 64 or 128, and unit stride along them."""
+    D = x.shape[-1]
+    if D > 128:
+        raise ValueError(f"head dimension {D}: the kernels take at most 128")
+    x = F.pad(x, (0, (64 if D <= 64 else 128) - D)) if D not in (64, 128) else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------
 
 
 def prefix_attention_torch(q, k, v, pad, prefix: int, length: int):
@@ -65,3 +173,390 @@ def decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
     shared = weights[..., :P].reshape(B * Hkv, K * G, P) @ v_prefix.flatten(0, 1)
     own = weights[..., P:].transpose(1, 2) @ v_cont[:, :, :, :N]  # [B, K, Hkv, G, D]
     return (shared.view(B, Hkv, K, G, D).transpose(1, 2) + own).reshape(B, K, H, D)
+
+
+# ---- Triton ------------------------------------------------------------------------------------
+
+
+@jit
+def _query_tile(tile, T, P, N, pad, BM: tl.constexpr, BN: tl.constexpr):
+    """Which keys tile `tile` of the queries needs: `full` blocks from `pad` on that all its rows
+    see whole, then `masked` blocks, the first `near` of which follow directly and the others
+    after a gap of `jump` keys (the continuations in between, which no row of the tile sees)."""
+    prefix_tiles = tl.cdiv(P, BM)
+    is_prefix = tile < prefix_tiles
+    start = tl.where(is_prefix, tile * BM, P + (tile - prefix_tiles) * BM)
+    end = tl.where(is_prefix, P, T)
+    stop = tl.minimum(start + BM, end)  # last key + 1 that a row of the tile may see
+    own = tl.where(is_prefix, 0, P + (start - P) // N * N)  # its first continuation
+    full = tl.maximum(tl.where(is_prefix, start + 1, P) - pad, 0) // BN
+    edge = pad + full * BN
+    near = tl.cdiv(tl.maximum(tl.minimum(stop, P) - edge, 0), BN)
+    jump = tl.maximum(own - (edge + near * BN), 0)
+    far = tl.cdiv(tl.maximum(stop - (edge + near * BN + jump), 0), BN)
+    return start, end, full, near, tl.where(is_prefix, near, near + far), jump
+
+
+@jit
+def _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, MASKED: tl.constexpr):
+    """One block of keys in the online softmax, in base 2: scale includes log2(e)."""
+    if MASKED:
+        s = tl.where(seen, tl.dot(q, tl.load(k_at, mask=live[None, :], other=0.0)), -1e30)
+        v = tl.load(v_at, mask=live[:, None], other=0.0)
+    else:
+        s = tl.dot(q, tl.load(k_at))  # [BM, BN]
+        v = tl.load(v_at)
+    new = tl.maximum(top, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - new[:, None])
+    fade = tl.exp2(top - new)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+    return acc, total * fade + tl.sum(p, 1), new
+
+
+@jit
+def _forward(
+    Q, K, V, Out, Lse, Pad, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, G, T, P, N, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    pad = tl.load(Pad + b)
+    start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
+    i, d = start + tl.arange(0, BM), tl.arange(0, D)
+    column = tl.arange(0, BN)
+    k_in, v_in = (
+        column[None, :] * kt + d[:, None],
+        column[:, None] * vt + d[None, :],
+    )  # k transposed
+    K += b * kb + h // G * kh
+    V += b * vb + h // G * vh
+    q_at = Q + b * qb + h * qh + i[:, None] * qt + d[None, :]
+    q = tl.load(q_at, mask=i[:, None] < end, other=0.0)
+    own = P + (i - P) // N * N  # where the continuation of a query starts
+    acc = tl.zeros([BM, D], tl.float32)
+    total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
+    for t in range(full):
+        k_at, v_at = K + (pad + t * BN) * kt + k_in, V + (pad + t * BN) * vt + v_in
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, 0, 0, scale, False)
+    for t in range(masked):
+        first = pad + (full + t) * BN + tl.where(t < near, 0, jump)
+        k_at, v_at, j = K + first * kt + k_in, V + first * vt + v_in, first + column
+        seen = (j[None, :] <= i[:, None]) & ((j[None, :] < P) | (j[None, :] >= own[:, None]))
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, j < T, seen, scale, True)
+    real = i >= pad
+    out = acc / tl.where(real, total, 1.0)[:, None]
+    out = tl.where(real[:, None], out, 0.0)
+    o_at = Out + b * ob + h * oh + i[:, None] * ot + d[None, :]
+    tl.store(o_at, out.to(Out.dtype.element_ty), mask=i[:, None] < end)
+    lse = tl.where(
+        real, top + tl.log2(tl.where(real, total, 1.0)), 1e30
+    )  # exp2(s - lse) is 0 for padding
+    tl.store(Lse + (b * H + h) * T + i, lse, mask=i < end)
+
+
+@jit
+def _query_step(dq, q, do, k_at, v_at, lse, delta, live, seen, scale, MASKED: tl.constexpr):
+    """One block of keys in dQ: p again from s and the log-sum-exp, ds = p * (dp - delta)."""
+    if MASKED:
+        k = tl.load(k_at, mask=live[:, None], other=0.0)  # [BN, D]
+        v = tl.load(v_at, mask=live[:, None], other=0.0)
+    else:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
+    p = tl.exp2(tl.dot(q, k.T) * scale - lse[:, None])  # [BM, BN]
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    ds = p * (tl.dot(do, v.T) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq)
+
+
+@jit
+def _backward_query(
+    Q, K, V, Out, DOut, Lse, Delta, DQ, Pad, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot,
+    gb, gh, gt, H, G, T, P, N, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    pad = tl.load(Pad + b)
+    start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
+    i, d = start + tl.arange(0, BM), tl.arange(0, D)
+    inside = i[:, None] < end
+    row = (b * H + h) * T + i
+    q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :], mask=inside, other=0.0)
+    do = tl.load(DOut + b * gb + h * gh + i[:, None] * gt + d[None, :], mask=inside, other=0.0)
+    out = tl.load(Out + b * ob + h * oh + i[:, None] * ot + d[None, :], mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)  # sum of p * dp over the keys
+    tl.store(Delta + row, delta, mask=i < end)
+    lse = tl.load(Lse + row, mask=i < end, other=1e30)
+    column = tl.arange(0, BN)
+    k_in, v_in = column[:, None] * kt + d[None, :], column[:, None] * vt + d[None, :]
+    K += b * kb + h // G * kh
+    V += b * vb + h // G * vh
+    own = P + (i - P) // N * N
+    dq = tl.zeros([BM, D], tl.float32)
+    for t in range(full):
+        k_at, v_at = K + (pad + t * BN) * kt + k_in, V + (pad + t * BN) * vt + v_in
+        dq = _query_step(dq, q, do, k_at, v_at, lse, delta, 0, 0, scale, False)
+    for t in range(masked):
+        first = pad + (full + t) * BN + tl.where(t < near, 0, jump)
+        k_at, v_at, j = K + first * kt + k_in, V + first * vt + v_in, first + column
+        seen = (j[None, :] <= i[:, None]) & ((j[None, :] < P) | (j[None, :] >= own[:, None]))
+        dq = _query_step(dq, q, do, k_at, v_at, lse, delta, j < T, seen, scale, True)
+    dq = dq * (scale * 0.6931471805599453)  # ln 2: back from base 2
+    dq_at = DQ + b * ob + h * oh + i[:, None] * ot + d[None, :]
+    tl.store(dq_at, dq.to(DQ.dtype.element_ty), mask=inside)
+
+
+@jit
+def _key_step(dk, dv, k, v, q_at, g_at, l_at, m_at, live, seen, scale, MASKED: tl.constexpr):
+    """One block of queries in dK and dV, scores transposed so that p is an operand as it stands."""
+    if MASKED:
+        q = tl.load(q_at, mask=live[:, None], other=0.0)  # [BM, D]
+        lse = tl.load(l_at, mask=live, other=1e30)
+        do = tl.load(g_at, mask=live[:, None], other=0.0)
+        delta = tl.load(m_at, mask=live, other=0.0)
+    else:
+        q, lse = tl.load(q_at), tl.load(l_at)
+        do, delta = tl.load(g_at), tl.load(m_at)
+    p = tl.exp2(tl.dot(k, q.T) * scale - lse[None, :])  # [BN, BM]
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv)
+    ds = p * (tl.dot(v, do.T) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk), dv
+
+
+@jit
+def _backward_key(
+    Q, K, V, DOut, Lse, Delta, DK, DV, Pad, qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt,
+    db, dh, dt, H, G, T, P, N, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    heads = H // G
+    b, kv = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    pad = tl.load(Pad + b)
+    prefix_tiles = tl.cdiv(P, BN)
+    is_prefix = tile < prefix_tiles
+    start = tl.where(is_prefix, tile * BN, P + (tile - prefix_tiles) * BN)
+    end = tl.where(is_prefix, P, T)
+    # Prefix keys are seen by every query from `start` on, own keys up to their continuation's end.
+    last = P + ((tl.minimum(start + BN, T) - 1 - P) // N + 1) * N
+    stop = tl.where(is_prefix, tl.where(start + BN <= pad, start, T), last)
+    near = tl.cdiv(tl.where(is_prefix, tl.minimum(BN, stop - start), stop - start), BM)
+    full = tl.maximum(stop - (start + near * BM), 0) // BM
+    far = tl.cdiv(tl.maximum(stop - (start + (near + full) * BM), 0), BM)
+    j, d = start + tl.arange(0, BN), tl.arange(0, D)
+    inside = j[:, None] < end
+    k = tl.load(K + b * kb + kv * kh + j[:, None] * kt + d[None, :], mask=inside, other=0.0)
+    v = tl.load(V + b * vb + kv * vh + j[:, None] * vt + d[None, :], mask=inside, other=0.0)
+    until = tl.where(is_prefix, T, P + ((j - P) // N + 1) * N)  # end of a key's continuation
+    dk, dv = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+    row = tl.arange(0, BM)
+    q_in, g_in = row[:, None] * qt + d[None, :], row[:, None] * gt + d[None, :]
+    Q += b * qb + kv * G * qh
+    DOut += b * gb + kv * G * gh
+    Lse += (b * H + kv * G) * T
+    Delta += (b * H + kv * G) * T
+    # One flat loop over the blocks of all G heads: nested loops spilled on every architecture.
+    for t in range(G * full):
+        g, i = t // full, start + (near + t % full) * BM
+        q_at, g_at, at = Q + g * qh + i * qt + q_in, DOut + g * gh + i * gt + g_in, g * T + i + row
+        dk, dv = _key_step(dk, dv, k, v, q_at, g_at, Lse + at, Delta + at, 0, 0, scale, False)
+    for t in range(G * (near + far)):
+        g, n = t // (near + far), t % (near + far)
+        i = start + (n + tl.where(n < near, 0, full)) * BM
+        q_at, g_at, at = Q + g * qh + i * qt + q_in, DOut + g * gh + i * gt + g_in, g * T + i + row
+        i += row
+        seen = (i[None, :] >= j[:, None]) & (i[None, :] < until[:, None])
+        dk, dv = _key_step(dk, dv, k, v, q_at, g_at, Lse + at, Delta + at, i < T, seen, scale, True)
+    real = j[:, None] >= pad
+    at = b * db + kv * dh + j[:, None] * dt + d[None, :]
+    dk = tl.where(real, dk * (scale * 0.6931471805599453), 0.0)
+    tl.store(DK + at, dk.to(DK.dtype.element_ty), mask=inside)
+    tl.store(DV + at, tl.where(real, dv, 0.0).to(DV.dtype.element_ty), mask=inside)
+
+
+@jit
+def _decode_prefix(
+    Q, K, V, Part, PartLse, Pad, qb, qr, qh, kb, kh, kt, vb, vh, vt, HKV, G, R, P, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    b, kv = (tl.program_id(2) // HKV).to(tl.int64), tl.program_id(2) % HKV
+    pad = tl.load(Pad + b)
+    size = tl.cdiv(tl.cdiv(P - pad, splits), BN) * BN  # keys of one split
+    start = pad + split * size
+    stop = tl.minimum(start + size, P)
+    full = tl.maximum(stop - start, 0) // BN
+    r = tl.program_id(1) * BM + tl.arange(0, BM)  # row K*G: rollout r // G, head r % G of the group
+    column, d = tl.arange(0, BN), tl.arange(0, D)
+    k_in, v_in = column[None, :] * kt + d[:, None], column[:, None] * vt + d[None, :]
+    K += b * kb + kv * kh
+    V += b * vb + kv * vh
+    q_at = Q + b * qb + (r // G)[:, None] * qr + (kv * G + r % G)[:, None] * qh + d[None, :]
+    q = tl.load(q_at, mask=r[:, None] < R, other=0.0)
+    acc = tl.zeros([BM, D], tl.float32)
+    total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
+    for t in range(full):
+        k_at, v_at = K + (start + t * BN) * kt + k_in, V + (start + t * BN) * vt + v_in
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, 0, 0, scale, False)
+    for first in range(start + full * BN, stop, BN):
+        k_at, v_at, live = K + first * kt + k_in, V + first * vt + v_in, first + column < stop
+        acc, total, top = _softmax_step(
+            acc, total, top, q, k_at, v_at, live, live[None, :], scale, True
+        )
+    total = tl.where(start < stop, total, 1.0)  # an empty split has log-sum-exp -1e30: no weight
+    at = (tl.program_id(2).to(tl.int64) * splits + split) * R + r
+    tl.store(Part + at[:, None] * D + d[None, :], acc / total[:, None], mask=r[:, None] < R)
+    tl.store(PartLse + at, top + tl.log2(total), mask=r < R)
+
+
+@jit
+def _decode_own(
+    Q, K, V, Part, PartLse, Filled, Out, qb, qr, qh, kb, kr, kh, kt, vb, vr, vh, vt,
+    HKV, G, splits, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    rollout, rollouts = tl.program_id(0), tl.num_programs(0)
+    b, kv = (tl.program_id(1) // HKV).to(tl.int64), tl.program_id(1) % HKV
+    filled = tl.load(Filled)  # from device memory: a CUDA graph replays as the cache grows
+    g, column, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+    inside = g < G
+    acc = tl.zeros([BM, D], tl.float32)
+    total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
+    for split in range(splits):  # go on from where the prefix left the softmax
+        at = ((tl.program_id(1).to(tl.int64) * splits + split) * rollouts + rollout) * G + g
+        lse = tl.load(PartLse + at, mask=inside, other=-1e30)
+        part = tl.load(Part + at[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        new = tl.maximum(top, lse)
+        fade, weight = tl.exp2(top - new), tl.exp2(lse - new)
+        acc = acc * fade[:, None] + part * weight[:, None]
+        total, top = total * fade + weight, new
+    q_at = b * qb + rollout * qr + (kv * G + g)[:, None] * qh + d[None, :]
+    q = tl.load(Q + q_at, mask=inside[:, None], other=0.0)
+    K += b * kb + rollout.to(tl.int64) * kr + kv * kh
+    V += b * vb + rollout.to(tl.int64) * vr + kv * vh
+    for first in range(0, filled, BN):
+        j = first + column
+        k_at, v_at = K + j[None, :] * kt + d[:, None], V + j[:, None] * vt + d[None, :]
+        live = j < filled
+        acc, total, top = _softmax_step(
+            acc, total, top, q, k_at, v_at, live, live[None, :], scale, True
+        )
+    at = ((b * rollouts + rollout) * HKV + kv) * G + g
+    out = (acc / total[:, None]).to(Out.dtype.element_ty)
+    tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside[:, None])
+
+
+# ---- Launching ---------------------------------------------------------------------------------
+# Custom operators, so that torch.compile keeps each call whole and knows its shapes and gradient.
+
+
+def _config(kernel, D):
+    BM, BN, warps, stages = CONFIGS[architecture()][kernel, D]
+    return dict(D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+
+
+def _tiles(P, T, block):
+    return -(-P // block) + -(-(T - P) // block)
+
+
+def _token_major(x):
+    """Empty like x [B, H, T, D], laid out [B, T, H, D] as the model's projections are."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+@torch.library.custom_op("nanosip::prefix_attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor, prefix: int, length: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, H, T, D = q.shape
+    out, lse = _token_major(q), q.new_empty(B, H, T, dtype=torch.float32)
+    config = _config("forward", D)
+    _forward[_tiles(prefix, T, config["BM"]), B * H](
+        q, k, v, out, lse, pad, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *out.stride()[:3], H, H // k.shape[1], T, prefix, max(length, 1), scale * LOG2E, **config,
+    )  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, pad, prefix, length, scale):
+    return _token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanosip::prefix_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pad: Tensor,
+    prefix: int, length: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, T, D = q.shape
+    Hkv = k.shape[1]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    dq, dk, dv, delta = _token_major(q), _token_major(k), _token_major(k), torch.empty_like(lse)
+    inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    sizes = [H, H // Hkv, T, prefix, max(length, 1), scale * LOG2E]
+    config = _config("backward_query", D)
+    _backward_query[_tiles(prefix, T, config["BM"]), B * H](
+        q, k, v, out, grad, lse, delta, dq, pad, *inputs, *out.stride()[:3], *grad.stride()[:3],
+        *sizes, **config,
+    )  # fmt: skip
+    config = _config("backward_key", D)
+    _backward_key[_tiles(prefix, T, config["BN"]), B * Hkv](
+        q, k, v, grad, lse, delta, dk, dv, pad, *inputs, *grad.stride()[:3], *dk.stride()[:3],
+        *sizes, **config,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, pad, prefix, length, scale):
+    return _token_major(q), _token_major(k), _token_major(k)
+
+
+def _attention_context(ctx, inputs, output):
+    q, k, v, pad, ctx.prefix, ctx.length, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, pad)
+
+
+def _attention_grad(ctx, grad, _):
+    sizes = ctx.prefix, ctx.length, ctx.scale
+    return *_attention_backward(grad, *ctx.saved_tensors, *sizes), None, None, None, None
+
+
+_attention.register_autograd(_attention_grad, setup_context=_attention_context)
+
+
+@torch.library.custom_op("nanosip::decode_attention", mutates_args=())
+def _decode(
+    q: Tensor, k_prefix: Tensor, v_prefix: Tensor, pad: Tensor, k_cont: Tensor, v_cont: Tensor,
+    filled: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    B, K, H, D = q.shape
+    Hkv, P = k_prefix.shape[1:3]
+    R = K * (H // Hkv)  # rows that share a kv head's prefix
+    config = _config("decode_prefix", D)
+    rows = -(-R // config["BM"])
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
+    splits = min(-(-P // config["BN"]), max(2 * cores // (B * Hkv * rows), 1))  # fill the GPU
+    part = q.new_empty(B, Hkv, splits, R, D, dtype=torch.float32)
+    lse = q.new_empty(B, Hkv, splits, R, dtype=torch.float32)
+    if splits:
+        _decode_prefix[splits, rows, B * Hkv](
+            q, k_prefix, v_prefix, part, lse, pad, *q.stride()[:3], *k_prefix.stride()[:3],
+            *v_prefix.stride()[:3], Hkv, H // Hkv, R, P, scale * LOG2E, **config,
+        )  # fmt: skip
+    out = q.new_empty(B, K, H, D)
+    _decode_own[K, B * Hkv](
+        q, k_cont, v_cont, part, lse, filled, out, *q.stride()[:3], *k_cont.stride()[:4],
+        *v_cont.stride()[:4], Hkv, H // Hkv, splits, scale * LOG2E, **_config("decode_own", D),
+    )  # fmt: skip
+    return out
+
+
+@_decode.register_fake
+def _(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, scale):
+    return q.new_empty(q.shape)
