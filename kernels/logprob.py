@@ -1,8 +1,44 @@
-"""Log-probabilities of target tokens straight from hidden states, never storing [T, V]."""
+"""Log-probabilities of target tokens straight from hidden states, never storing [T, V].
+
+                    vocabulary V in tiles ->                    per token, running over the tiles:
+                  +------+------+------+------+                   largest logit
+        hidden    | W[v] |      |      |      |                   sum of exp(logit - largest)
+        [T, d]    +------+------+------+------+                   sum of exp(...) * logit  (entropy)
+        tile of   logits: one BT x BV tile at a                   logit of the target
+        tokens    time, in registers, then gone                 logp = logit - log-sum-exp
+
+The forward pass is a matrix product with an online softmax in place of the store; S programs share
+a tile of tokens, each for its part of the vocabulary, so that small batches fill a GPU too.  The
+backward pass computes the logits again (Wijmans et al. 2024, "Cut your losses") and turns them into
+
+    d logits = (g_logp * (onehot - p) - g_entropy * p * (log p + entropy)) / temperature
+
+for one slice of the vocabulary at a time: [T, slice] in a workspace, then two library products,
+d hidden += d logits @ W[slice] and dW[slice] = d logits.T @ hidden.  No atomics, so a run repeats
+bit for bit.  Precision: logits, softmax and every sum are float32; d logits are rounded once, to
+bfloat16 if hidden is (as autograd would) and else kept in float32, because probabilities of a large
+vocabulary underflow in float16; each row of dW is one sum over all tokens, d hidden adds its slices
+in float32.  Dividing by the temperature here is what makes scoring agree with sampling.
+
+Tiles of 128 x 128 x 64 with 8 warps are the largest that do not spill (128 x 256 do).
+"""
 
 import torch
+from torch import Tensor
+
+from kernels import architecture, jit, tl, use_triton
 
 CHUNK = 1 << 20  # logits alive at once: 4 MiB in float32, small enough for a CPU's caches
+WORKSPACE = 1 << 25  # d logits alive at once on a GPU: 64 MiB in bfloat16
+
+# kernel: (BT tokens, BV vocabulary, BK hidden, warps, stages)
+CONFIGS = {
+    "sm_80": {"forward": (128, 128, 64, 8, 3), "backward": (128, 128, 64, 8, 3)},
+    "sm_90": {"forward": (128, 128, 64, 8, 3), "backward": (128, 128, 64, 8, 3)},
+    "sm_100": {"forward": (128, 128, 64, 8, 3), "backward": (128, 128, 64, 4, 3)},
+    "gfx942": {"forward": (128, 128, 64, 8, 1), "backward": (128, 128, 64, 8, 1)},
+}
+LOG2E = 1.4426950408889634
 
 
 def linear_logprob(hidden, weight, targets, temperature: float = 1.0, entropy: bool = False):
@@ -12,12 +48,19 @@ def linear_logprob(hidden, weight, targets, temperature: float = 1.0, entropy: b
     [T], or (logp, entropy of the distribution) on request; both are 0 at ignored targets.
     """
     keep = (targets != -100).nonzero().squeeze(1)
-    if len(keep) < len(targets):
+    if len(keep) < len(targets):  # left out before any work
         kept = linear_logprob(hidden[keep], weight, targets[keep], temperature, entropy)
-        fill = lambda x: x.new_zeros(len(targets)).index_put((keep,), x)  # noqa: E731
-        return tuple(map(fill, kept)) if entropy else fill(kept)
-    logp, ent = _Chunked.apply(hidden, weight, targets, temperature, entropy)
+        zeros = hidden.new_zeros(len(targets), dtype=(kept[0] if entropy else kept).dtype)
+        fill = [zeros.index_put((keep,), x) for x in (kept if entropy else (kept,))]
+        return tuple(fill) if entropy else fill[0]
+    if use_triton(hidden) and len(targets):
+        logp, ent, _ = _logprob(hidden, weight, targets, temperature, entropy)
+    else:
+        logp, ent = _Chunked.apply(hidden, weight, targets, temperature, entropy)
     return (logp, ent) if entropy else logp
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------
 
 
 class _Chunked(torch.autograd.Function):
@@ -73,3 +116,170 @@ def inside(targets, first: int, size: int):
     """(positions, columns) of the targets that fall in the slice [first, first + size)."""
     row = ((targets >= first) & (targets < first + size)).nonzero().squeeze(1)
     return row, targets[row] - first
+
+
+# ---- Triton ------------------------------------------------------------------------------------
+
+
+@jit
+def _logits(
+    Hidden, Weight, t, v, T, V, dim, ht, wv,
+    BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of hidden @ weight.T; rows past the end repeat the last one and are cut later."""
+    t = tl.minimum(t, T - 1).to(tl.int64)
+    v = tl.minimum(v, V - 1).to(tl.int64)
+    d = tl.arange(0, BK)
+    h_at = Hidden + t[:, None] * ht + d[None, :]
+    w_at = Weight + v[None, :] * wv + d[:, None]
+    z = tl.zeros([BT, BV], tl.float32)
+    for first in range(0, dim, BK):
+        if EVEN:
+            z = tl.dot(tl.load(h_at), tl.load(w_at), z)
+        else:
+            h = tl.load(h_at, mask=first + d[None, :] < dim, other=0.0)
+            z = tl.dot(h, tl.load(w_at, mask=first + d[:, None] < dim, other=0.0), z)
+        h_at += BK
+        w_at += BK
+    return z
+
+
+@jit
+def _logprob_forward(
+    Hidden, Weight, Targets, Lse, Logit, Mean, T, V, dim, ht, wv, tiles, scale,
+    BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    target = tl.load(Targets + t, mask=t < T, other=-1)
+    top, total = tl.full([BT], -1e30, tl.float32), tl.zeros([BT], tl.float32)
+    logit, mean = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    begin = tl.program_id(1) * tiles * BV  # this program's part of the vocabulary
+    for first in range(begin, tl.minimum(begin + tiles * BV, V), BV):
+        v = first + tl.arange(0, BV)
+        z = _logits(Hidden, Weight, t, v, T, V, dim, ht, wv, BT, BV, BK, EVEN) * scale
+        z = tl.where(v[None, :] < V, z, -1e30)
+        logit += tl.sum(tl.where(v[None, :] == target[:, None], z, 0.0), 1)
+        new = tl.maximum(top, tl.max(z, 1))
+        p, fade = tl.exp2(z - new[:, None]), tl.exp2(top - new)
+        total = total * fade + tl.sum(p, 1)
+        if ENTROPY:
+            mean = mean * fade + tl.sum(p * z, 1)
+        top = new
+    at = tl.program_id(1) * T + t
+    tl.store(Lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=t < T)
+    tl.store(Logit + at, logit * 0.6931471805599453, mask=t < T)
+    if ENTROPY:
+        tl.store(Mean + at, mean / total * 0.6931471805599453, mask=t < T)
+
+
+@jit
+def _logprob_backward(
+    Hidden, Weight, Targets, Lse, Entropy, GLogp, GEntropy, DLogits, T, V, dim, ht, wv, begin, end,
+    dt, scale,
+    BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    v = begin + tl.program_id(1) * BV + tl.arange(0, BV)
+    z = _logits(Hidden, Weight, t, v, T, V, dim, ht, wv, BT, BV, BK, EVEN)
+    live = t < T
+    target = tl.load(Targets + t, mask=live, other=-1)
+    lse = tl.load(Lse + t, mask=live, other=0.0)
+    grad = tl.load(GLogp + t, mask=live, other=0.0)
+    logp = z * scale - lse[:, None]
+    p = tl.exp2(logp * 1.4426950408889634)
+    dz = grad[:, None] * (tl.where(v[None, :] == target[:, None], 1.0, 0.0) - p)
+    if ENTROPY:
+        ent = tl.load(Entropy + t, mask=live, other=0.0)
+        grad = tl.load(GEntropy + t, mask=live, other=0.0)
+        dz -= grad[:, None] * p * (logp + ent[:, None])
+    at = DLogits + t.to(tl.int64)[:, None] * dt + (v - begin)[None, :]
+    dz = (dz * scale).to(DLogits.dtype.element_ty)
+    tl.store(at, dz, mask=live[:, None] & (v[None, :] < end))
+
+
+# ---- Launching ---------------------------------------------------------------------------------
+
+
+def _config(kernel, dim, entropy):
+    BT, BV, BK, warps, stages = CONFIGS[architecture()][kernel]
+    tile = dict(BT=BT, BV=BV, BK=BK, EVEN=dim % BK == 0, ENTROPY=entropy)
+    return dict(**tile, num_warps=warps, num_stages=stages)
+
+
+@torch.library.custom_op("nanosip::linear_logprob", mutates_args=())
+def _logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    (T, dim), V = hidden.shape, len(weight)
+    config = _config("forward", dim, entropy)
+    rows, columns = -(-T // config["BT"]), -(-V // config["BV"])
+    cores = (
+        torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        if (hidden.is_cuda)
+        else 2
+    )
+    tiles = -(-columns // max(4 * cores // rows, 1))  # vocabulary tiles a program: 4 waves
+    splits = -(-columns // tiles)
+    lse, logit, mean = hidden.new_empty(3, splits, T, dtype=torch.float32)
+    _logprob_forward[rows, splits](
+        hidden, weight, targets, lse, logit, mean, T, V, dim, dim, dim, tiles, LOG2E / temperature,
+        **config,
+    )  # fmt: skip
+    total = lse.logsumexp(0)  # [T]
+    ent = total - ((lse - total).exp() * mean).sum(0) if entropy else torch.zeros_like(total)
+    return logit.sum(0) - total, ent, total
+
+
+@_logprob.register_fake
+def _(hidden, weight, targets, temperature, entropy):
+    return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("nanosip::linear_logprob_backward", mutates_args=())
+def _logprob_grad(
+    g_logp: Tensor, g_ent: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor,
+    ent: Tensor, temperature: float, entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden, weight, (T, dim), V = (
+        hidden.contiguous(),
+        weight.contiguous(),
+        hidden.shape,
+        len(weight),
+    )
+    config = _config("backward", dim, entropy)
+    kind = hidden.dtype if hidden.dtype == torch.bfloat16 else torch.float32
+    size = min(-(-WORKSPACE // T // config["BV"]) * config["BV"], V)
+    work, h = hidden.new_empty(T, size, dtype=kind), hidden.to(kind)
+    dh, dw = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(weight)
+    for first in range(0, V, size):
+        end = min(first + size, V)
+        _logprob_backward[-(-T // config["BT"]), -(-(end - first) // config["BV"])](
+            hidden, weight, targets, lse, ent, g_logp.contiguous(), g_ent.contiguous(), work, T, V,
+            dim, dim, dim, first, end, size, 1 / temperature, **config,
+        )  # fmt: skip
+        dz = work[:, : end - first]
+        dh += dz @ weight[first:end].to(kind)
+        dw[first:end] = dz.T @ h
+    return dh.to(hidden.dtype), dw
+
+
+@_logprob_grad.register_fake
+def _(g_logp, g_ent, hidden, weight, targets, lse, ent, temperature, entropy):
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _logprob_context(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, ctx.entropy = inputs
+    _, ent, lse = output
+    ctx.save_for_backward(hidden, weight, targets, lse, ent)
+
+
+def _logprob_backward_pass(ctx, g_logp, g_ent, _):
+    grads = _logprob_grad(g_logp, g_ent, *ctx.saved_tensors, ctx.temperature, ctx.entropy)
+    return *grads, None, None, None
+
+
+_logprob.register_autograd(_logprob_backward_pass, setup_context=_logprob_context)
