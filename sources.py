@@ -326,7 +326,9 @@ def list_files(source: str) -> list[str]:
 
 
 def is_shard(name: str) -> bool:
-    return os.path.isfile(name) and ".signals." not in os.path.basename(name)
+    """No folder, and none of the files that RedPajama-V2 keeps beside its documents."""
+    beside = (".signals.", ".duplicates.", ".minhash.")
+    return os.path.isfile(name) and not any(part in os.path.basename(name) for part in beside)
 
 
 def listed_in(name: str) -> list[str]:

@@ -14,7 +14,6 @@ Ordinary text never becomes a special token, even where it spells one.
 
 import base64
 import contextlib
-import itertools
 import json
 import logging
 import math
@@ -83,8 +82,10 @@ class Tokenizer:
     def __init__(self, ranks, pattern, specials, eos, bos=None, vocabulary=None, source=None):
         self.pattern, self.specials, self.source = pattern, specials, source
         self.vocabulary = vocabulary or ranks
-        self.token_bytes = {i: token for token, i in self.vocabulary.items()}
-        self.vocab_size = 1 + max(*self.token_bytes, *specials.values())
+        self.vocab_size = 1 + max(*self.vocabulary.values(), *specials.values())
+        self.token_bytes = [b""] * self.vocab_size  # special tokens are nothing in a text
+        for token, i in self.vocabulary.items():
+            self.token_bytes[i] = token
         self.eos_name, self.bos_name = eos, bos
         self.eos, self.bos = specials[eos], specials[bos] if bos else None
         self.splits_words = all(len(token.split()) < 2 for token in self.vocabulary)
@@ -116,8 +117,10 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Special tokens and ids outside the vocabulary are dropped."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        data = b"".join(map(self.token_bytes.get, ids, itertools.repeat(b"")))
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if max(ids, default=0) >= self.vocab_size:  # of a model whose vocabulary was padded
+            ids = [i for i in ids if i < self.vocab_size]
+        data = b"".join(map(self.token_bytes.__getitem__, ids))
         return data.decode("utf-8", errors="replace")
 
     def save(self, folder) -> None:

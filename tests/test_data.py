@@ -414,7 +414,8 @@ def test_parquet_with_and_without_pyarrow(tmp_path, monkeypatch):
 
 
 def test_places(tmp_path):
-    for name in ("x/a.jsonl", "x/b.json.gz", "x/y/c.jsonl.zst", "x/y/c.signals.json.gz", "x/d.md"):
+    for name in ("x/a.jsonl", "x/b.json.gz", "x/y/c.jsonl.zst", "x/y/c.signals.json.gz", "x/d.md",
+                 "x/y/c.minhash.parquet", "x/y/c.duplicates.parquet"):  # fmt: skip
         write(tmp_path / name, [{"text": name}])
     relative = lambda names: [str(Path(n).relative_to(tmp_path)) for n in names]  # noqa: E731
     inside = ["x/a.jsonl", "x/b.json.gz", "x/y/c.jsonl.zst"]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tiktoken_ext.openai_public as public
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,8 @@ def train(style: str, folder: Path) -> Library:
         spec = tk.Tokenizer(ranks, tk.LLAMA3_PATTERN, last, eos, bos).to_json()
         halves = [(t[:i], t[i:]) for t in names for i in range(1, len(t))]
         spec["model"]["merges"] = [half for half in halves if set(half) <= set(names)]
+    if style == "gpt2":  # older files write a merge as one string
+        spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": specials[-1]}
@@ -304,6 +307,21 @@ def test_texts_that_break_others(trained):
     assert ours.decode(ours.encode(" " * 1_000_000 + "x")) == " " * 1_000_000 + "x"
     assert ours.decode(ours.encode("\ud800a")) == "\ufffda"  # half a surrogate pair
     assert len(ours.encode("ab" * 200_000)) > 0
+
+
+def test_a_named_encoding_of_tiktoken(monkeypatch, tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b" the": 256}
+    specials = {"<|endoftext|>": 257}
+    known = tiktoken.Encoding(
+        "gpt2", pat_str=public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": known}.get)  # instead of a download
+    ours = tk.load_tokenizer("gpt2")
+    assert (ours.eos, ours.bos, ours.vocab_size) == (257, None, 258)
+    for text in HARD:
+        assert ours.encode(text) == known.encode_ordinary(text)
+    ours.save(tmp_path)
+    assert tk.load_tokenizer(str(tmp_path)).encode(" the 12") == ours.encode(" the 12")
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "gpt3"])
