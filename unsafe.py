@@ -37,15 +37,12 @@ from tokenizer import load_tokenizer
 CURSE_WORDS = 5  # hits that make a document unsafe
 RULES = {  # what a document has to be, before anybody asks whether it is unsafe
     "50 to 100,000 words": lambda s: 50 <= s["words"] <= 100_000,
-    "mean word length 3 to 10": lambda s: 3 <= (s["mean_word_length"] or 0) <= 10,
-    "at most 0.1 symbols a word": lambda s: (s["symbols_per_word"] or 0) <= 0.1,
+    "mean word length 3 to 10": lambda s: 3 <= s["mean_word_length"] <= 10,
+    "at most 0.1 symbols a word": lambda s: s["symbols_per_word"] <= 0.1,
     "at most 90 % bullet lines": lambda s: s["bullet_lines"] <= 0.9,
     "top 2-gram at most 20 %": lambda s: s["top_2gram"] <= 0.2,
 }
-UNSAFE = {  # the paper prints the first and describes the second
-    "both": lambda s: s["curse_words"] >= CURSE_WORDS and s["blocklist"] is not None,
-    "either": lambda s: s["curse_words"] >= CURSE_WORDS or s["blocklist"] is not None,
-}
+UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
 PER_SHARD = 20_000  # documents
 JUDGED_AT_ONCE = 256  # samples
 
@@ -54,17 +51,16 @@ JUDGED_AT_ONCE = 256  # samples
 
 
 def published_signals(quality: dict) -> dict:
-    """The signals that the rules need, out of RedPajama-V2's {name: [[start, end, value], ...]}."""
-    value = {name: spans[0][2] for name, spans in quality.items() if spans}
-    bullets = quality.get("rps_lines_start_with_bulletpoint") or []
+    """What the rules need, out of RedPajama-V2's {name: [[start, end, value or null], ...]}."""
+    bullets = sum(value or 0 for *_, value in quality["rps_lines_start_with_bulletpoint"])
     return {
-        "words": value["rps_doc_word_count"],
-        "mean_word_length": value["rps_doc_mean_word_length"],
-        "symbols_per_word": value["rps_doc_symbol_to_word_ratio"],
-        "bullet_lines": sum(v or 0 for _, _, v in bullets) / max(1, value["ccnet_nlines"]),
-        "top_2gram": value["rps_doc_frac_chars_top_2gram"],
-        "curse_words": value["rps_doc_ldnoobw_words"],
-        "blocklist": value["rps_doc_ut1_blacklist"],
+        "words": quality["rps_doc_word_count"][0][2] or 0,
+        "mean_word_length": quality["rps_doc_mean_word_length"][0][2] or 0,
+        "symbols_per_word": quality["rps_doc_symbol_to_word_ratio"][0][2] or 0,
+        "bullet_lines": bullets / max(1, quality["ccnet_nlines"][0][2]),
+        "top_2gram": quality["rps_doc_frac_chars_top_2gram"][0][2] or 0,
+        "curse_words": quality["rps_doc_ldnoobw_words"][0][2] or 0,
+        "blocklist": quality["rps_doc_ut1_blacklist"][0][2],  # a category, 0 among them
     }
 
 
@@ -88,7 +84,7 @@ def computed_signals(text: str, domain: str, bad_words: set[str], blocklist: dic
     grams = (" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1))
     return {
         "words": len(words),
-        "mean_word_length": characters / len(words) if words else None,
+        "mean_word_length": characters / max(1, len(words)),
         "symbols_per_word": sum(map(text.count, ("#", "...", "…"))) / max(1, raw_words),
         "bullet_lines": sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines),
         "top_2gram": sum(map(len, top)) * count / characters if count > 1 else 0.0,
@@ -137,9 +133,9 @@ def as_object(value) -> dict:
 
 def records_with_signals(name: str, skips: Skips) -> Iterator[tuple[int, dict]]:
     """Lines of a RedPajama-V2 shard joined with those of its file under quality_signals/."""
-    folder, found, rest = name.rpartition("documents/")
-    partner = f"{folder}quality_signals/{rest.replace('.json', '.signals.json')}"
-    if not found or not (is_url(name) or os.path.exists(partner)):
+    place = re.fullmatch(r"(.*)documents/([^/]+/\d{4}/\w+)\.json\.gz", name)
+    partner = "{}quality_signals/{}.signals.json.gz".format(*place.groups()) if place else ""
+    if not partner or not (is_url(name) or os.path.exists(partner)):
         yield from records(name, skips)
         return
     others, line, other = records(partner, skips), 0, {}
@@ -194,7 +190,18 @@ def first_failure(signals: dict, unsafe: str) -> str | None:
     for name, holds in RULES.items():
         if not holds(signals):
             return name
-    return None if UNSAFE[unsafe](signals) else f"curse words, blocklist ({unsafe})"
+    enough = len(reasons_of(signals)) >= UNSAFE[unsafe]
+    return None if enough else f"curse words, blocklist ({unsafe})"
+
+
+def reasons_of(signals: dict) -> list[str]:
+    """What makes a document unsafe."""
+    reasons = []
+    if signals["curse_words"] >= CURSE_WORDS:
+        reasons.append(f"{signals['curse_words']:g} curse words")
+    if signals["blocklist"] is not None:
+        reasons.append(f"blocklist category {signals['blocklist']}")
+    return reasons
 
 
 class Shards:
@@ -282,7 +289,7 @@ def run(options) -> Counter:
             continue
         key = digest(text)
         split = next(split for split in splits if in_split(key, split))
-        meta["signals"] = signals
+        meta |= {"signals": signals, "reasons": reasons_of(signals)}
         if stage2 and split in ("validation", "test"):
             waiting.append((split, text, meta))
             if len(waiting) >= JUDGED_AT_ONCE:

@@ -109,6 +109,9 @@ def test_every_document_once_an_epoch(tmp_path_factory, layout, window, batch_si
     assert len(seen) == 3 * count
     for epoch in range(3):
         assert sorted(seen[epoch * count :][:count]) == [f"{i:04d}" for i in range(count)]
+    for batch in whole:  # never text of two documents
+        for prefix, suffix in zip(batch.prefix_text, batch.suffix_text, strict=True):
+            assert prefix == suffix * (len(prefix) // 4) != ""
     index = torch.cat([batch.index for batch in whole])
     assert index.tolist() == list(range(3 * count))
 

@@ -44,9 +44,14 @@ VARIANTS = [  # (signal, value, what removes the document when curse words *and*
     ("rps_doc_frac_chars_top_2gram", 0.21, BIGRAM),
     ("rps_doc_ldnoobw_words", 5.0, None),
     ("rps_doc_ldnoobw_words", 4.0, "curse words, blocklist (both)"),
+    ("rps_doc_word_count", None, WORDS),
+    ("rps_doc_symbol_to_word_ratio", None, None),
     ("rps_doc_ut1_blacklist", 0, None),  # a category like any other
     ("rps_doc_ut1_blacklist", None, "curse words, blocklist (both)"),
 ]
+
+
+LINES = 20 * len(VARIANTS)  # of each shard below
 
 
 def signals(**changes) -> dict:
@@ -92,7 +97,7 @@ def test_computed_signals_by_hand():
     assert found["curse_words"] == 4.0
     assert found["blocklist"] == "adult"
     empty = unsafe.computed_signals("", "", {"damn"}, {})
-    assert empty["words"] == 0 and empty["mean_word_length"] is None
+    assert empty["words"] == empty["mean_word_length"] == 0
     assert unsafe.first_failure(empty, "either") == WORDS
 
 
@@ -140,10 +145,11 @@ def test_filter_as_a_command(redpajama, tmp_path):
     )
     for split, part in found.items():
         assert all(data.in_split(data.digest(row["text"]), split) for row in part)
-    assert rows[0]["meta"]["signals"]["curse_words"] == 6.0  # the reasons are kept
+    assert rows[0]["meta"]["signals"]["top_2gram"] <= 0.2
+    assert rows[0]["meta"]["reasons"][1].startswith("blocklist category")
     assert rows[0]["meta"]["source"].endswith(tuple(f"en_head.json.gz:{i + 1}" for i in good))
     table = done.stdout.splitlines()
-    assert table[0].split() == ["documents", str(2 * (320 - 2))]
+    assert table[0].split() == ["documents", str(2 * (LINES - 2))]
     removed = {row[2:40].strip(): int(row.split()[-2]) for row in table if row.startswith("- ")}
     expected = Counter(rule for i, (*_, rule) in enumerate(VARIANTS * 20) if i not in (3, 5))
     assert removed == {rule: 2 * expected[rule] for rule in expected if rule} | {BULLETS: 0}
@@ -169,8 +175,8 @@ def test_the_export_with_json_strings(tmp_path, capsys):
     ]  # fmt: skip
     write(tmp_path / "sample.jsonl.gz", rows)
     fates = unsafe.run(options(tmp_path / "sample.jsonl.gz", tmp_path / "out"))
-    assert sum(n for fate, n in fates.items() if "kept" in fate) == 7
-    assert fates[WORDS] == 2 and fates[MEAN] == 3
+    assert sum(n for fate, n in fates.items() if "kept" in fate) == 8
+    assert fates[WORDS] == 3 and fates[MEAN] == 3
 
 
 def test_signals_of_another_document_are_not_used(redpajama, caplog):
@@ -180,7 +186,7 @@ def test_signals_of_another_document_are_not_used(redpajama, caplog):
     skips = Skips()
     shard = str(redpajama / "documents/2023-14/0000/en_head.json.gz")
     found = [number for number, _ in unsafe.records_with_signals(shard, skips)]
-    assert found == [3, 5, *range(7, 321)]  # 4 and 6 are damaged, 1 and 2 exchanged
+    assert found == [3, 5, *range(7, LINES + 1)]  # 4 and 6 are damaged, 1 and 2 exchanged
     assert skips["quality signals of another document"] == 2
 
 
@@ -233,7 +239,7 @@ def test_inspect_shows_what_is_there(redpajama, tmp_path, capsys):
     png = tmp_path / "lengths.png"
     inspect_corpus.main([str(redpajama), "--chunk", "16", "--max_seq", "64", "--png", str(png)])
     shown = capsys.readouterr().out
-    assert "2 .json.gz" in shown and "documents  636" in shown
+    assert "2 .json.gz" in shown and f"documents  {2 * (LINES - 2)}" in shown
     assert "raw_content: str" in shown and "quality_signals: dict" in shown
     assert shown.count("sample ") == 5 and "skipped, damaged line: 4" in shown
     assert png.read_bytes().startswith(b"\x89PNG")
