@@ -30,9 +30,7 @@ ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet", ".txt")
 PACKED = (".gz", ".zst", ".zstd")
 MAX_LINE = 16 << 20  # bytes; a longer line is skipped without being held
 PASSAGE = 8192  # bytes of plain text that make a document, up to the next blank line
-SIP = (
-    2048  # compressed bytes handed over at once: bounds what a decompression bomb can make of them
-)
+SIP = 2048  # compressed bytes unpacked at once, which bounds what a bomb can make of them
 PIECE = 1 << 18  # bytes of content handed on at once
 BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
 RETRIES = 6  # of a download that makes no progress

@@ -226,6 +226,7 @@ class LibraryTokenizer:
     def encode(self, text: str) -> list[int]:
         if self.brings_space and text.startswith(" "):
             text = text[1:]
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
@@ -303,13 +304,24 @@ def split_pattern(spec: dict) -> str | None:
     return None
 
 
+def covers_all_text(pattern: str | None) -> bool:
+    """tiktoken drops what a pattern doesn't match; elsewhere that is a piece of its own."""
+    single = {bytes([byte]): byte for byte in range(256)}
+    probe = "Ab ab'S  12\n3456\t_-!? \r\n\n é日本 ½\u3000\u200d👍\0\x85 "
+    try:
+        only = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=single, special_tokens={})
+    except (TypeError, ValueError):  # no pattern, or one that tiktoken can't read
+        return False
+    return bytes(only.encode_ordinary(probe)) == probe.encode()
+
+
 def convert(spec: dict, eos: str, bos: str | None, source: Path) -> Tokenizer | None:
     """A tokenizer.json on tiktoken with identical ids, or None."""
     model, pattern = spec["model"], split_pattern(spec)
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model.get(name) for name in options):
         return None
-    if pattern is None or spec.get("normalizer"):
+    if spec.get("normalizer") or not covers_all_text(pattern):
         return None
     if not all(token["special"] for token in spec["added_tokens"]):
         return None

@@ -251,6 +251,13 @@ def test_merges_out_of_the_order_of_ids_go_to_the_library(tmp_path, caplog):
     assert ours.eos not in ours.encode("<|endoftext|>")
 
 
+@pytest.mark.parametrize("pattern", [r"\w+|[^\w\s]+", r"(?<n>a)\g<n>|(", "[0-9]"])
+def test_patterns_that_tiktoken_would_read_otherwise_go_to_the_library(tmp_path, pattern):
+    spec = tk.from_words(WORDS).to_json()
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    assert tk.convert(spec, "<|endoftext|>", None, None) is None
+
+
 def sentencepiece_like() -> dict:
     """Llama 2's arrangement: a space before the text, spaces as ▁, bytes as fallback."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abet"]
@@ -296,6 +303,7 @@ def test_sentencepiece_runs_on_the_library_and_keeps_spaces(tmp_path, caplog):
     assert ours.decode([1, *ids, 2]) == " a bet é"
     assert ours.encode(ours.decode(ids)) == ids  # a continuation is not given a second space
     assert not {1, 2} & set(ours.encode("<s>a</s>"))
+    assert ours.decode(ours.encode("\ud800a")) == " \ufffda"
     ours.save(tmp_path / "saved")
     assert (tmp_path / "saved/tokenizer.json").read_bytes() == (
         tmp_path / "tokenizer.json"
