@@ -33,6 +33,7 @@ PASSAGE = 8192  # bytes of plain text that make a document, up to the next blank
 SIP = 2048  # compressed bytes unpacked at once, which bounds what a bomb can make of them
 PIECE = 1 << 18  # bytes of content handed on at once
 BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
+PATIENCE = 10_000  # records in a row without a text before a corpus is refused
 RETRIES = 6  # of a download that makes no progress
 TIMEOUT = (10, 60)  # seconds to connect, to wait for bytes
 
@@ -354,11 +355,18 @@ class Files:
         if start["files"] != self.mark:
             raise DataError(f"the files of {self.source} are not those that the run began with")
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.names))
+        misses = 0
         for shard in range(first, len(order)):
-            for number, record in records(self.names[order[shard]], self.skips, line):
+            name = self.names[order[shard]]
+            for number, record in records(name, self.skips, line):
                 text, reason = text_of(record, self.text_field)
+                misses = misses + 1 if text is None else 0
+                if misses == PATIENCE:
+                    raise DataError(
+                        f"no text in {name} ({reason}); its fields: {', '.join(record)}"
+                    )
                 if text is None:
-                    self.skips.note(reason, f"{self.names[order[shard]]}:{number}")
+                    self.skips.note(reason, f"{name}:{number}")
                 else:
                     position = {"epoch": epoch, "shard": shard, "line": number, "files": self.mark}
                     yield text, position

@@ -321,7 +321,7 @@ def test_a_file_that_cannot_be_opened_is_skipped(tmp_path):
     assert files.skips == {"unreadable file": 1}
 
 
-def test_one_clear_error_when_nothing_is_left(tmp_path):
+def test_one_clear_error_when_nothing_is_left(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no such file"):
         stream(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(DataError, match="no shard"):
@@ -331,6 +331,10 @@ def test_one_clear_error_when_nothing_is_left(tmp_path):
         list(stream(str(path), epochs=None))
     with pytest.raises(DataError, match="missing field: 1"):
         list(stream(str(path), text_field="body"))
+    monkeypatch.setattr(sources, "PATIENCE", 3)  # doesn't read terabytes to find that out
+    many = write(tmp_path / "many.jsonl", [{"body": "a text", "id": 1}] * 3 + [{"text": "late"}])
+    with pytest.raises(DataError, match="missing field.*its fields: body, id"):
+        list(stream(str(many)))
     with pytest.raises(ValueError, match="two chunks"):
         stream(str(path), max_seq=7)
     with pytest.raises(ValueError, match="no split"):

