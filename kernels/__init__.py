@@ -1,6 +1,7 @@
 """Triton kernels, each beside the plain PyTorch that defines it.  Triton itself is optional."""
 
 import os
+from types import SimpleNamespace
 
 import torch
 
@@ -10,7 +11,7 @@ try:
 
     jit = triton.jit
 except ImportError:  # macOS, Windows: the kernels are never launched, so plain functions will do
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
     def jit(function):
         return function

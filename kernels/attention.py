@@ -107,7 +107,7 @@ def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
 
     q [B, K, H, D]; k_prefix, v_prefix [B, Hkv, P, D]; pad int32 [B]; k_cont, v_cont
     [B, K, Hkv, N, D], of which the first `filled` positions (int, or int32 [1] on the device)
-    are valid and include the new token's own.  Returns [B, K, H, D].
+    are valid and include the new token's own.  Returns [B, K, H, D]; has no gradient.
     """
     caches = (k_prefix, v_prefix, k_cont, v_cont)
     if not use_triton(q):

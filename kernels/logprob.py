@@ -3,7 +3,7 @@
                     vocabulary V in tiles ->                    per token, running over the tiles:
                   +------+------+------+------+                   largest logit
         hidden    | W[v] |      |      |      |                   sum of exp(logit - largest)
-        [T, d]    +------+------+------+------+                   sum of exp(...) * logit  (entropy)
+        [T, d]    +------+------+------+------+                   sum of that * (logit - largest)
         tile of   logits: one BT x BV tile at a                   logit of the target
         tokens    time, in registers, then gone                 logp = logit - log-sum-exp
 
@@ -54,7 +54,7 @@ def linear_logprob(hidden, weight, targets, temperature: float = 1.0, entropy: b
         fill = [zeros.index_put((keep,), x) for x in (kept if entropy else (kept,))]
         return tuple(fill) if entropy else fill[0]
     if use_triton(hidden) and len(targets):
-        logp, ent, _ = _logprob(hidden, weight, targets, temperature, entropy)
+        logp, ent, _ = _logprob(hidden, weight.to(hidden.dtype), targets, temperature, entropy)
     else:
         logp, ent = _Chunked.apply(hidden, weight, targets, temperature, entropy)
     return (logp, ent) if entropy else logp
@@ -69,19 +69,19 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy):
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-        top = h.new_full((len(h),), -torch.inf)  # running maximum, [T]
+        top = h.new_full((len(h),), -1e30)  # running maximum, [T]
         total, mean, logit = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
         for first, w in slices(weight, len(h)):
             z = h @ w.to(h.dtype).T  # [T, chunk]
             row, column = inside(targets, first, len(w))
             logit[row] = z[row, column]
             new = torch.maximum(top, z.amax(1))
-            p, fade = (z - new[:, None]).exp_(), (top - new).exp()
-            total = total * fade + p.sum(1)
-            mean = mean * fade + torch.linalg.vecdot(p, z) if entropy else mean
-            top = new
-        lse = top + total.log()
-        ent = lse - mean / total
+            z, fade = z.sub_(new[:, None]), (top - new).exp()
+            p = z.exp()
+            if entropy:  # mean of logits, measured from the largest
+                mean = (mean + total * (top - new)) * fade + torch.linalg.vecdot(p, z)
+            total, top = total * fade + p.sum(1), new
+        lse, ent = top + total.log(), total.log() - mean / total
         ctx.save_for_backward(hidden, weight, targets, lse, ent)
         ctx.temperature, ctx.entropy = temperature, entropy
         return logit - lse, ent
@@ -146,7 +146,7 @@ def _logits(
 
 @jit
 def _logprob_forward(
-    Hidden, Weight, Targets, Lse, Logit, Mean, T, V, dim, ht, wv, tiles, scale,
+    Hidden, Weight, Targets, Lse, Logit, Entropy, T, V, dim, ht, wv, tiles, scale,
     BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):  # fmt: skip
@@ -161,16 +161,17 @@ def _logprob_forward(
         z = tl.where(v[None, :] < V, z, -1e30)
         logit += tl.sum(tl.where(v[None, :] == target[:, None], z, 0.0), 1)
         new = tl.maximum(top, tl.max(z, 1))
-        p, fade = tl.exp2(z - new[:, None]), tl.exp2(top - new)
-        total = total * fade + tl.sum(p, 1)
+        z -= new[:, None]
+        p, fade = tl.exp2(z), tl.exp2(top - new)
         if ENTROPY:
-            mean = mean * fade + tl.sum(p * z, 1)
-        top = new
+            mean = (mean + total * (top - new)) * fade + tl.sum(p * z, 1)
+        total, top = total * fade + tl.sum(p, 1), new
     at = tl.program_id(1) * T + t
     tl.store(Lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=t < T)
     tl.store(Logit + at, logit * 0.6931471805599453, mask=t < T)
     if ENTROPY:
-        tl.store(Mean + at, mean / total * 0.6931471805599453, mask=t < T)
+        ent = (tl.log2(total) - mean / total) * 0.6931471805599453
+        tl.store(Entropy + at, ent, mask=t < T)
 
 
 @jit
@@ -223,13 +224,14 @@ def _logprob(
     )
     tiles = -(-columns // max(4 * cores // rows, 1))  # vocabulary tiles a program: 4 waves
     splits = -(-columns // tiles)
-    lse, logit, mean = hidden.new_empty(3, splits, T, dtype=torch.float32)
+    lse, logit, part = hidden.new_empty(3, splits, T, dtype=torch.float32)
     _logprob_forward[rows, splits](
-        hidden, weight, targets, lse, logit, mean, T, V, dim, dim, dim, tiles, LOG2E / temperature,
+        hidden, weight, targets, lse, logit, part, T, V, dim, dim, dim, tiles, LOG2E / temperature,
         **config,
     )  # fmt: skip
     total = lse.logsumexp(0)  # [T]
-    ent = total - ((lse - total).exp() * mean).sum(0) if entropy else torch.zeros_like(total)
+    surprise = total - lse  # of each part of the vocabulary; entropy of a mixture
+    ent = (surprise.neg().exp() * (surprise + part)).sum(0) if entropy else torch.zeros_like(total)
     return logit.sum(0) - total, ent, total
 
 

@@ -1,7 +1,7 @@
 """What every shipped configuration compiles to, read off the machine code; needs no GPU.
 
-    python -m kernels.report                    # every target, a Markdown table
-    python -m kernels.report sm_90 --json       # one target, one JSON object a line
+    python -m kernels.report                       # every target, a Markdown table
+    python -m kernels.report sm_90 entropy --json  # one target, names with a word, JSON lines
 
 Each kernel is compiled for bfloat16 as a training run would specialise it (pointers and strides are
 multiples of 16).  Registers and stack come from cuobjdump, instructions from nvdisasm, both of
@@ -117,7 +117,7 @@ def expected_matrix(name, arch, tile, warps):
 
 # ---- Compiling and reading ---------------------------------------------------------------------
 
-FLOAT32 = {"Lse", "Delta", "Part", "PartLse", "Logit", "Mean", "Entropy", "GLogp", "GEntropy"}
+FLOAT32 = {"Lse", "Delta", "Part", "PartLse", "Logit", "Entropy", "GLogp", "GEntropy"}
 POINTERS = {"Pad": "*i32", "Filled": "*i32", "Targets": "*i64"}
 SIZES = {"H", "HKV", "G", "T", "P", "N", "R", "splits", "tiles", "begin", "end"}  # any integer
 
@@ -214,8 +214,10 @@ def read_hip(compiled):
     )
 
 
-def report(arch):
+def report(arch, words=()):
     for name, function, tile, warps, stages, flop_per_byte in shipped(arch):
+        if words and not any(word in name for word in words):
+            continue
         compiled = compile_kernel(arch, function, tile, warps, stages)
         read = read_hip(compiled) if arch.startswith("gfx") else read_cuda(compiled)
         shared, threads = compiled.metadata.shared, warps * compiled.metadata.warp_size
@@ -236,7 +238,8 @@ def report(arch):
 def main(arguments):
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes the default
     archs = [a for a in arguments if a in SHARED] or list(SHARED)
-    rows = (row for arch in archs for row in report(arch))
+    words = [a for a in arguments if a not in SHARED and a != "--json"]
+    rows = (row for arch in archs for row in report(arch, words))
     if "--json" in arguments:
         for row in rows:
             print(json.dumps(row), flush=True)

@@ -1,0 +1,122 @@
+"""The PyTorch definitions against float64, and the Triton kernels against it in the interpreter.
+
+The interpreter is chosen when a process first imports the kernels, so its cases
+(kernels_interpreted.py) run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels_reference as reference
+import pytest
+import torch
+
+from kernels.attention import decode_attention, prefix_attention
+from kernels.logprob import linear_logprob
+
+ROOT = Path(__file__).parent.parent
+SHAPES = [  # B, H, Hkv, P, N, C
+    (2, 4, 4, 13, 5, 0),
+    (2, 4, 1, 13, 5, 1),
+    (3, 8, 2, 13, 5, 3),
+    (2, 8, 1, 9, 4, 16),
+    (2, 2, 2, 0, 7, 3),
+    (2, 4, 2, 8, 1, 3),
+    (1, 2, 1, 6, 0, 0),
+]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_definition(shape, ragged):
+    *_, P, N, C = shape
+    q, k, v, pad = reference.rows(*shape, D=8, ragged=ragged)
+    out = prefix_attention(q, k, v, pad, P, N)
+    expected = reference.attention(q, k, v, pad, P, N)
+    assert reference.error(out, expected) < 2e-6
+    upstream = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream.double()),
+        strict=True,
+    ):
+        assert reference.error(ours, theirs) < 5e-6
+
+
+def test_attention_gradcheck():
+    q, k, v, pad = reference.rows(2, 4, 2, 3, 2, 2, D=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: prefix_attention(*x, pad, 3, 2), (q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4, 2, 11, 6), (2, 16, 8, 1, 5, 3), (2, 2, 3, 3, 0, 4)])
+def test_decode_definition(shape):
+    inputs = reference.caches(*shape, D=8)
+    for filled in (1, shape[-1]):
+        out = decode_attention(*inputs, filled)
+        assert reference.error(out, reference.decode(*inputs, filled)) < 2e-6
+        assert torch.equal(out, decode_attention(*inputs, torch.tensor([filled])))
+
+
+def test_decoding_repeats_training():
+    """The last token of each continuation gets from its caches what it gets in the row."""
+    B, H, Hkv, P, N, C, D = 2, 4, 2, 7, 5, 3, 8
+    *qkv, pad = reference.rows(B, H, Hkv, P, N, C, D)
+    q, k, v = (x.detach() for x in qkv)
+    row = prefix_attention(q, k, v, pad, P, N)[:, :, P:].unflatten(2, (C, N))[:, :, :, -1]
+    own = [x[:, :, P:].unflatten(2, (C, N)).transpose(1, 2) for x in (k, v)]  # [B, C, Hkv, N, D]
+    last = q[:, :, P:].unflatten(2, (C, N))[:, :, :, -1].transpose(1, 2)  # [B, C, H, D]
+    out = decode_attention(last, k[:, :, :P], v[:, :, :P], pad, *own, N)
+    torch.testing.assert_close(out, row.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprob_definition(temperature, monkeypatch):
+    monkeypatch.setattr("kernels.logprob.CHUNK", 1000)  # several slices, the last one short
+    hidden, weight = torch.randn(9, 16).requires_grad_(), torch.randn(700, 16).requires_grad_()
+    targets = torch.randint(700, (9,))
+    targets[2], targets[4] = -100, 699
+    upstream = torch.randn(2, 9)
+    ours = linear_logprob(hidden, weight, targets, temperature, entropy=True)
+    theirs = reference.logprob(hidden, weight, targets, temperature)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a[2] == 0 and reference.error(a, b) < 5e-6
+    grads = [
+        torch.autograd.grad((torch.stack(x) * upstream).sum(), (hidden, weight))
+        for x in (ours, theirs)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert reference.error(a, b) < 1e-5
+    assert not grads[0][0][2].any()
+    assert torch.equal(linear_logprob(hidden, weight, targets, temperature), ours[0])
+    nothing = linear_logprob(hidden, weight, torch.full((9,), -100), temperature)
+    assert not nothing.any()
+
+
+def test_logprob_gradcheck(monkeypatch):
+    monkeypatch.setattr("kernels.logprob.CHUNK", 256)
+    hidden, weight = (torch.randn(s, 3, dtype=torch.float64).requires_grad_() for s in (4, 150))
+    targets = torch.tensor([149, 0, -100, 128])
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprob(h, w, targets, 0.7, entropy=True), (hidden, weight)
+    )
+
+
+def test_triton_is_optional():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels.attention as a, kernels.logprob as l, kernels.report\n"
+        "x = torch.randn(1, 2, 5, 8)\n"
+        "a.prefix_attention(x, x, x, torch.zeros(1, dtype=torch.int32), 5, 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-x", "tests/kernels_interpreted.py"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
