@@ -1,9 +1,8 @@
 """The policy: a Llama-family transformer that reads and writes Hugging Face folders.
 
 In: tokens laid out as [left-padded prefix of P | C continuations of N], described by (pad per row,
-P, N) alone. A prefix token attends causally to the prefix; a continuation token attends to the whole
-prefix and, causally, to its own continuation; positions of every continuation restart after the
-prefix. So a prefix is computed once however many continuations are scored, and C = 0 or 1 is
+P, N) alone. A prefix token attends causally to the prefix; a continuation token to the whole prefix
+and, causally, to its own continuation; positions of every continuation restart after the prefix. So a prefix is computed once however many continuations are scored, and C = 0 or 1 is
 ordinary causal attention.
 Out: hidden states, or the log-probability of every continuation token.
 
@@ -63,9 +62,16 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
         raise ModelError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
     n_layer, n_head, n_kv_head, d_model, d_ff, tied, theta = shapes[name]
     return ModelConfig(
-        vocab_size, n_layer, n_head, n_kv_head, d_model, d_ff, d_model // n_head,
-        rope_theta=theta, tie_embeddings=tied,
-    )  # fmt: skip
+        vocab_size,
+        n_layer,
+        n_head,
+        n_kv_head,
+        d_model,
+        d_ff,
+        d_model // n_head,
+        rope_theta=theta,
+        tie_embeddings=tied,
+    )
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
@@ -92,7 +98,7 @@ def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Ten
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [B, H, T, D]; dimension i is paired with i + D/2, as in transformers."""
+    """Rotary embedding of x [B, H, T, D]; dimension i pairs with i + D/2, as in transformers."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
@@ -288,8 +294,10 @@ def read_config(folder: str | Path) -> ModelConfig:
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         config.rope_scaling = {key: number(f"rope {key}", rope.get(key)) for key in keys}
     if config.n_head % config.n_kv_head or config.head_dim % 2:
-        raise ModelError(f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
-                         f"{config.head_dim} dimensions do not fit together")  # fmt: skip
+        raise ModelError(
+            f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
+            f"{config.head_dim} dimensions do not fit together"
+        )
     return config
 
 
@@ -358,7 +366,9 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     if missing := sorted(wanted.keys() - files.keys()):
         raise ModelError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
     if extra := sorted(files.keys() - wanted.keys()):
-        raise ModelError(f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}")
+        raise ModelError(
+            f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}"
+        )
     state = {}
     for path in sorted(set(files.values())):
         try:
@@ -366,8 +376,10 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
                 for name in (n for n, p in files.items() if p == path):
                     shape = torch.Size(f.get_slice(name).get_shape())
                     if shape != wanted[name]:
-                        raise ModelError(f"{path}: {name} has shape {list(shape)}, config.json "
-                                         f"asks for {list(wanted[name])}")  # fmt: skip
+                        raise ModelError(
+                            f"{path}: {name} has shape {list(shape)}, config.json "
+                            f"asks for {list(wanted[name])}"
+                        )
                     state[name] = f.get_tensor(name).to(device, dtype)
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{path} cannot be read (damaged or cut off): {e}") from None

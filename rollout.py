@@ -1,11 +1,11 @@
 """The sampler: K continuations of each prefix, the prefix computed and cached once.
 
-In: left-padded prefixes [B, P] of unequal length. Out: tokens [B, K, N], how many of them count, and
-the log-probability of each under the model at the sampling temperature.
+In: left-padded prefixes [B, P] of unequal length. Out: tokens [B, K, N], how many of them count,
+and the log-probability of each under the model at the sampling temperature.
 
 Attention runs over a two-part cache: the prefix part is read once per step for all K rollouts of a
-prefix, the continuation part belongs to one rollout (kernels/attention.py). Randomness is a counter,
-not a stream: the uniform number behind token t of rollout k is a hash of (seed, the prefix's index
+prefix, the continuation part belongs to one rollout (kernels/attention.py). Randomness is counted,
+not streamed: the uniform number behind token t of rollout k is a hash of (seed, the prefix's index
 in the run, k, t), so a rollout depends neither on what shares its batch nor on what was sampled
 before, and a resumed run repeats it.
 """
@@ -71,12 +71,21 @@ def sample(logits, u, temperature: float, top_p: float):
 
 @torch.no_grad()
 def rollout(
-    model: Llama, prefix, pad, K: int, N: int, *, eos: int, seed: int, index,
-    temperature: float = 1.0, top_p: float = 1.0,
-) -> Rollouts:  # fmt: skip
+    model: Llama,
+    prefix,
+    pad,
+    K: int,
+    N: int,
+    *,
+    eos: int,
+    seed: int,
+    index,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Rollouts:
     """Sample K continuations of at most N tokens of every prefix.
 
-    prefix int64 [B, P] left-padded, pad int [B], index int64 [B]: what keys each prefix's randomness.
+    prefix int64 [B, P] left-padded, pad int [B], index int64 [B] keys each prefix's randomness.
     temperature 0 is greedy. A rollout ends with `eos` or after N tokens.
     """
     B, P = prefix.shape

@@ -5,15 +5,7 @@ import json
 import pytest
 import torch
 
-from model import (
-    Llama,
-    ModelConfig,
-    ModelError,
-    load_model,
-    preset,
-    read_config,
-    save_model,
-)
+from model import Llama, ModelConfig, ModelError, load_model, preset, read_config, save_model
 
 LLAMA3 = {
     "factor": 8.0,
@@ -138,9 +130,14 @@ def test_save_load_round_trip_is_bit_exact(variant, dtype, tmp_path):
 def test_reads_what_transformers_writes_in_shards(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=101,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
     assert (tmp_path / "model.safetensors.index.json").exists()

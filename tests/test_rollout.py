@@ -75,7 +75,9 @@ def test_frequencies_match_exact_probabilities(model, temperature, top_p):
     scipy_stats = pytest.importorskip("scipy.stats")
     prefix, pad = prefixes(1)
     K, B = 2000, 20
-    got = run(model, prefix.expand(B, -1), pad.expand(B), K, 2, temperature=temperature, top_p=top_p)
+    got = run(
+        model, prefix.expand(B, -1), pad.expand(B), K, 2, temperature=temperature, top_p=top_p
+    )
 
     @torch.no_grad()
     def step(rows):

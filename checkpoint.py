@@ -1,0 +1,76 @@
+"""Checkpoints: Hugging Face folders with the training state beside the weights.
+
+A run holds checkpoints/step_000100/{config.json, model.safetensors, tokenizer files, state.pt} and
+`ckpt`, a link to the newest. One is written under a temporary name, flushed to disk and renamed, so
+that a run killed at any moment leaves the previous one untouched.
+"""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from model import ModelError, load_model, save_model
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the file."""
+
+
+def flush(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Path:
+    """Write run/checkpoints/step_N, point run/ckpt at it, remove all but the newest `keep`.
+
+    state holds tensors and plain Python values. On failure the older ones stand as they were.
+    """
+    folder = run / "checkpoints"
+    final, temporary = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_model(policy, temporary, tokenizer.bos, tokenizer.eos)
+        tokenizer.save(temporary)
+        torch.save(state, temporary / "state.pt")
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        link = run / ".ckpt"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.relative_to(run), target_is_directory=True)
+        os.replace(link, run / "ckpt")
+        flush(run)
+    except (OSError, RuntimeError) as e:  # safetensors and torch report a full disk as RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write the checkpoint {final}: {e}") from e
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"))
+
+
+def load(run: Path, device) -> tuple:
+    """The newest checkpoint that can be read: (policy, state), or (None, None).
+
+    A damaged one is named in one line and the one before it is used.
+    """
+    for folder in reversed(checkpoints(run)):
+        try:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            return load_model(folder, device), state
+        except (ModelError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            print(f"checkpoint {folder} is damaged, trying the one before it: {e}")
+    return None, None

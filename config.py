@@ -1,0 +1,241 @@
+"""Every knob of a run in one place: name, default, unit, reason.
+
+In: `train.py [config.py ...] [--key=value ...]`. A config file is Python that assigns keys; later
+files and flags win. Out: one Config. An unknown key is an error that names the nearest one, a value
+of the wrong type says what was expected; the resolved config is written to the run folder.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A key, value or combination that cannot be meant."""
+
+
+def key(default, meaning, group=""):
+    return field(default=default, metadata={"meaning": meaning, "group": group})
+
+
+# The defaults are the pocket world on a laptop. configs/ holds the paper's settings.
+@dataclass
+class Config:
+    out_dir: str = key("out/world", "run folder: config, log, checkpoints, judgments, plots", "Run")
+    seed: int = key(0, "keys all randomness together with step, sample and rollout")
+    max_steps: int = key(100, "updates by the method, and as many by the next-token baseline")
+    init_from: str = key("scratch", "'scratch', a Hugging Face folder, or 'resume' (this out_dir)")
+    model: str = key("world", "shape for init_from=scratch: a preset of model.py")
+    tokenizer: str = key(
+        "auto",
+        "folder, tokenizer.json, tiktoken name or 'world'; auto: init_from's own, or world's",
+    )
+    device: str = key("auto", "'auto', 'cpu', 'cuda' or 'mps'")
+    dtype: str = key("auto", "float32, or bfloat16 autocast; auto: bfloat16 on CUDA only")
+    save_every: int = key(25, "steps between checkpoints (one is also written at the end)")
+    keep: int = key(2, "checkpoints kept")
+    example_every: int = key(20, "steps between printed example candidates with their verdicts")
+
+    data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
+    text_field: str = key("auto", "JSON field that holds a document's text")
+    window: int = key(1024, "documents shuffled together")
+    chunk: int = key(32, "N: tokens of a suffix and of every candidate")
+    max_seq: int = key(96, "tokens of prefix + candidate; a prefix has at most max_seq - chunk")
+    batch_size: int = key(32, "prefixes a step, over all processes")
+    dials: str = key("", "pocket world only: dials of world.py, e.g. 'unsafe=0.5,noise=0.1'")
+
+    base_steps: int = key(
+        1500, "next-token steps before the method when init_from=scratch", "Base and baseline"
+    )
+    base_batch_size: int = key(64, "documents a base step")
+    base_learning_rate: float = key(3e-3, "peak, cosine")
+    baseline: bool = key(True, "also train the base max_steps further by next-token prediction")
+
+    objective: str = key("dpo", "nll, rf_nll, dpo or grpo", "Method")
+    candidates: str = key("suffix,rewrite,rollouts", "the pool: any of suffix, rewrite, rollouts")
+    rollouts: int = key(4, "K: continuations sampled from the policy for each prefix")
+    temperature: float = key(1.0, "of rollouts and, so that both agree, of all log-probabilities")
+    top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
+    rewards: str = key(
+        "quality,safety,factuality",
+        "kinds of judgment, added up; empty: no judge, candidates rank in the order of `candidates`",
+    )
+    beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
+    grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
+    grpo_std: bool = key(True, "GRPO: divide advantages by the group's deviation; Dr. GRPO: False")
+    grpo_length: bool = key(True, "GRPO: mean over a rollout's own length; Dr. GRPO: over chunk")
+    nll_prefix: bool = key(False, "nll: the prefix's tokens count too, as in ordinary pretraining")
+    nll_weight: float = key(0.0, "DPO: plus this times the NLL per token of the chosen")
+    length_norm: bool = key(False, "DPO: log-probabilities per token instead of summed")
+
+    learning_rate: float = key(5e-4, "peak, cosine to min_lr", "Optimiser")
+    min_lr: float = key(0.1, "final learning rate as a share of the peak")
+    warmup_steps: int = key(5, "linear warm-up")
+    weight_decay: float = key(0.1, "AdamW, on matrices only")
+    grad_clip: float = key(1.0, "largest gradient norm")
+    micro_batch_tokens: int = key(65536, "tokens of one forward pass; larger batches are split")
+
+    judge_url: str = key("world", "OpenAI-compatible base URL(s) up to /v1, or 'world'", "Teachers")
+    judge_model: str = key("judge", "model name sent to judge_url")
+    judge_samples: int = key(1, "times each question is asked; verdicts are averaged")
+    judge_temperature: float = key(1.0, "sampling of the judge")
+    judge_top_p: float = key(1.0, "sampling of the judge")
+    judge_max_tokens: int = key(512, "tokens of a verdict, its reasoning included")
+    judge_retries: int = key(3, "times a malformed answer is asked again before it is left out")
+    comparisons: str = key(
+        "all", "quality pairs: 'all', 'pivot', or R opponents for each candidate"
+    )
+    overlap: int = key(0, "batches judged while the next are rolled out; 0 is the paper's order")
+    rewrite_url: str = key("world", "as judge_url")
+    rewrite_model: str = key("rewriter", "model name sent to rewrite_url")
+    rewrite_temperature: float = key(1.0, "sampling of the rewriter")
+    concurrency: int = key(256, "questions in flight at once")
+    timeout: float = key(120.0, "seconds for one answer before it is asked again")
+    give_up_after: float = key(600.0, "seconds without any answer before the run stops, resumable")
+    prompts: str = key("prompts", "folder of prompt files; copy it to change the wording")
+
+    eval_prefixes: int = key(
+        256, "held-out prefixes of each kind, continued greedily", "Evaluation"
+    )
+    eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
+
+
+OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
+SOURCES = ("suffix", "rewrite", "rollouts")
+REWARDS = ("quality", "safety", "factuality")
+
+
+def convert(name: str, value, kind: type, where: str):
+    """value as `kind`; text comes from flags. An int serves as a float, 1e3 as an int."""
+    try:
+        if kind is bool:
+            word = str(value).lower()
+            if word in ("true", "1", "yes"):
+                return True
+            if word in ("false", "0", "no"):
+                return False
+        elif kind is float and not isinstance(value, bool):
+            return float(value)
+        elif kind is int and not isinstance(value, bool):
+            number = int(value) if isinstance(value, int | str) and "e" not in str(value) else None
+            number = float(value) if number is None else number
+            if number == int(number):
+                return int(number)
+        elif kind is str and isinstance(value, str | int | float):
+            return str(value)
+        elif kind is str and isinstance(value, list | tuple):
+            return ",".join(map(str, value))
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"{where}: {name} needs {kind.__name__}, not {value!r}")
+
+
+def apply(values: dict, changes: dict, where: str):
+    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
+    for name, value in changes.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1, cutoff=0)[0]
+            raise ConfigError(f"{where}: there is no key {name!r}; the nearest is {near!r}")
+        values[name] = convert(name, value, kinds[name], where)
+
+
+def parse(argv: list[str]) -> tuple[Config, bool]:
+    """Command line -> (Config, whether a run is resumed: its own settings, then those given)."""
+    given: dict = {}
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print(help_text())
+            sys.exit(0)
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            if not equals:
+                raise ConfigError(f"{arg}: write --{name}=value")
+            apply(given, {name: value}, arg)
+        elif arg.endswith(".py"):
+            if not Path(arg).is_file():
+                raise ConfigError(f"{arg}: no such config file")
+            read = runpy.run_path(arg)
+            plain = {
+                k: v
+                for k, v in read.items()
+                if not k.startswith("_") and not isinstance(v, types.ModuleType)
+            }
+            apply(given, plain, arg)
+        else:
+            raise ConfigError(f"{arg}: neither a config file (.py) nor --key=value")
+    resume = given.get("init_from") == "resume"
+    if resume:
+        path = Path(given.get("out_dir", Config.out_dir)) / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"init_from=resume: {path} does not exist, there is no run to resume")
+        saved: dict = {}
+        apply(saved, json.loads(path.read_text(encoding="utf-8")), str(path))
+        given = saved | {k: v for k, v in given.items() if k != "init_from"}
+    return check(Config(**given)), resume
+
+
+def check(config: Config) -> Config:
+    """Refuse combinations that cannot run, naming the keys."""
+    sources = names(config.candidates)
+
+    def need(condition, message):
+        if not condition:
+            raise ConfigError(message)
+
+    def among(name, found, allowed):
+        wrong = [x for x in found if x not in allowed]
+        need(not wrong, f"{name}: {', '.join(wrong)} is none of {', '.join(allowed)}")
+
+    among("objective", [config.objective], OBJECTIVES)
+    among("candidates", sources, SOURCES)
+    among("rewards", names(config.rewards), REWARDS)
+    among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
+    need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
+    count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
+    need(config.objective == "nll" or count > 1, f"objective={config.objective} needs 2 candidates")
+    need(
+        config.objective != "nll" or not config.rewards,
+        "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
+    )
+    need(
+        config.chunk > 0 and config.max_seq >= 2 * config.chunk,
+        f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
+    )
+    need(
+        config.comparisons in ("all", "pivot") or config.comparisons.isdigit(),
+        f"comparisons={config.comparisons}: 'all', 'pivot' or a number of opponents",
+    )
+    for name in ("max_steps", "rollouts", "batch_size", "judge_samples", "concurrency", "keep"):
+        need(getattr(config, name) > 0, f"{name} must be at least 1")
+    for name in ("overlap", "base_steps", "warmup_steps", "temperature", "judge_retries"):
+        need(getattr(config, name) >= 0, f"{name} must not be negative")
+    return config
+
+
+def dials_of(config: Config) -> dict[str, float]:
+    """'noise=0.1,share_unsafe=0.5' -> the dials of world.Dials that differ from their defaults."""
+    pairs = dict(word.partition("=")[::2] for word in names(config.dials))
+    return {name: convert(name, value, float, "dials") for name, value in pairs.items()}
+
+
+def names(text: str) -> list[str]:
+    """'suffix, rewrite' -> ['suffix', 'rewrite']."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def help_text() -> str:
+    lines = ["usage: python train.py [config.py ...] [--key=value ...]"]
+    for f in dataclasses.fields(Config):
+        if f.metadata["group"]:
+            lines += ["", f.metadata["group"]]
+        lines.append(f"  --{f.name}={f.default!s:<26} {f.type.__name__:<6} {f.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+def write(config: Config, path: Path):
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")

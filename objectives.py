@@ -1,0 +1,68 @@
+"""The objectives, as pure functions of tensors.
+
+In: rewards [B, C] (nan where a judge gave no verdict) and log-probabilities of the candidates.
+Out: which candidates to learn from, and a loss per prefix. train.py divides the sums.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def choose(reward, u):
+    """The best and the worst candidate of every prefix (paper, section 2).
+
+    reward float [B, C], nan = absent; u float [B, C] in (0, 1) decides among equals, so that no
+    source is favoured. -> chosen int64 [B], rejected int64 [B], keep bool [B]: False where all
+    rewards are equal or fewer than two are present, since a tie is no preference.
+    """
+    absent = reward.isnan()
+    high = reward.masked_fill(absent, -torch.inf).amax(dim=1, keepdim=True)  # [B, 1]
+    low = reward.masked_fill(absent, torch.inf).amin(dim=1, keepdim=True)
+    chosen = u.masked_fill(reward != high, -1.0).argmax(dim=1)
+    rejected = u.masked_fill(reward != low, -1.0).argmax(dim=1)
+    return chosen, rejected, (high > low).squeeze(1)
+
+
+def dpo_loss(policy, reference, beta: float):
+    """Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio chosen - rejected)).
+
+    policy, reference float [B, 2]: log p of (chosen, rejected), summed over tokens (or their mean).
+    -> loss [B]
+    """
+    ratio = policy - reference  # [B, 2]
+    return -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1]))
+
+
+def nll_loss(logp, lengths):
+    """Negative log-likelihood of one continuation each: logp [B, N] -> sum over its tokens [B]."""
+    counts = torch.arange(logp.shape[1], device=logp.device) < lengths[:, None]
+    return -(logp * counts).sum(dim=1)
+
+
+def advantages(reward, divide_by_std: bool = True):
+    """GRPO (Shao et al. 2024): a rollout's reward against its group's mean, over their deviation.
+
+    reward float [B, C], nan = absent: no part in the mean, advantage 0. A group whose rewards are
+    all equal gives zeros. divide_by_std=False is Dr. GRPO (Liu et al. 2025). -> float [B, C]
+    """
+    centred = reward - reward.nanmean(dim=1, keepdim=True)
+    if divide_by_std:
+        centred = centred / (centred.square().nanmean(dim=1, keepdim=True).sqrt() + 1e-6)
+    return centred.nan_to_num(0.0)
+
+
+def grpo_loss(logp, old, advantage, lengths, clip: float, divide_by_length: bool = True):
+    """Clipped policy gradient on every rollout of a prefix.
+
+    logp, old float [B, C, N]: under the policy now and when it sampled; advantage [B, C]; lengths
+    int [B, C]. divide_by_length=False divides by N instead of each rollout's length (Dr. GRPO).
+    -> loss [B], the mean over the C rollouts.
+    """
+    N = logp.shape[2]
+    ratio = (logp - old).exp()
+    gain = torch.minimum(
+        ratio * advantage[..., None], ratio.clamp(1 - clip, 1 + clip) * advantage[..., None]
+    )
+    counts = torch.arange(N, device=logp.device) < lengths[..., None]
+    per_token = lengths.clamp(min=1) if divide_by_length else N
+    return -((gain * counts).sum(dim=2) / per_token).mean(dim=1)

@@ -1,0 +1,114 @@
+"""What a run tells: a line of log.jsonl and of the screen a step, and example candidates.
+
+In: a step's pool, rewards and metrics. Out: log.jsonl; names with dots group what belongs together.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from candidates import Pool
+from config import Config, names
+from distributed import all_sum
+from update import learning_rate
+
+
+def describe(step, pool, reward, scores, picked, metrics, teachers, config: Config) -> dict:
+    """The step's line of log.jsonl, over all processes."""
+
+    def mean(values):
+        values = values[~values.isnan()]
+        return float(values.sum()), values.numel()
+
+    C = len(pool.sources)
+    means = dict(metrics)
+    means["skipped"] = (len(reward) - len(picked["rows"]), 0)
+    kinds = sorted({s.removesuffix("s") for s in names(config.candidates)})
+    is_source = {kind: torch.tensor([s == kind for s in pool.sources]) for kind in kinds}
+    for kind, mask in is_source.items():
+        means[f"chosen.{kind}"] = (int(mask[picked["chosen"]].sum()), len(picked["rows"]))
+    if scores is not None:
+        means["reward"] = mean(reward)
+        for name, values in scores.by_kind.items():
+            means[f"reward.{name}"] = mean(torch.from_numpy(values))
+        for kind, mask in is_source.items():
+            means[f"reward.{kind}"] = mean(reward[:, mask])
+        means["judge.calls"], means["judge.failed"] = (scores.calls, 0), (scores.failed, 0)
+        means["judge.tokens"] = (teachers.new_tokens(), 0)
+    rollouts = is_source.get("rollout", torch.zeros(C, dtype=torch.bool))
+    if rollouts.any():
+        lengths = pool.lengths[:, rollouts]
+        means["rollout.tokens"] = (int(lengths.sum()), 0)
+        means["rollout.length"] = (int(lengths.sum()), lengths.numel())
+        means["rollout.nll"] = (-float(pool.old.sum()), int(lengths.sum()))
+        repeats = [
+            repeated_share(row[:n])
+            for row, n in zip(
+                pool.tokens[:, rollouts].flatten(0, 1).tolist(),
+                lengths.flatten().tolist(),
+                strict=True,
+            )
+        ]
+        means["rollout.repeated"] = (sum(repeats), len(repeats))
+    line = {"step": step, "lr": learning_rate(step, config)}
+    for name, (total, count) in all_sum(means).items():
+        line[name] = total / count if count else total
+    return line
+
+
+def repeated_share(ids: list) -> float:
+    """Share of a rollout's 3-grams that it has already used: 1 when it says one thing for ever."""
+    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def report(line: dict, clock: dict, log, bar, config: Config):
+    """Write the line to log.jsonl and show it; clock: seconds of the step and of its parts."""
+    parts = sum(clock[name] for name in ("data", "rollout", "judge_wait", "update"))
+    clock["other"] = clock["step"] - parts
+    line |= {f"seconds.{name}": round(value, 4) for name, value in clock.items()}
+    if "rollout.tokens" in line:
+        speed = line["rollout.tokens"] / clock["rollout"] if clock["rollout"] else 0.0
+        line["rollout.tokens_per_second"] = round(speed)
+    bar.update(1)
+    bar.set_postfix_str(f"loss {line['loss']:.3f}")
+    if log is None:
+        return
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    if config.rewards:
+        shares = [
+            f"{k[len('chosen.') :]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")
+        ]
+        bar.write(
+            f"step {line['step'] + 1:4d}  loss {line['loss']:.3f}  reward {line['reward']:.3f}  "
+            f"chosen: {', '.join(shares)}  skipped {line['skipped']:.0f}  "
+            f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)  "
+            f"{clock['step']:.2f} s"
+        )
+
+
+def show_example(pool: Pool, reward, scores):
+    """One prefix, its candidates with their rewards, and a verdict: look at the text."""
+    out = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"]
+    for source, text, value in zip(pool.sources, pool.texts[0], reward[0].tolist(), strict=True):
+        out.append(f"    {source:8} {value:5.2f}  {text!r}")
+    for verdict in scores.examples[:1]:
+        out.append(f"    {verdict['kind']} verdict {verdict['verdict']}: {verdict['answer']!r}")
+    tqdm.write("\n".join(out))
+
+
+def open_log(run: Path, step: int):
+    """log.jsonl, without the lines of steps that a resumed run does again."""
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""The teachers of a run: who judges and who rewrites, and waiting for them.
+
+In: the config's URLs ("world": the pocket world's own teacher). Out: a Judge and a Rewriter that
+keep every answer in judgments.sqlite. A signal is heard while waiting.
+"""
+
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+
+from chat import Chat
+from config import Config, names
+from judge import Judge
+from rewrite import Rewriter
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; raised where the run can be saved."""
+
+
+class Teachers:
+    """The judge and the rewriter of a run, and waiting for them so that a signal is heard."""
+
+    def __init__(self, config: Config, world_url: str):
+        run = Path(config.out_dir)
+        self.chats = []
+        self.stopped = False
+        self.tokens = 0
+
+        def chat(url, model):
+            self.chats.append(
+                Chat(
+                    world_url if url == "world" else url,
+                    model,
+                    concurrency=config.concurrency,
+                    timeout=config.timeout,
+                    give_up_after=config.give_up_after,
+                    cache=run / "judgments.sqlite",
+                )
+            )
+            return self.chats[-1]
+
+        self.judge = make_judge(
+            chat(config.judge_url, config.judge_model), config, store=run / "judgments.sqlite"
+        )
+        self.rewriter = Rewriter(
+            chat(config.rewrite_url, config.rewrite_model),
+            temperature=config.rewrite_temperature,
+            max_tokens=4 * config.chunk,
+            prompts=config.prompts,
+            seed=config.seed,
+        )
+        self.examiner = self.judge
+        if config.eval_judge_url:
+            self.examiner = make_judge(chat(config.eval_judge_url, config.judge_model), config)
+
+    def stop(self, *_):
+        self.stopped = True
+
+    def check_stop(self):
+        if self.stopped:
+            raise Interrupted
+
+    def wait(self, future: Future):
+        while True:
+            try:
+                return future.result(timeout=0.2)
+            except NotYet:
+                self.check_stop()
+
+    def new_tokens(self) -> int:
+        """Tokens sent to and received from the teachers since the last call."""
+        stats = [chat.stats() for chat in self.chats]
+        before, self.tokens = self.tokens, sum(s["tokens_in"] + s["tokens_out"] for s in stats)
+        return self.tokens - before
+
+    def close(self):
+        for chat in self.chats:
+            chat.close()
+
+
+def make_judge(chat, config: Config, store=None) -> Judge:
+    comparisons = config.comparisons
+    return Judge(
+        chat,
+        rewards=names(config.rewards),
+        comparisons=int(comparisons) if comparisons.isdigit() else comparisons,
+        samples=config.judge_samples,
+        temperature=config.judge_temperature,
+        top_p=config.judge_top_p,
+        max_tokens=config.judge_max_tokens,
+        prompts=config.prompts,
+        retries=config.judge_retries,
+        seed=config.seed,
+        store=store,
+    )

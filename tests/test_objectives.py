@@ -1,0 +1,79 @@
+"""The objectives against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
+
+NAN = float("nan")
+
+
+def test_choose_takes_best_and_worst_and_skips_ties():
+    reward = torch.tensor(
+        [
+            [0.2, 0.9, 0.5],
+            [0.5, 0.5, 0.5],  # a tie is no preference
+            [NAN, 0.1, 0.3],  # the absent candidate is neither
+            [NAN, NAN, 0.7],  # nothing to compare with
+            [NAN, NAN, NAN],
+            [1.0, 0.0, 1.0],  # equals: u decides
+        ]
+    )
+    u = torch.tensor([[0.1, 0.2, 0.3]]).expand(6, 3).clone()
+    chosen, rejected, keep = choose(reward, u)
+    assert keep.tolist() == [True, False, True, False, False, True]
+    assert chosen[keep].tolist() == [1, 2, 2] and rejected[keep].tolist() == [0, 1, 1]
+    u[5] = torch.tensor([0.9, 0.2, 0.3])
+    assert choose(reward, u)[0][5] == 0
+
+
+def test_dpo_by_hand():
+    """Ratios (-10 + 12) = 2 and (-20 + 18) = -2, beta 0.5: -log sigmoid(2) = 0.126928."""
+    loss = dpo_loss(torch.tensor([[-10.0, -20.0]]), torch.tensor([[-12.0, -18.0]]), beta=0.5)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
+
+
+def test_dpo_gradient_by_hand():
+    """At the reference the loss is log 2 and its gradient -beta/2 and +beta/2."""
+    policy = torch.tensor([[-3.0, -5.0]], requires_grad=True)
+    loss = dpo_loss(policy, policy.detach(), beta=0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert policy.grad.tolist() == [[pytest.approx(-0.05), pytest.approx(0.05)]]
+
+
+def test_nll_counts_only_the_length():
+    logp = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -2.0, -4.0]])
+    assert nll_loss(logp, torch.tensor([3, 1])).tolist() == [7.0, 1.0]
+
+
+def test_advantages_by_hand():
+    reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, NAN, 1.0, NAN]])
+    full, centred = advantages(reward), advantages(reward, divide_by_std=False)
+    expected = torch.tensor([[1.0, -1, -1, 1], [0, 0, 0, 0], [1, 0, -1, 0]])
+    assert torch.allclose(full, expected, atol=1e-4)
+    assert centred[0].tolist() == [0.5, -0.5, -0.5, 0.5] and centred[2].tolist() == [1, 0, -1, 0]
+
+
+def test_grpo_by_hand():
+    """Two rollouts of lengths 2 and 1; ratios 1.5 (clipped to 1.2) and 0.5 (kept, since worse)."""
+    old = torch.zeros(1, 2, 2)
+    logp = torch.tensor([[[math.log(1.5), 0.0], [math.log(0.5), 9.0]]], requires_grad=True)
+    advantage, lengths = torch.tensor([[1.0, -1.0]]), torch.tensor([[2, 1]])
+    loss = grpo_loss(logp, old, advantage, lengths, clip=0.2)
+    # ((1.2 + 1) / 2 - max(0.5, 0.8)) / 2, negated
+    assert loss.item() == pytest.approx(-((1.2 + 1.0) / 2 - 0.8) / 2, abs=1e-6)
+    loss.sum().backward()
+    # clipped ratios have no gradient, nor has what lies beyond the length
+    assert logp.grad.flatten().tolist() == pytest.approx([0.0, -1 / 4, 0.0, 0.0])
+    by_chunk = grpo_loss(logp.detach(), old, advantage, lengths, clip=0.2, divide_by_length=False)
+    assert by_chunk.item() == pytest.approx(-((1.2 + 1.0) / 2 - 0.8 / 2) / 2, abs=1e-6)
+
+
+def test_equal_rewards_contribute_nothing():
+    logp = torch.randn(2, 3, 4, requires_grad=True)
+    advantage = advantages(torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]))
+    grpo_loss(logp, logp.detach(), advantage, torch.full((2, 3), 4), 0.2).sum().backward()
+    assert (logp.grad[0] == 0).all() and (logp.grad[1] != 0).any()

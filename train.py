@@ -1,0 +1,282 @@
+"""Self-improving pretraining (arXiv 2601.21343): one prefix, many continuations, a reward for each.
+
+    python train.py                                  the pocket world on a laptop, minutes
+    python train.py configs/table1_quality.py \\
+        --data='slimpajama/*.jsonl.zst' --init_from=MODEL \\
+        --judge_url=http://HOST:8000/v1 --judge_model=NAME
+    torchrun --nproc_per_node=8 train.py ...         one node of 8 GPUs
+
+In: documents, an initial policy, teachers behind HTTP. Out: a run folder with config.json,
+log.jsonl (an object a step), checkpoints and `ckpt` (a Hugging Face folder), judgments.sqlite,
+summary.json and training.png. Keys: `python train.py --help`, explained in config.py.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import config as configuration
+from candidates import ask, make_pool, pack, rewards_of, unpack
+from chat import TeacherError, TeacherGone
+from checkpoint import CheckpointError
+from config import Config, ConfigError, dials_of
+from data import DataError, Stream
+from distributed import gather, rank, start, world_size
+from evaluate import evaluate, held_out_sets, table
+from model import Llama, ModelError, load_model, preset
+from plot import plot_run
+from runlog import describe, open_log, report, show_example
+from teachers import Interrupted, Teachers
+from tokenizer import load_tokenizer
+from update import make_optimizer, update
+from world import Dials, WorldSource, start_teacher
+
+EXIT_INTERRUPTED, EXIT_TEACHER_GONE = 130, 75  # 75: a temporary failure, the same command goes on
+
+
+def train(policy, reference, source, teachers, config: Config, tokenizer, state, begin, label):
+    """The loop, in the paper's order: prefixes, candidates, judgments, update.
+
+    state: what the newest checkpoint of this phase held, or None; begin: where the stream starts.
+    Changes `policy`; -> the state at the end.
+    """
+    run, optimizer, queue = Path(config.out_dir), make_optimizer(policy, config), deque()
+    step, at = 0, begin
+    if state is not None:
+        step, at = state["step"], state["stream"]
+        optimizer.load_state_dict(state["optimizer"])
+        for saved in state["queue"][rank()]:
+            queue.append(unpack(saved))
+            ask(queue[-1], teachers, config, step + len(queue) - 1)
+    stream = Stream(
+        source,
+        tokenizer,
+        chunk=config.chunk,
+        max_seq=config.max_seq,
+        batch_size=config.batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        seed=config.seed,
+        text_field=None if config.text_field == "auto" else config.text_field,
+        window=config.window,
+        state=queue[-1].batch.state if queue else at,
+    )
+
+    def save():
+        saved = {
+            "step": step,
+            "stream": at,
+            "optimizer": optimizer.state_dict(),
+            "queue": gather([pack(pool) for pool in queue]),
+        }
+        if rank() == 0:
+            checkpoint.save(run, step, policy, tokenizer, saved, config.keep)
+        return saved
+
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(contextlib.closing(iter(stream)))
+        log = stack.enter_context(open_log(run, step) if rank() == 0 else contextlib.nullcontext())
+        bar = stack.enter_context(
+            tqdm(
+                total=config.max_steps, initial=step, desc=label, disable=rank() > 0, mininterval=1
+            )
+        )
+        try:
+            while step < config.max_steps:
+                clock = {"step": time.time(), "data": 0.0, "rollout": 0.0, "judge_wait": 0.0}
+                # 1. Prefixes, their candidates, and the questions about them.
+                while len(queue) <= config.overlap and step + len(queue) < config.max_steps:
+                    teachers.check_stop()
+                    asked = time.time()
+                    batch = next(batches)
+                    clock["data"] += time.time() - asked
+                    pool = make_pool(policy, batch, teachers, config, tokenizer)
+                    ask(pool, teachers, config, step + len(queue))
+                    queue.append(pool)
+                    for name, seconds in pool.seconds.items():
+                        clock[name] += seconds
+                # 2. Rewards.
+                pool, asked = queue[0], time.time()
+                reward, scores = rewards_of(pool, teachers)
+                judged = time.time()
+                clock["judge_wait"] += judged - asked
+                # 3. The update.
+                metrics, picked = update(policy, reference, optimizer, pool, reward, step, config)
+                clock["update"] = time.time() - judged
+                queue.popleft()
+                at = pool.batch.state
+                line = describe(step, pool, reward, scores, picked, metrics, teachers, config)
+                step += 1
+                if step % config.save_every == 0 and step < config.max_steps:
+                    save()
+                clock["step"] = time.time() - clock["step"]
+                report(line, clock, log, bar, config)
+                if rank() == 0 and scores and step % config.example_every == 1:
+                    show_example(pool, reward, scores)
+        except (Interrupted, TeacherGone):
+            save()
+            raise
+        return save() if state is None or state["step"] < step else state
+
+
+def phases(config: Config) -> dict[str, Config]:
+    """The run's phases by name: base (from scratch only), baseline (optional), and the method."""
+    next_token = dict(objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0)
+    out = {}
+    if config.init_from == "scratch" and config.base_steps:
+        out["base"] = dataclasses.replace(
+            config,
+            **next_token,
+            out_dir=f"{config.out_dir}/base",
+            max_steps=config.base_steps,
+            batch_size=config.base_batch_size,
+            learning_rate=config.base_learning_rate,
+            warmup_steps=config.base_steps // 30,
+            save_every=250,
+        )
+    if config.baseline:
+        out["baseline"] = dataclasses.replace(
+            config, **next_token, out_dir=f"{config.out_dir}/baseline"
+        )
+    return out | {"method": config}
+
+
+def initial_policy(config: Config, tokenizer, device) -> Llama:
+    if config.init_from == "scratch":
+        shape = preset(config.model, tokenizer.vocab_size)
+        shape.max_seq = max(shape.max_seq, config.max_seq)
+        policy = Llama(shape).initialise(config.seed).to(device)
+    else:
+        policy = load_model(config.init_from, device, torch.float32)
+    if policy.config.vocab_size < tokenizer.vocab_size:
+        raise ModelError(
+            f"the policy knows {policy.config.vocab_size} tokens, the tokenizer has "
+            f"{tokenizer.vocab_size}: they do not belong together"
+        )
+    return policy
+
+
+def run_phases(config: Config, device, teachers: Teachers) -> dict:
+    """Train every phase from the same base, then evaluate what each left. -> summary."""
+    name = config.tokenizer
+    if name == "auto":
+        name = "world" if config.init_from == "scratch" else config.init_from
+    tokenizer = load_tokenizer(name)
+    source = config.data
+    if source == "world":
+        source = WorldSource(config.seed, Dials(**dials_of(config)))
+    policy, begin, policies = initial_policy(config, tokenizer, device), None, {}
+    if "base" not in phases(config):
+        policies["base"] = policy
+    for label, phase in phases(config).items():
+        trained, state = checkpoint.load(Path(phase.out_dir), device)
+        trained = copy.deepcopy(policy) if trained is None else trained
+        state = train(trained, policy, source, teachers, phase, tokenizer, state, begin, label)
+        policies[label] = trained
+        if label == "base":
+            policy, begin = trained, state["stream"]
+    if rank() > 0 or not config.eval_prefixes:
+        return {}
+    sets = held_out_sets(
+        config.data,
+        tokenizer,
+        dials_of(config),
+        chunk=config.chunk,
+        max_seq=config.max_seq,
+        count=config.eval_prefixes,
+        text_field=None if config.text_field == "auto" else config.text_field,
+    )
+    return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk)
+
+
+def settle(config: Config, resume: bool):
+    """The run folder: go on with an unfinished run of the same settings, move any other aside."""
+    run = Path(config.out_dir)
+    path = run / "config.json"
+    if path.exists() and not resume:
+        same = json.loads(path.read_text(encoding="utf-8")) == dataclasses.asdict(config)
+        if same and not (run / "summary.json").exists():
+            print(f"going on with the unfinished run in {run}")
+        else:
+            number = 1
+            while (aside := run.with_name(f"{run.name}.{number}")).exists():
+                number += 1
+            run.rename(aside)
+            print(f"{run} held another run, which is now {aside}")
+    run.mkdir(parents=True, exist_ok=True)
+    configuration.write(config, path)
+    (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def environment() -> dict:
+    """What a reader needs to repeat the run."""
+    here = Path(__file__).parent
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
+    return {
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def main(argv: list[str]):
+    config, resume = configuration.parse(argv)
+    device = start(config.device)
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            settle(config, resume)
+        gather(None)  # nobody opens the folder before it is settled
+        world_url = ""
+        if "world" in (config.judge_url, config.rewrite_url):
+            world_url = stack.enter_context(start_teacher(**dials_of(config)))
+        teachers = Teachers(config, world_url)
+        stack.callback(teachers.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, teachers.stop)
+        summary = run_phases(config, device, teachers)
+        if rank() == 0:
+            run = Path(config.out_dir)
+            (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            if summary:
+                print(f"\n{table(summary)}\n")
+            print(f"run folder {run}, picture {plot_run(run)}")
+
+
+def launch() -> int:
+    """main, with every foreseen end of a run as one line and an exit code."""
+    try:
+        main(sys.argv[1:])
+        return 0
+    except Interrupted:
+        print("interrupted: the run is saved, the same command goes on with it", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except TeacherGone as e:
+        print(f"{e}\nthe run is saved, the same command goes on with it", file=sys.stderr)
+        return EXIT_TEACHER_GONE
+    except (ConfigError, ModelError, DataError, TeacherError, CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(launch())

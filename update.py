@@ -1,0 +1,142 @@
+"""One optimiser step on a pool: choose candidates, sum their losses, move the policy.
+
+In: a Pool and its rewards. Out: a changed policy, and metrics as {name: (sum, count)}.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from candidates import Pool, autocast
+from config import Config
+from distributed import all_sum
+from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
+from rollout import uniforms
+
+
+def whole_documents(prefix, pad, continuation, lengths):
+    """Ordinary next-token prediction in the same layout: the document's first token is the prefix
+    and everything after it one continuation. Shapes as in Llama.logprobs, C = 1."""
+    tokens = torch.cat((prefix, continuation[:, 0]), dim=1)  # [B, T]
+    T = tokens.shape[1]
+    tokens = tokens.gather(1, (torch.arange(T, device=tokens.device) + pad[:, None]) % T)
+    lengths = (prefix.shape[1] - 1 - pad[:, None]) + lengths
+    return tokens[:, :1], torch.zeros_like(pad), tokens[:, None, 1:], lengths
+
+
+def pick(pool: Pool, reward, config: Config) -> dict:
+    """What the objective learns from: rows [R] of the batch and their candidates [R, C']."""
+    u = uniforms(config.seed + 1, pool.batch.index, reward.shape[1], 1)[:, :, 0]
+    chosen, rejected, keep = choose(reward, u)
+    if config.objective == "dpo":
+        columns = torch.stack((chosen, rejected), dim=1)
+    elif config.objective == "grpo":
+        columns = torch.arange(reward.shape[1]).expand(len(reward), -1)
+    else:
+        # NLL needs a best candidate, not a better one: a tie goes to the first named.
+        best = reward.nan_to_num(-math.inf).argmax(dim=1)
+        columns, keep = best[:, None], ~reward.isnan().all(dim=1)
+    rows = keep.nonzero()[:, 0]
+    return {"rows": rows, "columns": columns[rows], "chosen": columns[rows, 0]}
+
+
+def micro_batches(rows, width: int, budget: int):
+    """Slices of the rows whose token count stays within the budget (one row at least)."""
+    size = max(1, budget // width)
+    return [slice(i, i + size) for i in range(0, len(rows), size)]
+
+
+def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, config: Config):
+    """Sum of the objective over some rows and, for logging, sums of what it was made of."""
+    device = next(policy.parameters()).device
+    rows, columns = picked["rows"][part], picked["columns"][part]
+    prefix, pad = pool.batch.prefix[rows].to(device), pool.batch.pad[rows].to(device)
+    # Padding common to these rows need not be computed.
+    prefix, pad = prefix[:, int(pad.min()) :], pad - pad.min()
+    continuations = pool.tokens[rows[:, None], columns].to(device)  # [R, C', N]
+    lengths = pool.lengths[rows[:, None], columns].to(device)  # [R, C']
+    layout = (prefix, pad, continuations, lengths)
+    if config.nll_prefix:
+        layout = whole_documents(*layout)
+    with autocast(config, device):
+        logp = policy.logprobs(*layout, config.temperature or 1.0)  # [R, C', N]
+        if config.objective == "grpo":
+            old = pool.old[rows[:, None], columns].to(device)
+            gain = advantages(reward[rows].to(device), config.grpo_std).float()
+            loss = grpo_loss(logp, old, gain, lengths, config.grpo_clip, config.grpo_length)
+            return loss.sum(), {}
+        if config.objective != "dpo":
+            loss = nll_loss(logp[:, 0], layout[3][:, 0]).sum()
+            return loss, {}
+        with torch.no_grad():
+            reference_logp = reference.logprobs(*layout, config.temperature or 1.0)
+    policy_sum, reference_sum = logp.sum(dim=2), reference_logp.sum(dim=2)  # [R, 2]
+    if config.length_norm:
+        policy_sum, reference_sum = policy_sum / lengths, reference_sum / lengths
+    loss = dpo_loss(policy_sum, reference_sum, config.beta)
+    if config.nll_weight:
+        loss = loss + config.nll_weight * nll_loss(logp[:, 0], lengths[:, 0]) / lengths[:, 0]
+    moved = (policy_sum - reference_sum).detach().sum(dim=0)
+    right = ((policy_sum - reference_sum).diff(dim=1) < 0).sum()
+    return loss.sum(), {
+        "dpo.chosen_shift": moved[0],
+        "dpo.rejected_shift": moved[1],
+        "dpo.accuracy": right,
+    }
+
+
+def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: Config):
+    """One optimiser step on the pool, over all processes. -> metrics, and what `pick` picked.
+
+    The loss is a mean over all kept prefixes (over all tokens for nll), however many processes and
+    micro-batches they are spread over; a process without any joins with zero gradients.
+    """
+    picked = pick(pool, reward, config)
+    rows, C = picked["rows"], picked["columns"].shape[1]
+    count = len(rows)
+    if config.objective in ("nll", "rf_nll"):
+        count = int(pool.lengths[rows, picked["chosen"]].sum())
+        if config.nll_prefix:
+            count += int((pool.batch.prefix.shape[1] - 1 - pool.batch.pad[rows]).sum())
+    total = all_sum({"count": (count, 0)})["count"][0]
+    width = pool.batch.prefix.shape[1] + C * pool.tokens.shape[2]
+    metrics = {"loss": (0.0, 0)}
+    for part in micro_batches(rows, width, config.micro_batch_tokens):
+        loss, extra = losses(policy, reference, pool, picked, part, reward, config)
+        (loss / max(total, 1)).backward()
+        for name, value in {"loss": loss.detach(), **extra}.items():
+            metrics[name] = (metrics.get(name, (0.0, 0))[0] + float(value), count)
+    if total == 0:
+        return metrics, picked
+    if dist.is_initialized():
+        for p in policy.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics["grad_norm"] = (float(norm), 1)
+    return metrics, picked
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up, then a cosine to min_lr times the peak."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    low = config.min_lr
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(policy, config: Config):
+    matrices = [p for p in policy.parameters() if p.dim() > 1]
+    vectors = [p for p in policy.parameters() if p.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = next(policy.parameters()).is_cuda
+    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=fused)
