@@ -68,10 +68,11 @@ class Answer(NamedTuple):
 class Endpoint:
     """A server's address, and when the next request may leave for it.
 
-    Rate limited: all requests pause, then leave one by one, `gap` seconds apart; every further
-    rate limit widens the gap by a quarter, every answer narrows it by two percent. Failing
-    SET_ASIDE times in a row: one probe every `aside` seconds, longer and longer, until one
-    succeeds. Failures of requests that left before the latest pause are old news.
+    Rate limited: all requests pause, then leave one by one, `gap` seconds apart. Every answer
+    narrows the gap by one percent; a pause widens it if more than a fifth of the latest requests
+    was refused, by as much as would have let the accepted ones through. Failing SET_ASIDE times in
+    a row: one probe every `aside` seconds, longer and longer, until one succeeds. Failures of
+    requests that left before the latest pause start no new one.
     """
 
     def __init__(self, url: str):
@@ -85,6 +86,7 @@ class Endpoint:
         self.failures = 0  # in a row
         self.turn = 0.0  # when the next request may leave
         self.gap = 0.0  # seconds between two departures
+        self.refused = 0.0  # share of the latest fifty or so that met a rate limit
         self.aside = 0.0  # seconds between two probes; 0 = in use
         self.paused_at = 0.0
 
@@ -98,19 +100,23 @@ class Endpoint:
         if self.aside:  # it is back: let the waiting requests come, but not all at once
             self.aside, self.gap, self.turn = 0.0, SPREAD, now
         self.failures = 0
-        self.gap = 0.98 * self.gap if self.gap > 1e-4 else 0.0
+        self.refused *= 0.98
+        self.gap = 0.99 * self.gap if self.gap > 1e-4 else 0.0
 
     def failed(self, failure: Failure, sent: float, now: float) -> None:
-        if failure.retry_after is not None:
-            self.turn = max(self.turn, now + failure.retry_after)
+        limited = failure.kind == "429" or failure.retry_after is not None
+        if limited:
+            self.refused += 0.02 * (1.0 - self.refused)
+            self.turn = max(self.turn, now + (failure.retry_after or 0.0))
         if sent < self.paused_at:
             return
         self.failures += 1
-        if failure.kind == "429" or failure.retry_after is not None:
-            pause = failure.retry_after or min(30.0, random.uniform(0.03, 0.06) * 2**self.failures)
-            self.gap = min(1.0, max(1.25 * self.gap, SPREAD))
+        if limited:
+            pause = failure.retry_after or random.uniform(0.03, 0.06) * 2 ** min(self.failures, 9)
+            widen = 1.0 / (1.0 - min(self.refused, 0.5)) if self.refused > 0.2 else 1.0
+            self.gap = min(1.0, widen * (self.gap or SPREAD))
         elif self.failures >= SET_ASIDE:
-            pause = self.aside = min(60.0, 2.0 ** min(self.failures - SET_ASIDE, 6))
+            pause = self.aside = 2.0 ** min(self.failures - SET_ASIDE, 6)
             log.warning("%s set aside for %.0f s: %s", self.url, pause, failure)
         else:
             return
@@ -290,7 +296,7 @@ class Chat:
             if attempt >= self._retries and self._heard > began:
                 self._counts["dropped"] += 1
                 return Answer(None, kind, 0, 0)
-            backoff = random.uniform(0, min(30.0, 0.5 * 2 ** min(attempt, 6)))
+            backoff = random.uniform(0, min(8.0, 0.25 * 2 ** min(attempt, 6)))
             await asyncio.sleep(min(backoff, self._patience()))
             self._counts["retries"] += 1
         if answer.text is None:

@@ -44,6 +44,7 @@ class FaultyServer:
         self.answered = collections.Counter()  # good answers by prompt
         self.seen = collections.Counter()  # requests by body
         self.arrivals = []  # time.monotonic() of every request
+        self.accepted = collections.deque(maxlen=rate)  # times of the latest, if there is a limit
         self.keys = set()  # Authorization headers
         self.open = self.peak = 0  # requests being answered, now and at most
 
@@ -68,9 +69,11 @@ class FaultyServer:
 
     def kind(self, body: bytes) -> str:
         """The fault planned for this request, or "answer"."""
-        second = self.arrivals[-1] - 1.0
-        if self.rate and sum(t > second for t in self.arrivals[-int(self.rate) * 4 :]) > self.rate:
-            return "429_retry_after"
+        if self.rate:
+            now = time.monotonic()
+            if len(self.accepted) == self.rate and self.accepted[0] > now - 1.0:
+                return "429_retry_after"
+            self.accepted.append(now)
         digest = hashlib.sha256(body).hexdigest()
         self.seen[digest] += 1
         draw = random.Random(f"{self.seed} {digest} {self.seen[digest]}")
@@ -80,7 +83,7 @@ class FaultyServer:
         """Answers one request; raises ConnectionError if nothing may follow on the connection."""
         kind, request = self.kind(body), json.loads(body)
         self.counts[kind] += 1
-        if self.latency:
+        if not kind.startswith("429"):
             await asyncio.sleep(self.latency)
         status, headers, content = 200, {"Content-Type": "application/json"}, b""
         if kind[:3].isdigit():
@@ -162,7 +165,7 @@ def faulty_server(
     seed: int = 0,
     answer=lambda request: "answer to " + request["messages"][0]["content"],
     latency: float = 0.0,  # seconds before each reply
-    rate: float | None = None,  # requests per second; above it: 429 with Retry-After
+    rate: int | None = None,  # requests per second; above it: 429 with Retry-After
     retry_after: float | str = 0.1,  # value of that header
     message: str = "",  # text of error replies
     port: int = 0,
