@@ -63,7 +63,7 @@ class Config:
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
     rewards: str = key(
         "quality,safety,factuality",
-        "kinds of judgment, added up; empty: no judge, candidates rank in the order of `candidates`",
+        "kinds of judgment, added up; empty: no judge, the first named candidate wins",
     )
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")

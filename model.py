@@ -2,7 +2,8 @@
 
 In: tokens laid out as [left-padded prefix of P | C continuations of N], described by (pad per row,
 P, N) alone. A prefix token attends causally to the prefix; a continuation token to the whole prefix
-and, causally, to its own continuation; positions of every continuation restart after the prefix. So a prefix is computed once however many continuations are scored, and C = 0 or 1 is
+and, causally, to its own continuation; positions of every continuation restart after the prefix.
+So a prefix is computed once however many continuations are scored, and C = 0 or 1 is
 ordinary causal attention.
 Out: hidden states, or the log-probability of every continuation token.
 

@@ -54,6 +54,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     Changes `policy`; -> the state at the end.
     """
     run, optimizer, queue = Path(config.out_dir), make_optimizer(policy, config), deque()
+    run.mkdir(parents=True, exist_ok=True)
     step, at = 0, begin
     if state is not None:
         step, at = state["step"], state["stream"]
