@@ -51,7 +51,8 @@ class Batch:
 
 def digest(text: str) -> int:
     """64 bits that stand for a text: they decide its split, and tell duplicates."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    code = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "little")
 
 
 def in_split(key: int, split: str) -> bool:
@@ -214,7 +215,10 @@ class Stream:
     def surely_long(self, text: str) -> bool:
         """Where no token spans two words, there are at least as many tokens as words."""
         least = 2 * self.chunk
-        return self.tokenizer.splits_words and len(text.encode().split(None, least)) > least
+        return (
+            self.tokenizer.splits_words
+            and len(text.encode(errors="replace").split(None, least)) > least
+        )
 
     def collate(self, rows: list, state: dict) -> Batch:
         length = max((len(prefix) for _, prefix, _ in rows), default=self.chunk)

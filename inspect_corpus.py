@@ -114,7 +114,7 @@ def show_filter(options) -> None:
     """What the two readings of the unsafe filter would keep."""
     kept, seen = Counter(), 0
     try:
-        for _, _, signals, _ in islice(documents(options, Skips()), options.limit):
+        for _, signals, _ in islice(documents(options, Skips()), options.limit):
             seen += 1
             for reading in UNSAFE:
                 kept[first_failure(signals, reading) or f"kept, {reading}"] += 1

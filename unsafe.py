@@ -14,7 +14,7 @@ samples whose prefix the judge calls unsafe in every one of its seeded judgments
 """
 
 import argparse
-import asyncio
+import contextlib
 import json
 import math
 import os
@@ -23,6 +23,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,7 +31,7 @@ import zstandard
 
 from chat import Chat, TeacherError, TeacherGone
 from data import SPLITS, digest, in_split, sample_of
-from judge import Judge
+from judge import Judge, together
 from sources import DataError, Skips, is_url, list_files, records, text_of
 from tokenizer import load_tokenizer
 
@@ -44,7 +45,8 @@ RULES = {  # what a document has to be, before anybody asks whether it is unsafe
 }
 UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
 PER_SHARD = 20_000  # documents
-JUDGED_AT_ONCE = 256  # samples
+OUTPUTS = [split for split in SPLITS if split != "all"]
+AT_ONCE = 8192  # documents that stage 2 sees together: one in fifty is asked about
 
 # ------------------------------------------------------------------------------------------------
 # Quality signals
@@ -155,8 +157,8 @@ def same_document(record: dict, signals: dict) -> bool:
     return url is None or "url" not in record or record["url"] == url
 
 
-def documents(options, skips: Skips) -> Iterator[tuple[str, str, dict, dict]]:
-    """(where, text, signals, meta) of every document that has signals, or gets them."""
+def documents(options, skips: Skips) -> Iterator[tuple[str, dict, dict]]:
+    """(text, signals, meta) of every document that has signals, or gets them."""
     bad_words, blocklist = read_bad_words(options.bad_words), read_blocklist(options.blocklist)
     for name in list_files(options.source):
         for number, record in records_with_signals(name, skips):
@@ -178,7 +180,7 @@ def documents(options, skips: Skips) -> Iterator[tuple[str, str, dict, dict]]:
                 skips.note(f"quality signals lack {error}", where)
                 continue
             meta = {key: record[key] for key in ("url", "doc_id", "digest") if key in record}
-            yield where, text, signals, meta | {"source": where}
+            yield text, signals, meta | {"source": where}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -228,88 +230,77 @@ class Shards:
             self.file = None
 
 
-class Stage2:
-    """Keeps samples whose prefix is unsafe in all judgments."""
+def stage_one(options, skips: Skips, fates: Counter) -> Iterator[tuple[str, str, dict]]:
+    """(split, text, meta) of the documents that the rules keep; the others are counted by rule."""
+    for text, signals, meta in documents(options, skips):
+        if reason := first_failure(signals, options.unsafe):
+            fates[reason] += 1
+        else:
+            key = digest(text)
+            split = next(split for split in OUTPUTS if in_split(key, split))
+            yield split, text, meta | {"signals": signals, "reasons": reasons_of(signals)}
+
+
+class StageTwo:
+    """Keeps validation and test samples whose prefix is unsafe in all judgments."""
 
     def __init__(self, options):
         cache = Path(options.out) / "judgments.sqlite"
-        cache.parent.mkdir(parents=True, exist_ok=True)
         self.chat = Chat(options.judge_url, options.judge_model, cache=cache)
         self.judge = Judge(self.chat, rewards="safety", seed=options.seed)
         self.options, self.tokenizer = options, load_tokenizer(options.tokenizer)
 
-    def keep(self, texts: list[str]) -> list[str | None]:
-        """For each document None, or the reason why it goes."""
+    def failures(self, rows: list[tuple[str, str, dict]]) -> list[str | None]:
+        """For each document the reason why it goes, or None."""
         try:
-            return self.chat.run(self.all(texts)).result()
+            return self.chat.run(self.all(rows)).result()
         except (TeacherError, TeacherGone) as error:
-            self.chat.close()
             raise DataError(f"stage 2 needs the judge: {error}") from error
 
-    async def all(self, texts: list[str]) -> list[str | None]:
-        return await asyncio.gather(*map(self.one, texts))
+    async def all(self, rows) -> list[str | None]:
+        return await together(self.one(*row) for row in rows)
 
-    async def one(self, text: str) -> str | None:
+    async def one(self, split: str, text: str, meta: dict) -> str | None:
+        if split not in ("validation", "test"):
+            return None
         o = self.options
         sample = sample_of(text, self.tokenizer, o.chunk, o.max_seq, o.seed)
         if sample is None:
             return "shorter than two chunks"
         prefix = self.tokenizer.decode(sample[0])
         asked = (self.judge.verdict("safety", vote, text=prefix) for vote in range(o.votes))
-        labels = [label for label, _ in await asyncio.gather(*asked)]
+        labels = [label for label, _ in await together(asked)]
         if None in labels:
             return "no verdict on the prefix"
+        meta["unsafe_judgments"] = labels.count("UNSAFE")
         return None if set(labels) == {"UNSAFE"} else "prefix not unsafe in all judgments"
 
 
 def run(options) -> Counter:
     """Filters a corpus; returns documents by what became of them."""
     skips, fates = Skips(), Counter()
-    splits = [split for split in SPLITS if split != "all"]
-    shards = {split: Shards(options.out, split) for split in splits}
-    stage2 = Stage2(options) if options.judge_url else None
-    waiting = []
-
-    def write(split: str, text: str, meta: dict) -> None:
-        shards[split].write(text, meta)
-        fates[f"kept for {split}"] += 1
-
-    def judge_waiting() -> None:
-        for row, reason in zip(waiting, stage2.keep([row[1] for row in waiting]), strict=True):
-            if reason:
-                fates[reason] += 1
-            else:
-                row[2]["unsafe_judgments"] = options.votes
-                write(*row)
-        waiting.clear()
-
-    for _, text, signals, meta in documents(options, skips):
-        if reason := first_failure(signals, options.unsafe):
-            fates[reason] += 1
-            continue
-        key = digest(text)
-        split = next(split for split in splits if in_split(key, split))
-        meta |= {"signals": signals, "reasons": reasons_of(signals)}
-        if stage2 and split in ("validation", "test"):
-            waiting.append((split, text, meta))
-            if len(waiting) >= JUDGED_AT_ONCE:
-                judge_waiting()
-        else:
-            write(split, text, meta)
-    if waiting:
-        judge_waiting()
+    shards = {split: Shards(options.out, split) for split in OUTPUTS}
+    with contextlib.ExitStack() as stack:
+        judge = StageTwo(options) if options.judge_url else None
+        if judge:
+            stack.callback(judge.chat.close)
+        kept = stage_one(options, skips, fates)
+        while rows := list(islice(kept, AT_ONCE)):
+            failures = judge.failures(rows) if judge else [None] * len(rows)
+            for (split, text, meta), failure in zip(rows, failures, strict=True):
+                fates[failure or f"kept for {split}"] += 1
+                if not failure:
+                    shards[split].write(text, meta)
     for shard in shards.values():
         shard.close()
-    if stage2:
-        stage2.chat.close()
-    print_table(fates, options.unsafe, splits, skips)
+    print_table(fates, options.unsafe, skips)
     return fates
 
 
-def print_table(fates: Counter, unsafe: str, splits: list[str], skips: Skips) -> None:
+def print_table(fates: Counter, unsafe: str, skips: Skips) -> None:
     total = sum(fates.values())
     rules = [*RULES, f"curse words, blocklist ({unsafe})"]
-    kept = [f"kept for {split}" for split in splits]
+    kept = [f"kept for {split}" for split in OUTPUTS]
     later = [name for name in fates if name not in rules + kept]
     print(f"{'documents':40} {total:>10,}")
     for name in rules + later:

@@ -178,7 +178,7 @@ def test_the_real_smollm2(tmp_path):
     )
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
     library.encode_special_tokens = True
-    for text in HARD + random_strings(3000, seed=5) + training_text():
+    for text in HARD + random_strings(1500, seed=5):
         assert ours.encode(text) == plain_ids(library, text), repr(text)
 
 
