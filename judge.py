@@ -34,6 +34,8 @@ VERDICTS = {
     },
 }
 
+OPEN = 4096  # questions rendered at a time: bounds memory, exceeds what a client has in flight
+
 # ---------------------------------------------------------------------------------------------
 # Prompts
 
@@ -98,7 +100,8 @@ def parse(kind, answer):
 
 def own_words(answer):
     """The end of the answer in plain characters, without reasoning blocks, fences and end marks."""
-    answer = re.split(r"</think(?:ing)?>|<\|message\|>", unicodedata.normalize("NFKC", answer))[-1]
+    answer = re.sub("[\u200b-\u200d\ufeff]", "", unicodedata.normalize("NFKC", answer))
+    answer = re.split(r"</think(?:ing)?>|<\|message\|>", answer)[-1]
     if re.match(r"\s*<think(?:ing)?>", answer):
         return ""  # the reasoning never ended
     answer = re.sub(r"\s*\n\s*", "\n", answer[-20_000:]).strip()
@@ -109,10 +112,10 @@ def own_words(answer):
     return answer
 
 
-def which(text, labels):
-    """The label that the whole text is, or None."""
-    text = re.sub(r"[*`\"'\s]+", " ", text).strip(" .!:,()_")
-    found = [k for k, how in labels.items() if re.fullmatch(f"{NOUN}(?:{how})", text, re.I)]
+def which(text, labels, noun=""):
+    """The label that the whole text is, but for marks around it, or None."""
+    text = re.sub(r"^[\W_]+|[\W_]+$", "", re.sub(r"[*`\"'\s]+", " ", text))
+    found = [k for k, how in labels.items() if re.fullmatch(f"{noun}(?:{how})", text, re.I)]
     return found[0] if found else None
 
 
@@ -125,7 +128,8 @@ def from_json(answer, labels):
             continue
         if end == len(answer) and isinstance(value, dict):
             said = [v for k, v in value.items() if re.fullmatch(KEY, k.strip(), re.I)]
-            return which(said[0], labels) if len(said) == 1 and isinstance(said[0], str) else None
+            alone = len(said) == 1 and isinstance(said[0], str)
+            return which(said[0], labels, NOUN) if alone else None
     return None
 
 
@@ -142,19 +146,20 @@ def from_broken_json(answer, labels):
 
 def from_line(line, labels):
     """`VERDICT: A`, alone on the last line or after a full stop; a remark may follow."""
-    line = re.sub(r"\\(?:boxed|text\w*|math\w+)\b|[*`#$\[\]{}]", "", line)
+    line = re.sub(r"\\(?:boxed|text\w*|math\w+)\b|__|[*`#$\[\]{}【】]", "", line)
     line = re.sub(r"\s+", " ", line).strip()
-    if label := which(line, labels):  # nothing but the label
-        return label
-    any_label = f"(?:{'|'.join(labels.values())})"
+    if len(line) < 30 and not line.endswith(":") and (label := which(line, labels)):
+        return label  # nothing but the label
+    any_label = f"(?:{'|'.join(sorted(labels.values(), key=len, reverse=True))})"
     start = rf"(?:^[\"']?|^[-•] |(?<=[.!?)]) ){LEAD}{KEY}(?: is)?(?: ?[:=–—>→-]+)? ?"
     again = rf"(?:{LEAD}{KEY} ?: ?)?[\"'(]?{NOUN}"
     found = list(re.finditer(rf"{start}{again}({any_label})(?![\w/|&])", line, re.I))
     if not found or len(re.findall(rf"\b{KEY}\W*{any_label}\b", line, re.I)) > len(found):
         return None
     rest = line[found[-1].end() :].strip("\"') ")
-    remark = rf"[.,;:(—–-]+ ?\(?(?!(?:or|and|{any_label})\b)|(?:{REMARK})\b"
-    return which(found[-1][1], labels) if not rest or re.match(remark, rest, re.I) else None
+    other = rf"[\s.,;:(—–-]*(?:(?:or|and)\b|{any_label}\W*$)"
+    remark = rf"\W*$|(?!{other})(?:[.,;:(—–-]|(?:{REMARK})\b)"
+    return which(found[-1][1], labels) if re.match(remark, rest, re.I) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,8 +203,8 @@ def parse_rewards(rewards):
 
 
 class Judge:
-    """rewards: kinds, each with an optional weight ("quality,safety:2"). comparisons: "all",
-    "pivot", or R opponents a candidate (schedules.py). samples: how often each question is asked;
+    """Rewards: kinds with optional weights ("quality,safety:2"). comparisons: "all", "pivot",
+    "race", or R opponents a candidate (schedules.py). samples: how often each question is asked;
     pairs alternate their order. retries: how often an answer without a readable verdict is asked
     again, with a fresh seed, before the verdict is absent. store: SQLite file that keeps pools."""
 
@@ -222,6 +227,7 @@ class Judge:
         self.weights, self.prompts = parse_rewards(rewards), load_prompts(prompts)
         self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         self.retries, self.seed, self.store = retries, seed, store
+        self.open = asyncio.Semaphore(OPEN)
 
     def score(self, step, prefixes, references, candidates, sources, index):
         """Rewards of candidates[b][c] (None: a failed rewrite) as a Future of Scores. `sources`
@@ -231,14 +237,16 @@ class Judge:
     async def _score(self, step, prefixes, references, candidates, sources, index):
         rows = list(zip(prefixes, references, candidates, index, strict=True))
         pools = [new_pool(*row, sources) for row in rows]
-        asked = [(kind, pool) for kind in self.weights for pool in pools]
-        worth = await together(self._worth(kind, pool) for kind, pool in asked)
-        values = [
-            [np.nan if text is None else by_text.get(text, 0.0) for text in row]
-            for by_text, row in zip(worth, candidates * len(self.weights), strict=True)
-        ]
-        shape = (len(self.weights), len(pools), len(sources))
-        by_kind = dict(zip(self.weights, np.array(values).reshape(shape), strict=True))
+        worth = await together(self._pool(pool) for pool in pools)  # kind -> text -> value
+        by_kind = {
+            kind: np.array(
+                [
+                    [np.nan if text is None else values[kind].get(text, 0.0) for text in row]
+                    for values, row in zip(worth, candidates, strict=True)
+                ]
+            )
+            for kind in self.weights
+        }
         reward = sum(weight * by_kind[kind] for kind, weight in self.weights.items())
         if self.store:
             await asyncio.to_thread(keep_pools, self.store, step, sources, rows, reward)
@@ -246,57 +254,77 @@ class Judge:
         counts = (tally["calls"], tally["failed"], tally["absent"])
         return Scores(reward, by_kind, *counts, pools[0].verdicts)
 
-    async def _worth(self, kind, pool):
-        """text -> its value between 0 and 1 in one kind, nan without a verdict."""
-        if kind == "quality":
-            values = await self._compare(pool)
-        else:
-            values = await together(self._mean(kind, pool, i) for i in range(len(pool.texts)))
-        return dict(zip(pool.texts, values, strict=True))
+    async def _pool(self, pool):
+        """kind -> text -> value between 0 and 1, nan without a verdict."""
+        kinds = [kind for kind in self.weights if kind != "quality"]
+        pointwise = asyncio.ensure_future(together(self._pointwise(kind, pool) for kind in kinds))
+        try:
+            worth = (
+                {"quality": await self._compare(pool, pointwise)}
+                if "quality" in self.weights
+                else {}
+            )
+            worth |= zip(kinds, await pointwise, strict=True)
+        finally:
+            pointwise.cancel()
+        return {kind: dict(zip(pool.texts, values, strict=True)) for kind, values in worth.items()}
 
-    async def _compare(self, pool):
-        """Asks the schedule's rounds and returns its scores."""
+    async def _pointwise(self, kind, pool):
+        return await together(self._mean(kind, pool, [i]) for i in range(len(pool.texts)))
+
+    async def _compare(self, pool, pointwise):
+        """Asks the schedule's rounds and returns its scores. A race waits for the other rewards."""
+        bonus = np.zeros(len(pool.texts))
+        if str(self.comparisons).startswith("race") and len(self.weights) > 1:
+            weights = [weight for kind, weight in self.weights.items() if kind != "quality"]
+            bonus = weights @ np.array(await pointwise) / self.weights["quality"]
         rng = np.random.default_rng([self.seed, pool.key])
-        rounds = schedule(self.comparisons, len(pool.texts), pool.pivot, rng)
-        outcomes = None
+        rounds = schedule(self.comparisons, len(pool.texts), pool.pivot, rng, bonus)
+        outcomes, times = None, Counter()  # how often a pair was asked in this order before
         while True:
             try:
                 pairs = rounds.send(outcomes)
             except StopIteration as done:
                 return done.value
-            outcomes = await together(self._mean("quality", pool, *pair) for pair in pairs)
+            asked = []
+            for pair in pairs:
+                asked.append(self._mean("quality", pool, pair, times[pair]))
+                times[pair] += 1
+            outcomes = await together(asked)
 
-    async def _mean(self, kind, pool, *shown):
+    async def _mean(self, kind, pool, shown, repeat=0):
         """Mean over the samples that have a verdict, nan without any."""
-        asked = (self._sample(kind, pool, sample, *shown) for sample in range(self.samples))
-        values = [value for value in await together(asked) if value is not None]
+        numbers = range(repeat * self.samples, (repeat + 1) * self.samples)
+        values = await together(self._sample(kind, pool, number, shown) for number in numbers)
+        values = [value for value in values if value is not None]
         return sum(values) / len(values) if values else np.nan
 
-    async def _sample(self, kind, pool, sample, *shown):
+    async def _sample(self, kind, pool, sample, shown):
         """The value of the first (or only) candidate shown; odd samples swap the order."""
-        shown = [pool.texts[i] for i in (shown[::-1] if sample % 2 else shown)]
+        swap = len(shown) == 2 and sample % self.samples % 2
+        shown = [pool.texts[i] for i in (shown[::-1] if swap else shown)]
         names = ("a", "b") if len(shown) == 2 else ("text",)
         texts = dict(zip(names, shown, strict=True), prefix=pool.prefix, reference=pool.reference)
         label, answer = await self.verdict(kind, sample, pool.tally, **texts)
         pool.verdicts.append(dict(kind=kind, candidates=shown, verdict=label, answer=answer))
         if label is None:
             return None
-        value = VERDICTS[kind][label]
-        return 1 - value if len(shown) == 2 and sample % 2 else value
+        return 1 - VERDICTS[kind][label] if swap else VERDICTS[kind][label]
 
     async def verdict(self, kind, sample=0, tally=None, prompt=None, **texts):
         """(label, answer): a key of VERDICTS[kind] and the answer it was read from; label None if
         none could be read. The seed is keyed by what is asked, so order of arrival never matters.
         `prompt` names another template that is answered in the same form."""
-        question = render(self.prompts[prompt or kind], **texts)
         tally = Counter() if tally is None else tally
-        for attempt in range(1 + self.retries):
-            seed = question_seed(self.seed, question, sample, attempt)
-            answer = await self.chat.ask(question, seed=seed, **self.sampling)
-            tally["calls"] += 1
-            if label := parse(kind, answer.text):
-                return label, answer.text
-            tally["failed"] += 1
+        async with self.open:
+            question = render(self.prompts[prompt or kind], **texts)
+            for attempt in range(1 + self.retries):
+                seed = question_seed(self.seed, question, sample, attempt)
+                answer = await self.chat.ask(question, seed=seed, **self.sampling)
+                tally["calls"] += 1
+                if label := parse(kind, answer.text):
+                    return label, answer.text
+                tally["failed"] += 1
         tally["absent"] += 1
         return None, answer.text
 

@@ -4,22 +4,73 @@ In: the number n of candidates. `schedule` is a generator: it yields rounds of (
 pairs, is sent the outcomes (1 first wins, 0 second wins, between with repeated samples, nan
 absent), and returns the scores [n]. Nothing here knows a judge, so schedules can be simulated."""
 
+from collections import Counter
+
 import numpy as np
 
 
-def schedule(comparisons, n, pivot, rng):
-    """comparisons: "all", "pivot" or an int R (every candidate meets R others, at random)."""
+def schedule(comparisons, n, pivot, rng, bonus=0.0):
+    """comparisons: "all", "pivot", an int R (every candidate meets R others, drawn at random), or
+    "race" (best and worst at a quarter of the questions; "race:0.5" at half of them). bonus [n]:
+    what other rewards add, so that the race is about the best and the worst of the sum."""
     if n < 2:
         return np.full(n, 0.5)  # alone, a tie with itself
     circle = rng.permutation(n)  # who is shown first follows from the seats, see `oriented`
-    if comparisons == "all":
-        pairs = circulant(circle, n - 1, rng)
-    elif comparisons == "pivot":
+    name, _, share = str(comparisons).partition(":")
+    if name == "race":
+        return (yield from race(circle, float(share or 0.25), rng, bonus))
+    if name == "pivot":
         pairs = [oriented(circle, pivot, other) for other in range(n) if other != pivot]
     else:
-        pairs = circulant(circle, min(int(comparisons), n - 1), rng)
+        pairs = circulant(circle, n - 1 if name == "all" else int(name), rng)
     outcomes = yield pairs
     return win_rates(n, pairs, outcomes)
+
+
+def race(circle, share, rng, bonus):
+    """Everybody meets one other. Then, at both ends of the ranking so far, the contenders meet
+    whom they have met least, and of those the next in rank; there are half as many contenders in
+    each round, down to the last two, who meet in both orders until the budget is spent."""
+    n = len(circle)
+    budget = min(max(share * n * (n - 1) / 2, 1.5 * n), n * (n - 1) / 2)
+    pairs = circulant(circle, 1, rng)
+    outcomes = list((yield pairs))
+    met = Counter(frozenset(pair) for pair in pairs)
+    contenders = n / 2
+    while len(pairs) < round(budget):
+        rank = expected_wins(n, pairs, outcomes) + bonus + 1e-6 * rng.random(n)  # no favourites
+        new = []
+        for ranked in (np.argsort(-rank), np.argsort(rank)):
+            ahead = ranked[: max(2, round(contenders))].tolist()
+            while len(ahead) > 1:
+                one = ahead.pop(0)
+                other = min(ahead, key=lambda x: met[frozenset((one, x))])  # noqa: B023
+                ahead.remove(other)
+                pair, again = oriented(circle, one, other), met[frozenset((one, other))]
+                new.append(pair[::-1] if again % 2 else pair)
+                met[frozenset(pair)] += 1
+        new = [new[i] for i in rng.permutation(len(new))[: round(budget) - len(pairs)]]
+        outcomes += yield new
+        pairs = pairs + new
+        contenders /= 2
+    return expected_wins(n, pairs, outcomes)
+
+
+def expected_wins(n, pairs, outcomes, prior=0.5):
+    """Win rate against all others that a Bradley-Terry model of the outcomes expects, [n]: what
+    all pairs would give, whomever one has met. The prior (on squared logits) draws to a half."""
+    outcomes = np.array(outcomes, dtype=float)
+    played = ~np.isnan(outcomes)
+    first, second = np.array(pairs)[played].reshape(-1, 2).T
+    design = np.eye(n)[first] - np.eye(n)[second]  # [questions, n]
+    logits = np.zeros(n)
+    for _ in range(6):  # Newton steps on a concave function
+        chance = 1 / (1 + np.exp(-design @ logits))
+        slope = design.T @ (outcomes[played] - chance) - prior * logits
+        bend = (design.T * (chance * (1 - chance))) @ design + prior * np.eye(n)
+        logits += np.linalg.solve(bend, slope)
+    wins = 1 / (1 + np.exp(logits - logits[:, None]))  # [n, n], i against j
+    return (wins.sum(1) - 0.5) / (n - 1)
 
 
 def oriented(circle, i, j):
