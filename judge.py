@@ -258,16 +258,16 @@ class Judge:
         """kind -> text -> value between 0 and 1, nan without a verdict."""
         kinds = [kind for kind in self.weights if kind != "quality"]
         pointwise = asyncio.ensure_future(together(self._pointwise(kind, pool) for kind in kinds))
-        try:
-            worth = (
-                {"quality": await self._compare(pool, pointwise)}
-                if "quality" in self.weights
-                else {}
-            )
-            worth |= zip(kinds, await pointwise, strict=True)
-        finally:
-            pointwise.cancel()
-        return {kind: dict(zip(pool.texts, values, strict=True)) for kind, values in worth.items()}
+        if "quality" in self.weights:
+            kinds = ["quality", *kinds]
+            quality, others = await together([self._compare(pool, pointwise), pointwise])
+            worth = [quality, *others]
+        else:
+            worth = await pointwise
+        return {
+            kind: dict(zip(pool.texts, values, strict=True))
+            for kind, values in zip(kinds, worth, strict=True)
+        }
 
     async def _pointwise(self, kind, pool):
         return await together(self._mean(kind, pool, [i]) for i in range(len(pool.texts)))

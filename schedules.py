@@ -13,16 +13,18 @@ def schedule(comparisons, n, pivot, rng, bonus=0.0):
     """comparisons: "all", "pivot", an int R (every candidate meets R others, drawn at random), or
     "race" (best and worst at a quarter of the questions; "race:0.5" at half of them). bonus [n]:
     what other rewards add, so that the race is about the best and the worst of the sum."""
+    name, _, share = str(comparisons).partition(":")
+    if name not in ("all", "pivot", "race") and not name.isdigit():
+        raise ValueError(f"comparisons: {comparisons!r} is not all, pivot, race or a number")
     if n < 2:
         return np.full(n, 0.5)  # alone, a tie with itself
     circle = rng.permutation(n)  # who is shown first follows from the seats, see `oriented`
-    name, _, share = str(comparisons).partition(":")
-    if name == "race":
+    if name == "race" and n > 4:  # so few are done sooner with all pairs
         return (yield from race(circle, float(share or 0.25), rng, bonus))
     if name == "pivot":
         pairs = [oriented(circle, pivot, other) for other in range(n) if other != pivot]
     else:
-        pairs = circulant(circle, n - 1 if name == "all" else int(name), rng)
+        pairs = circulant(circle, int(name) if name.isdigit() else n - 1, rng)
     outcomes = yield pairs
     return win_rates(n, pairs, outcomes)
 
@@ -32,16 +34,16 @@ def race(circle, share, rng, bonus):
     whom they have met least, and of those the next in rank; there are half as many contenders in
     each round, down to the last two, who meet in both orders until the budget is spent."""
     n = len(circle)
-    budget = min(max(share * n * (n - 1) / 2, 1.5 * n), n * (n - 1) / 2)
+    budget = round(max(share * n * (n - 1) / 2, 1.5 * n))
     pairs = circulant(circle, 1, rng)
     outcomes = list((yield pairs))
     met = Counter(frozenset(pair) for pair in pairs)
-    contenders = n / 2
-    while len(pairs) < round(budget):
+    contenders = (n + 1) // 2
+    while len(pairs) < budget:
         rank = expected_wins(n, pairs, outcomes) + bonus + 1e-6 * rng.random(n)  # no favourites
         new = []
         for ranked in (np.argsort(-rank), np.argsort(rank)):
-            ahead = ranked[: max(2, round(contenders))].tolist()
+            ahead = ranked[: max(2, contenders)].tolist()
             while len(ahead) > 1:
                 one = ahead.pop(0)
                 other = min(ahead, key=lambda x: met[frozenset((one, x))])  # noqa: B023
@@ -49,10 +51,10 @@ def race(circle, share, rng, bonus):
                 pair, again = oriented(circle, one, other), met[frozenset((one, other))]
                 new.append(pair[::-1] if again % 2 else pair)
                 met[frozenset(pair)] += 1
-        new = [new[i] for i in rng.permutation(len(new))[: round(budget) - len(pairs)]]
+        new = [new[i] for i in rng.permutation(len(new))[: budget - len(pairs)]]
         outcomes += yield new
         pairs = pairs + new
-        contenders /= 2
+        contenders = (contenders + 1) // 2
     return expected_wins(n, pairs, outcomes)
 
 
