@@ -140,7 +140,7 @@ def test_no_key_no_header(client, monkeypatch):
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_holds_for_all_requests(client, form):
-    date = email.utils.formatdate(time.time() + 3, usegmt=True)
+    date = email.utils.formatdate(time.time() + 2, usegmt=True)
     with faulty_server(
         ["429_retry_after"], 1.0, retry_after=1.5 if form == "seconds" else date
     ) as server:
@@ -153,17 +153,17 @@ def test_retry_after_holds_for_all_requests(client, form):
         ask_all(chat, [f"question {i}" for i in range(200)])
         assert first.result(timeout=10).text == "answer to first"
     pause = server.arrivals[1] - server.arrivals[0]
-    assert (1.5 if form == "seconds" else 1.9) <= pause < 3.5
+    assert (1.5 if form == "seconds" else 0.9) <= pause < 3.5
     assert server.arrivals[-1] - server.arrivals[1] > 0.1  # no thundering herd
 
 
 def test_rate_limit_is_approached_not_rammed(client):
-    with faulty_server(rate=100, retry_after=0.6) as server:
+    with faulty_server(rate=200, retry_after=0.5) as server:
         chat = client(server.url)
         answers = ask_all(chat, [f"question {i}" for i in range(400)])
         assert all(a.text for a in answers)
-    # the first burst is all refused but for 100; after that only few requests are wasted
-    assert server.counts["429_retry_after"] < 300 + 200
+    # the first burst is all refused but for 200; after that only few requests are wasted
+    assert server.counts["429_retry_after"] < 300
 
 
 def test_requests_move_over_and_come_back(client):
