@@ -14,6 +14,8 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from world import Dials
+
 
 class ConfigError(ValueError):
     """A key, value or combination that cannot be meant."""
@@ -212,6 +214,7 @@ def check(config: Config) -> Config:
     )
     for name in ("max_steps", "rollouts", "batch_size", "judge_samples", "concurrency", "keep"):
         need(getattr(config, name) > 0, f"{name} must be at least 1")
+    dials_of(config)
     for name in ("overlap", "base_steps", "warmup_steps", "temperature", "judge_retries"):
         need(getattr(config, name) >= 0, f"{name} must not be negative")
     return config
@@ -220,6 +223,10 @@ def check(config: Config) -> Config:
 def dials_of(config: Config) -> dict[str, float]:
     """'noise=0.1,share_unsafe=0.5' -> the dials of world.Dials that differ from their defaults."""
     pairs = dict(word.partition("=")[::2] for word in names(config.dials))
+    known = [f.name for f in dataclasses.fields(Dials)]
+    for name in pairs:
+        if name not in known:
+            raise ConfigError(f"dials: there is no dial {name!r}; there are {', '.join(known)}")
     return {name: convert(name, value, float, "dials") for name, value in pairs.items()}
 
 

@@ -170,12 +170,15 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
     return policy
 
 
-def run_phases(config: Config, device, teachers: Teachers) -> dict:
-    """Train every phase from the same base, then evaluate what each left. -> summary."""
+def open_tokenizer(config: Config):
     name = config.tokenizer
     if name == "auto":
         name = "world" if config.init_from == "scratch" else config.init_from
-    tokenizer = load_tokenizer(name)
+    return load_tokenizer(name)
+
+
+def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
+    """Train every phase from the same base, then evaluate what each left. -> summary."""
     source = config.data
     if source == "world":
         source = WorldSource(config.seed, Dials(**dials_of(config)))
@@ -247,11 +250,15 @@ def main(argv: list[str]):
         world_url = ""
         if "world" in (config.judge_url, config.rewrite_url):
             world_url = stack.enter_context(start_teacher(**dials_of(config)))
-        teachers = Teachers(config, world_url)
-        stack.callback(teachers.close)
+        try:
+            teachers = Teachers(config, world_url)
+            stack.callback(teachers.close)
+            tokenizer = open_tokenizer(config)
+        except (ValueError, OSError) as e:
+            raise ConfigError(str(e)) from e
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, teachers.stop)
-        summary = run_phases(config, device, teachers)
+        summary = run_phases(config, device, teachers, tokenizer)
         if rank() == 0:
             run = Path(config.out_dir)
             (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

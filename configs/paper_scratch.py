@@ -1,0 +1,18 @@
+"""The paper's scale from scratch (table 2), named before a row's file.
+
+Give data, tokenizer, judge_url and rewrite_url on the command line.
+"""
+
+data = "data/redpajama"
+model = "llama-1.4b"
+base_steps = 0
+baseline = False
+chunk = 128
+max_seq = 2048
+batch_size = 256
+max_steps = 21000
+learning_rate = 0.0005
+warmup_steps = 2000
+concurrency = 1024
+eval_prefixes = 1000
+save_every = 250

@@ -1,0 +1,8 @@
+"""Table 2 (from scratch), row 'baseline'."""
+
+objective = "nll"
+rewards = ""
+candidates = "suffix"
+nll_prefix = True
+base_steps = 0
+baseline = False

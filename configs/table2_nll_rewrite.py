@@ -1,0 +1,7 @@
+"""Table 2 (from scratch), row 'NLL on rewrites'."""
+
+objective = "nll"
+rewards = ""
+candidates = "rewrite"
+base_steps = 0
+baseline = False

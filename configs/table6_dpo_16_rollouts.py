@@ -1,0 +1,8 @@
+"""Table 6, row 'DPO (16 rollouts)'."""
+
+objective = "dpo"
+candidates = "rollouts"
+rollouts = 16
+rewards = "quality,safety"
+judge_samples = 5
+judge_top_p = 0.6

@@ -1,0 +1,8 @@
+"""Table 6, row 'DPO (suffix, 1 rollout)'."""
+
+objective = "dpo"
+candidates = "suffix,rollouts"
+rollouts = 1
+rewards = "quality,safety"
+judge_samples = 5
+judge_top_p = 0.6
