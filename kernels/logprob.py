@@ -69,19 +69,15 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy):
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-        top = h.new_full((len(h),), -1e30)  # running maximum, [T]
-        total, mean, logit = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        logit, parts, entropies = torch.zeros_like(h[:, 0]), [], []
         for first, w in slices(weight, len(h)):
             z = h @ w.to(h.dtype).T  # [T, chunk]
             row, column = inside(targets, first, len(w))
             logit[row] = z[row, column]
-            new = torch.maximum(top, z.amax(1))
-            z, fade = z.sub_(new[:, None]), (top - new).exp()
-            p = z.exp()
-            if entropy:  # mean of logits, measured from the largest
-                mean = (mean + total * (top - new)) * fade + torch.linalg.vecdot(p, z)
-            total, top = total * fade + p.sum(1), new
-        lse, ent = top + total.log(), total.log() - mean / total
+            logp = z.log_softmax(1)  # one fused pass; any column tells the log-sum-exp
+            parts.append(z[:, 0] - logp[:, 0])
+            entropies.append(-torch.linalg.vecdot(logp.exp(), logp) if entropy else parts[-1])
+        lse, ent = mixture(torch.stack(parts), torch.stack(entropies))
         ctx.save_for_backward(hidden, weight, targets, lse, ent)
         ctx.temperature, ctx.entropy = temperature, entropy
         return logit - lse, ent
@@ -90,20 +86,29 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, g_logp, g_ent):
         hidden, weight, targets, lse, ent = ctx.saved_tensors
         h = hidden.to(lse.dtype) / ctx.temperature
-        dh, dw = torch.zeros_like(h), torch.empty_like(weight)
+        dh, dw = torch.zeros_like(h), torch.empty_like(weight, dtype=h.dtype)
+        # d logits = scale * (p - onehot); only the entropy's part is not of this form.
+        scale = (-torch.ones_like(g_logp) if ctx.entropy else -g_logp)[:, None]
         for first, w in slices(weight, len(h)):
             w = w.to(h.dtype)
             z = torch.addmm(-lse[:, None], h, w.T)  # log p, [T, chunk]
-            p = z.exp()
-            if ctx.entropy:  # d entropy / d z = -p * (log p + entropy)
-                p.mul_(z.add_(ent[:, None]).mul_(-g_ent[:, None]).sub_(g_logp[:, None]))
+            if ctx.entropy:
+                z = z.exp() * (g_logp[:, None] + g_ent[:, None] * (z + ent[:, None]))
             else:
-                p.mul_(-g_logp[:, None])
+                z.exp_()
             row, column = inside(targets, first, len(w))
-            p[row, column] += g_logp[row]  # now d z
-            dh.addmm_(p, w)
-            dw[first : first + len(w)] = p.T @ h
-        return (dh / ctx.temperature).to(hidden.dtype), dw, None, None, None
+            z[row, column] -= g_logp[row] if ctx.entropy else 1.0
+            dh.addmm_(z, w)
+            torch.mm(z.T, scale * h, out=dw[first : first + len(w)])
+        dh = (dh * scale / ctx.temperature).to(hidden.dtype)
+        return dh, dw.to(weight.dtype), None, None, None
+
+
+def mixture(lse, entropies):
+    """(log-sum-exp, entropy) of a vocabulary from those of its parts, [parts, T] -> [T]."""
+    total = lse.logsumexp(0)
+    surprise = total - lse  # -log of the probability that a token is from this part
+    return total, (surprise.neg().exp() * (surprise + entropies)).sum(0)
 
 
 def slices(weight, rows: int):
@@ -229,9 +234,7 @@ def _logprob(
         hidden, weight, targets, lse, logit, part, T, V, dim, dim, dim, tiles, LOG2E / temperature,
         **config,
     )  # fmt: skip
-    total = lse.logsumexp(0)  # [T]
-    surprise = total - lse  # of each part of the vocabulary; entropy of a mixture
-    ent = (surprise.neg().exp() * (surprise + part)).sum(0) if entropy else torch.zeros_like(total)
+    total, ent = mixture(lse, part if entropy else lse)
     return logit.sum(0) - total, ent, total
 
 
