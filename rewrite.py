@@ -19,7 +19,7 @@ NO_CHANGE = re.compile(
 INTRODUCTION = re.compile(
     r"(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,80}\n+)?"
     r"(?:\W*(?:here(?:'s| is)|below is|this is|(?:the )?(?:new|rewritten|revised|corrected) "
-    r"(?:passage|text|version)|rewrite|passage)[^\n:]{0,100}:\W*\s)",
+    r"(?:passage|text|version)|rewrite|passage)[^\n:]{0,100}:\W*(?:\s|$))",
     re.I,
 )
 REMARK = re.compile(r"\n\s*\W*(?:notes?|changes(?: made)?|explanation|comment)\W*:.*", re.I | re.S)
@@ -81,9 +81,10 @@ def clean(answer, prefix, suffix):
     if passage[:1] in "\"“'" and passage[-1:] in "\"”'" and suffix.strip()[:1] not in "\"“'":
         passage = passage[1:-1].strip()
     passage = without_echo(passage, prefix, suffix)
-    if not re.search(r"\w", passage) or NO_CHANGE.match(passage):
+    if passage.startswith("<think") or not re.search(r"\w", passage) or NO_CHANGE.match(passage):
         return None
-    if REFUSAL.match(passage) and not REFUSAL.match(suffix.strip()):
+    refuses, refused = (REFUSAL.match(text.replace("’", "'").strip()) for text in (passage, suffix))
+    if refuses and not refused:
         return None
     space = suffix[: len(suffix) - len(suffix.lstrip())]
     return space + passage

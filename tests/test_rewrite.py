@@ -1,0 +1,112 @@
+"""A rewrite is the passage and nothing else, fits right behind the prefix, or is None."""
+
+from types import SimpleNamespace
+
+import pytest
+from test_judge import Teacher
+
+from rewrite import Rewriter, clean, last_five_words
+
+PREFIX = "The old mill stands by the river near the town of Orlask"
+SUFFIX = " and it has ground corn for two hundred years."
+PASSAGE = "and it has ground corn for three hundred years."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PASSAGE,
+        f"\n  {PASSAGE}\n",
+        f'"{PASSAGE}"',
+        f"“{PASSAGE}”",
+        f"```\n{PASSAGE}\n```",
+        f"```text\n{PASSAGE}\n```",
+        f"Here is the rewritten passage:\n\n{PASSAGE}",
+        f"Here's the new version: {PASSAGE}",
+        f"**Rewritten passage:**\n{PASSAGE}",
+        f"Sure, I can do that!\n\nHere is the passage:\n\n{PASSAGE}",
+        f"near the town of Orlask {PASSAGE}",
+        f"...near the town  of Orlask\n{PASSAGE}",
+        f"Here is the passage:\n\nnear the town of Orlask {PASSAGE}",
+        f"<original 1a2b3c4d>\nnear the town of Orlask {PASSAGE}\n</original 1a2b3c4d>",
+        f"<think>It says two hundred.</think>\n\n{PASSAGE}",
+        f"{PASSAGE}\n\nNote: I mended the number of years.",
+        f"{PASSAGE}\n\n**Changes made:** the number.\n- two became three",
+    ],
+)
+def test_the_passage_alone(answer):
+    assert clean(answer, PREFIX, SUFFIX) == " " + PASSAGE
+    assert clean(answer, PREFIX + "\n", SUFFIX.strip()) == PASSAGE
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "",
+        " \n",
+        "...",
+        '""',
+        "(empty)",
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, but I cannot assist.",
+        "I cannot rewrite this passage.",
+        "Sorry, no.",
+        "As an AI language model, I must not.",
+        "Unfortunately, I can't continue this text.",
+        "I apologize, but this is harmful.",
+        "No changes are needed.",
+        "N/A",
+        "Here is the rewritten passage:\n\n",
+        "near the town of Orlask",
+        "<think>never ends",
+    ],
+)
+def test_refusals_and_non_answers_are_none(answer):
+    assert clean(answer, PREFIX, SUFFIX) is None
+
+
+def test_a_text_that_itself_begins_like_a_refusal_is_kept():
+    assert clean("I can't swim, she said.", PREFIX, " I can't swim, he said.")
+    assert clean('"Go," he said, "now"', PREFIX, ' "Go," he said, "at once"')[:4] == ' "Go'
+
+
+def test_a_prefix_that_ends_within_a_word():
+    assert clean("hello world", "they said hel", "lo word") == "lo world"
+    assert clean("and so they said hello world", "and so they said hel", "lo word") == "lo world"
+    assert clean("lo world", "they said hel", "lo word") == "lo world"
+
+
+def test_last_five_words_fit_right_before_the_suffix():
+    assert last_five_words(PREFIX) + SUFFIX == "near the town of Orlask" + SUFFIX
+    assert last_five_words("a b\n\n") == "a b\n\n" and last_five_words("") == ""
+
+
+def test_rewriter_asks_with_the_last_words_and_counts_what_failed():
+    prompts = []
+
+    def answer(texts, seed):
+        prompts.append(texts)
+        return "I'm sorry." if "bad" in texts["original"] else "near the town of Orlask fine"
+
+    rewriter = Rewriter(Teacher(answer), retries=2)
+    found = rewriter.rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
+    assert found == [" fine", None] and (rewriter.calls, rewriter.failed) == (4, 1)
+    assert prompts[0]["original"] == "near the town of Orlask" + SUFFIX
+
+
+def test_the_prompt_ends_with_the_last_words():
+    seen = []
+
+    class Chat:
+        async def ask(self, prompt, **sampling):
+            seen.append(prompt)
+            return SimpleNamespace(text="fine")
+
+        def run(self, coroutine):
+            import asyncio
+
+            return asyncio.run(coroutine)
+
+    assert Rewriter(Chat()).rewrite([PREFIX], [SUFFIX], [0]) == [" fine"]
+    assert seen[0].rstrip().endswith("\nnear the town of Orlask")
