@@ -51,6 +51,7 @@ def held_out(source, tokenizer, *, chunk, max_seq, count, split="validation", te
         seed=0,
         text_field=text_field,
         split=split,
+        window=count,
         epochs=1,
     )
     with contextlib.closing(iter(stream)) as all_batches:

@@ -182,6 +182,17 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
     source = config.data
     if source == "world":
         source = WorldSource(config.seed, Dials(**dials_of(config)))
+    sets = {}
+    if config.eval_prefixes and rank() == 0:  # before training, so that nothing fails after it
+        sets = held_out_sets(
+            config.data,
+            tokenizer,
+            dials_of(config),
+            chunk=config.chunk,
+            max_seq=config.max_seq,
+            count=config.eval_prefixes,
+            text_field=None if config.text_field == "auto" else config.text_field,
+        )
     policy, begin, policies = initial_policy(config, tokenizer, device), None, {}
     if "base" not in phases(config):
         policies["base"] = policy
@@ -192,17 +203,8 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         policies[label] = trained
         if label == "base":
             policy, begin = trained, state["stream"]
-    if rank() > 0 or not config.eval_prefixes:
+    if not sets:
         return {}
-    sets = held_out_sets(
-        config.data,
-        tokenizer,
-        dials_of(config),
-        chunk=config.chunk,
-        max_seq=config.max_seq,
-        count=config.eval_prefixes,
-        text_field=None if config.text_field == "auto" else config.text_field,
-    )
     return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk)
 
 
