@@ -90,7 +90,7 @@ class Config:
     judge_max_tokens: int = key(512, "tokens of a verdict, its reasoning included")
     judge_retries: int = key(3, "times a malformed answer is asked again before it is left out")
     comparisons: str = key(
-        "all", "quality pairs: 'all', 'pivot', or R opponents for each candidate"
+        "all", "quality pairs: all, pivot, R opponents each, or race (best and worst)"
     )
     overlap: int = key(0, "batches judged while the next are rolled out; 0 is the paper's order")
     rewrite_url: str = key("world", "as judge_url")
@@ -105,6 +105,13 @@ class Config:
         256, "held-out prefixes of each kind, continued greedily", "Evaluation"
     )
     eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
+
+    dry_run: bool = key(False, "print what the run will cost, and stop", "Cost (for dry_run alone)")
+    gpus: int = key(8, "GPUs that the policy runs on")
+    gpu_tflops: float = key(300.0, "TFLOP/s that one of them reaches in practice")
+    judge_tokens_per_second: float = key(20000.0, "tokens that all judge replicas write a second")
+    price_in: float = key(0.0, "price of a million tokens read by the teachers")
+    price_out: float = key(0.0, "price of a million tokens written by the teachers")
 
 
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
@@ -155,9 +162,9 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             sys.exit(0)
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
-            if not equals:
+            if not equals and name != "dry_run":
                 raise ConfigError(f"{arg}: write --{name}=value")
-            apply(given, {name: value}, arg)
+            apply(given, {name: value if equals else True}, arg)
         elif arg.endswith(".py"):
             if not Path(arg).is_file():
                 raise ConfigError(f"{arg}: no such config file")
@@ -208,9 +215,10 @@ def check(config: Config) -> Config:
         config.chunk > 0 and config.max_seq >= 2 * config.chunk,
         f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
     )
+    name = config.comparisons.partition(":")[0]
     need(
-        config.comparisons in ("all", "pivot") or config.comparisons.isdigit(),
-        f"comparisons={config.comparisons}: 'all', 'pivot' or a number of opponents",
+        name in ("all", "pivot", "race") or name.isdigit(),
+        f"comparisons={config.comparisons}: 'all', 'pivot', 'race' or a number of opponents",
     )
     for name in ("max_steps", "rollouts", "batch_size", "judge_samples", "concurrency", "keep"):
         need(getattr(config, name) > 0, f"{name} must be at least 1")

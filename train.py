@@ -33,10 +33,11 @@ from candidates import ask, make_pool, pack, rewards_of, unpack
 from chat import TeacherError, TeacherGone
 from checkpoint import CheckpointError
 from config import Config, ConfigError, dials_of
+from cost import estimate
 from data import DataError, Stream
 from distributed import gather, rank, start, world_size
 from evaluate import evaluate, held_out_sets, table
-from model import Llama, ModelError, load_model, preset
+from model import Llama, ModelError, load_model, preset, read_config
 from plot import plot_run
 from runlog import describe, open_log, report, show_example
 from teachers import Interrupted, Teachers
@@ -242,8 +243,20 @@ def environment() -> dict:
     }
 
 
+def dry_run(config: Config) -> str:
+    if config.init_from == "scratch":
+        known = config.tokenizer != "auto" or config.data == "world"
+        shape = preset(config.model, open_tokenizer(config).vocab_size if known else 32000)
+    else:
+        shape = read_config(config.init_from)
+    return estimate(config, shape, bf16=config.dtype == "bfloat16" or torch.cuda.is_available())
+
+
 def main(argv: list[str]):
     config, resume = configuration.parse(argv)
+    if config.dry_run:
+        print(dry_run(config))
+        return
     device = start(config.device)
     with contextlib.ExitStack() as stack:
         if rank() == 0:

@@ -21,3 +21,4 @@ overlap = 0
 concurrency = 1024
 eval_prefixes = 1000
 save_every = 50
+micro_batch_tokens = 8192

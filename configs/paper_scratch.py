@@ -16,3 +16,4 @@ warmup_steps = 2000
 concurrency = 1024
 eval_prefixes = 1000
 save_every = 250
+micro_batch_tokens = 8192

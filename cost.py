@@ -1,0 +1,140 @@
+"""What a run will cost, before it starts: python train.py ... --dry_run
+
+In: a config, the policy's shape, the prompts. Out: questions and tokens for the teachers, FLOPs,
+memory of one GPU, hours and money at the throughput and price that the config states. Counts are
+exact where they follow from the config (questions, positions computed); a question's tokens are the
+prompt's characters / 4 plus the texts at full length, an answer is ANSWER_TOKENS, and activations
+are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk aside.
+"""
+
+from pathlib import Path
+
+from config import Config, names
+from model import ModelConfig
+
+ANSWER_TOKENS = 80  # a short reasoning and a verdict
+
+
+def pool_size(config: Config) -> int:
+    sources = names(config.candidates)
+    return len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
+
+
+def comparisons(config: Config) -> int:
+    """Quality questions about one prefix, samples aside (schedules.py)."""
+    C = pool_size(config)
+    every = C * (C - 1) // 2
+    name, _, share = config.comparisons.partition(":")
+    if name == "all" or C < 2:
+        return every
+    if name == "pivot":
+        return C - 1
+    if name == "race":
+        return every if C <= 4 else round(max(float(share or 0.25) * every, 1.5 * C))
+    return min(every, -(-C * int(name) // 2))
+
+
+def questions(config: Config) -> dict[str, int]:
+    """Questions a step by kind; malformed answers, asked again, come on top."""
+    B, C = config.batch_size, pool_size(config)
+    out = {}
+    for kind in names(config.rewards):
+        each = comparisons(config) if kind == "quality" else C
+        out[kind] = B * each * config.judge_samples
+    if "rewrite" in names(config.candidates):
+        out["rewrite"] = B
+    return out
+
+
+def tokens(config: Config) -> tuple[int, int]:
+    """Teacher tokens a step: (read, written)."""
+    N, P = config.chunk, config.max_seq - config.chunk
+    texts = {"quality": P + 2 * N, "safety": N, "factuality": P + 2 * N, "rewrite": P + N}
+    read = written = 0
+    for kind, count in questions(config).items():
+        template = (Path(config.prompts) / f"{kind}.txt").read_text(encoding="utf-8")
+        read += count * (len(template) // 4 + texts[kind])
+        written += count * (N if kind == "rewrite" else ANSWER_TOKENS)
+    return read, written
+
+
+def parameters(shape: ModelConfig) -> int:
+    attention = 2 * shape.d_model * shape.head_dim * (shape.n_head + shape.n_kv_head)
+    layer = attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model
+    tables = (1 if shape.tie_embeddings else 2) * shape.vocab_size * shape.d_model
+    return shape.n_layer * layer + tables + shape.d_model
+
+
+def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
+    """FLOPs a step: 2 per parameter and token forward, 4 backward; attention's own on top."""
+    B, N, P, K = config.batch_size, config.chunk, config.max_seq - config.chunk, config.rollouts
+    weights = 2 * (parameters(shape) - shape.vocab_size * shape.d_model)  # embedding is a look-up
+    if shape.tie_embeddings:
+        weights += 2 * shape.vocab_size * shape.d_model
+    per_key = 4 * shape.n_layer * shape.n_head * shape.head_dim
+    learned = {"dpo": 2, "grpo": pool_size(config)}.get(config.objective, 1)
+    prefix = weights * P + per_key * P * P / 2
+    continuation = weights * N + per_key * N * (P + N / 2)
+    forward = B * (prefix + learned * continuation)
+    out = {"update": 3 * forward}
+    if config.objective == "dpo":
+        out["reference"] = forward
+    if "rollouts" in names(config.candidates):
+        out["rollouts"] = B * (prefix + K * continuation)
+    return out
+
+
+def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
+    """Bytes on one GPU: float32 weights, gradients and Adam's two moments; the reference; the
+    sampler's cache for this process's prefixes; activations of one micro-batch."""
+    size, count = (2 if bf16 else 4), parameters(shape)
+    N, P = config.chunk, config.max_seq - config.chunk
+    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size
+    learned = {"dpo": 2, "grpo": pool_size(config)}.get(config.objective, 1)
+    row = P + learned * N
+    rows = max(1, config.micro_batch_tokens // row)
+    per_token = shape.n_layer * (16 * shape.d_model + 4 * shape.d_ff) * size
+    out = {
+        "weights, gradients, optimiser": 16.0 * count,
+        "reference": 4.0 * count if config.objective == "dpo" else 0.0,
+        "activations of a micro-batch": float(min(rows, config.batch_size) * row * per_token),
+    }
+    if "rollouts" in names(config.candidates):
+        prefixes = -(-config.batch_size // config.gpus)
+        out["cache of prefixes and rollouts"] = float(prefixes * cache * (P + config.rollouts * N))
+    return out
+
+
+def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
+    """The page that --dry_run prints."""
+    asked, (read, written) = questions(config), tokens(config)
+    work, held = flops(config, shape), memory(config, shape, bf16)
+    judge_seconds = (read / 10 + written) / config.judge_tokens_per_second
+    policy_seconds = sum(work.values()) / (config.gpus * config.gpu_tflops * 1e12)
+    both = policy_seconds + judge_seconds
+    step = max(policy_seconds, judge_seconds) if config.overlap else both
+    total = config.max_steps
+    price = total * (read * config.price_in + written * config.price_out) / 1e6
+
+    def lines(title: str, rows: dict, unit: str, scale: float) -> list[str]:
+        return [title, *(f"  {name:<40} {v / scale:>14,.2f} {unit}" for name, v in rows.items())]
+
+    return "\n".join(
+        [
+            f"{parameters(shape) / 1e6:,.1f}M parameters, {config.batch_size} prefixes a step, "
+            f"{pool_size(config)} candidates each, {total:,} steps",
+            f"questions a step: {sum(asked.values()):,} "
+            f"({', '.join(f'{kind} {count:,}' for kind, count in asked.items())}), "
+            f"{total * sum(asked.values()):,} in all",
+            f"teacher tokens a step: {read:,} read, {written:,} written, "
+            f"{total * (read + written) / 1e9:,.2f} billion in all",
+            *lines("policy, a step", work, "TFLOP", 1e12),
+            *lines("memory of one GPU", held | {"sum": sum(held.values())}, "GB", 1e9),
+            f"seconds a step: policy {policy_seconds:,.2f} ({config.gpus} GPUs at "
+            f"{config.gpu_tflops:g} TFLOP/s), judge {judge_seconds:,.2f} (writing "
+            f"{config.judge_tokens_per_second:,.0f} tokens/s, reading ten times that), "
+            f"together {step:,.2f} with overlap={config.overlap}; {total * step / 3600:,.1f} hours",
+            f"price {price:,.0f} at {config.price_in:g} / {config.price_out:g} a million tokens "
+            "read / written",
+        ]
+    )
