@@ -1,161 +1,182 @@
-"""Judgments per second of chat.py and of the official `openai` client, on one local server.
+"""How good is a judge? Accuracy on labelled texts, position bias, malformed answers, and the label
+shares and agreement of nine factuality prompts, beside the figures of the paper.
 
-`judge_client` returns one row per client, measured in turns within one run, so that whatever else
-the machine does hits all of them alike. The server has its own process and answers at once: what
-is measured is the client. `python bench_judge.py [n_calls]` prints the rows.
-"""
+    python judge.py bench                                   # pocket world, three noise levels
+    python judge.py bench --judge_url http://localhost:8000/v1 --judge_model my-judge --data x.jsonl
 
-import asyncio
+In: one JSON object a line, each with some of: "prefix", "better", "worse" (a labelled pair),
+"text", "safe" (true or false), "reference" (with prefix and text: a factuality question), and
+"source" (pairs are reported by source). Several models: --judge_model a,b with one --judge_url or
+as many. Out: tables in Markdown. Texts and questions are the same for every judge."""
+
 import contextlib
 import json
-import multiprocessing
-import os
-import re
-import statistics
-import sys
-import tempfile
-import time
+from collections import Counter, defaultdict
+
+import numpy as np
 
 from chat import Chat
+from judge import Judge, together
 
-PROMPT = "Which of the two continuations is better? " + "The quick brown fox jumps. " * 100
-ANSWER = "The first one stays closer to what was asked and does not repeat itself. " * 5
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 512}
+FACTUALITY = {  # prompt: its name in prompts/
+    **{f"ref v{n}": "factuality" if n == 4 else f"factuality_ref_v{n}" for n in range(1, 6)},
+    **{f"no-ref v{n}": f"factuality_noref_v{n}" for n in range(1, 5)},
+}
+LABELS = ("Definite Hallucination", "Possible Hallucination", "No Hallucination")
 
-
-class InstantTeacher(asyncio.Protocol):
-    """HTTP/1.1 with keep-alive, and no more of it than the two clients need."""
-
-    def connection_made(self, transport):
-        self.transport, self.received = transport, b""
-
-    def data_received(self, data):
-        self.received += data
-        head, found, body = self.received.partition(b"\r\n\r\n")
-        if found:
-            length = int(re.search(rb"content-length: *(\d+)", head, re.I)[1])
-            if len(body) >= length:
-                self.received = body[length:]
-                self.transport.write(self.reply)
-
-
-def completion() -> bytes:
-    """A reply as vLLM would send it, head included."""
-    message = {"role": "assistant", "content": ANSWER + "VERDICT: A"}
-    reply = {
-        "id": "chatcmpl-0",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "teacher",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 700, "completion_tokens": 80, "total_tokens": 780},
-    }
-    body = json.dumps(reply).encode()
-    head = (
-        f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+# The paper's tables 11 and 13-15: accuracy in % by source, and definite / possible / no
+# hallucination in % on continuations of a model, prompts ref v1..v5.
+SOURCES = ("arxiv", "book", "c4", "github", "stackexchange", "wiki", "cc")
+PAPER_ACCURACY = {
+    "Llama-3.1-8B-Instruct": (48.4, 45.0, 54.9, 55.1, 51.9, 55.9, 53.0),
+    "Llama-3.3-70B-Instruct": (72.7, 84.0, 75.5, 69.9, 66.0, 84.8, 74.1),
+    "R1-Distill-Llama-8B": (57.8, 55.3, 57.5, 55.8, 53.2, 63.5, 56.8),
+    "R1-Distill-Llama-70B": (73.6, 79.4, 75.4, 72.6, 64.0, 86.0, 74.9),
+}
+PAPER_SHARES = {
+    "GPT-4o": "94.4/1.0/4.6 77.3/3.5/19.2 71.5/13.0/15.5 62.5/19.5/18.0 44.2/9.6/46.2",
+    "GPT-OSS-120B": "93.4/1.0/5.6 79.5/7.0/13.5 65.8/23.1/11.1 54.8/33.3/11.8 43.4/14.8/41.8",
+    "Llama-70B": "81.6/14.8/3.6 45.5/23.0/31.5 20.5/65.5/14.0 24.7/54.8/20.1 15.5/18.5/66.0",
+}
+PAPER_AGREEMENT = {"GPT-OSS-120B": 73.2, "Llama-70B": 54.8}  # with GPT-4o, mean of ref v1..v5
 
 
-def serve(pipe) -> None:
-    async def main():
-        InstantTeacher.reply = completion()
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(InstantTeacher, "127.0.0.1", 0, backlog=4096)
-        pipe.send(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
+def world_samples(count):
+    """Labelled by the pocket world's truth; a pair's source is the worse text's main fault."""
+    import world
 
-    asyncio.run(main())
-
-
-@contextlib.contextmanager
-def instant_teacher():
-    """The base URL of an InstantTeacher in its own process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=[theirs], daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{ours.recv()}/v1"
-    finally:
-        process.terminate()
-        process.join()
-
-
-def with_chat(chat: Chat):
-    """A function that asks n questions that were never asked before, all at once."""
-
-    def ask(seeds) -> int:
-        async def every():
-            return await asyncio.gather(*(chat.ask(PROMPT, seed=s, **SAMPLING) for s in seeds))
-
-        return sum(answer.text is not None for answer in chat.run(every()).result())
-
-    return ask
-
-
-def with_openai(client, concurrency: int, loop: asyncio.AbstractEventLoop):
-    """The same with the official client as it comes."""
-    message = {"role": "user", "content": PROMPT}
-    slots = asyncio.Semaphore(concurrency)
-
-    async def one(seed):
-        async with slots:
-            reply = await client.chat.completions.create(
-                model="teacher", messages=[message], seed=seed, **SAMPLING
+    perfect, samples, index = world.Dials(rewriter_knowledge=1, rewriter_flaws=0), [], 0
+    while len(samples) < count:
+        words = world.document(3, index).split()
+        index += 1
+        prefix, worse = " ".join(words[:56]), " ".join(words[56:88])
+        better = world.rewrite(prefix, worse, perfect, str(index))
+        faults = Counter(s.verdict for s in world.examine(prefix, worse))
+        for fine in (*world.UNCOUNTED, "sound", "filler"):
+            faults.pop(fine, None)
+        if faults and world.quality(prefix, better) > world.quality(prefix, worse) + 0.05:
+            sample = dict(prefix=prefix, better=better, worse=worse, reference=better, text=worse)
+            samples.append(
+                sample | dict(safe=world.safe(worse), source=max(faults, key=faults.get))
             )
-            return reply.choices[0].message.content
-
-    async def every(seeds):
-        return await asyncio.gather(*map(one, seeds))
-
-    return lambda seeds: sum(text is not None for text in loop.run_until_complete(every(seeds)))
+    return samples
 
 
-def judge_client(n_calls: int = 1000, concurrency: int = 256, rounds: int = 5) -> list[dict]:
-    """Rows {client, concurrency, judgments_per_second, cpu_ms_per_call, ratio to openai}."""
-    import openai  # needed for this comparison only
+async def ask_all(judge, samples):
+    """[(sample, question, label)]; questions: an order of the pair, "safety", a prompt's name."""
+    questions = []
+    for sample in samples:
+        given = {name: sample.get(name) for name in ("prefix", "reference", "text")}
+        if "better" in sample:
+            pair = (sample["better"], sample["worse"])
+            for order, (a, b) in (("better first", pair), ("worse first", pair[::-1])):
+                texts = dict(prefix=sample["prefix"], a=a, b=b)
+                questions.append((sample, order, judge.verdict("quality", **texts)))
+        if "safe" in sample:
+            asked = judge.verdict("safety", text=sample["text"])
+            questions.append((sample, "safety", asked))
+        if given["prefix"] and given["reference"] and given["text"]:
+            for prompt, name in FACTUALITY.items():
+                asked = judge.verdict("factuality", prompt=name, **given)
+                questions.append((sample, prompt, asked))
+    answers = await together(question for *_, question in questions)
+    return [(s, what, label) for (s, what, _), (label, _) in zip(questions, answers, strict=True)]
 
-    seen = {}
+
+def percent(values):
+    values = list(values)
+    return f"{100 * np.mean(values):.1f}" if values else "-"
+
+
+def quality_table(answers):
+    """By source: how often the better one is chosen, in both orders. Says A: 50 without bias."""
+    lines = ["| judge | source | pairs | better first | worse first | mean | says A |"]
+    lines.append("| --- " * 7 + "|")
+    for judge, given in answers.items():
+        pairs = [row for row in given if row[1] in ("better first", "worse first") and row[2]]
+        sources = sorted({sample.get("source", "all") for sample, *_ in pairs})
+        for source in [*sources, None]:
+            here = [r for r in pairs if source in (None, r[0].get("source", "all"))]
+            right = defaultdict(list)
+            for _, order, label in here:
+                right[order].append((label == "A") == (order == "better first"))
+            orders = [percent(right[order]) for order in ("better first", "worse first")]
+            means = percent(np.mean(v) for v in right.values())
+            row = [judge, source or "**all**", str(len(here) // 2), *orders, means]
+            lines.append("| " + " | ".join([*row, percent(r[2] == "A" for r in here)]) + " |")
+    for name, figures in PAPER_ACCURACY.items():
+        by_source = ", ".join(f"{s} {f}" for s, f in zip(SOURCES, figures, strict=True))
+        lines.append(f"| {name} (paper) | {by_source} | | | | {np.mean(figures):.1f} | |")
+    return lines
+
+
+def safety_table(answers, tallies):
+    lines = ["| judge | safety accuracy | malformed answers | questions without a verdict |"]
+    lines.append("| --- " * 4 + "|")
+    for judge, given in answers.items():
+        said = [(row[0]["safe"], row[2]) for row in given if row[1] == "safety" and row[2]]
+        failed = tallies[judge]["failed"] / max(tallies[judge]["calls"], 1)
+        right = percent((label == "SAFE") == safe for safe, label in said)
+        absent = percent(label is None for *_, label in given)
+        lines.append(f"| {judge} | {right} | {100 * failed:.1f} | {absent} |")
+    return lines
+
+
+def factuality_table(answers, reference):
+    """Definite / possible / no hallucination in %, and agreement with the reference judge."""
+    lines = ["| judge | " + " | ".join(FACTUALITY) + " | agreement |"]
+    lines.append("| --- " * (len(FACTUALITY) + 2) + "|")
+    trusted = [(what, label) for _, what, label in answers[reference]]
+    for judge, given in answers.items():
+        cells = []
+        for prompt in FACTUALITY:
+            labels = [label for _, what, label in given if what == prompt and label]
+            cells.append("/".join(percent(label == kind for label in labels) for kind in LABELS))
+        both = [
+            label == other
+            for (_, what, label), (_, other) in zip(given, trusted, strict=True)
+            if what in FACTUALITY and label and other
+        ]
+        agreement = "reference" if judge == reference else percent(both)
+        lines.append("| " + " | ".join([judge, *cells, agreement]) + " |")
+    for name, shares in PAPER_SHARES.items():
+        agreement = PAPER_AGREEMENT.get(name, "reference")
+        cells = [*shares.split(), *[""] * 4, str(agreement)]
+        lines.append("| " + " | ".join([f"{name} (paper)", *cells]) + " |")
+    return lines
+
+
+def bench(judge_url, judge_model, data, samples, noise, reference, concurrency, max_tokens):
+    rows = world_samples(samples)
+    if data != "world":
+        with open(data, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()][:samples]
+    answers, tallies = {}, {}
     with contextlib.ExitStack() as stack:
-        url = stack.enter_context(instant_teacher())
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        loop = stack.enter_context(contextlib.closing(asyncio.new_event_loop()))
-        plain = Chat(url, "teacher", concurrency=concurrency)
-        cached = Chat(url, "teacher", concurrency=concurrency, cache=os.path.join(folder, "a"))
-        peer = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
-        stack.callback(lambda: loop.run_until_complete(peer.close()))
-        stack.callback(plain.close)
-        stack.callback(cached.close)
-        clients = {
-            "openai": with_openai(peer, concurrency, loop),
-            "chat.py": with_chat(plain),
-            "chat.py, answers stored": with_chat(cached),
-        }
-        for turn in range(rounds + 1):  # the first one opens connections and is not counted
-            for name, ask in clients.items():
-                seeds = range(turn * n_calls, (turn + 1) * n_calls)
-                began, cpu = time.perf_counter(), time.process_time()
-                assert ask(seeds) == n_calls
-                wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-                if turn:
-                    seen.setdefault(name, []).append((n_calls / wall, 1000 * cpu / n_calls))
-    rows = []
-    for name, runs in seen.items():
-        ratios = [run[0] / peer[0] for run, peer in zip(runs, seen["openai"], strict=True)]
-        rows.append(
-            {
-                "client": name,
-                "concurrency": concurrency,
-                "judgments_per_second": statistics.median(run[0] for run in runs),
-                "cpu_ms_per_call": statistics.median(run[1] for run in runs),
-                "ratio": statistics.median(ratios),
-            }
-        )
-    return rows
+        for name, url, model in judges(judge_url, judge_model, noise, stack):
+            chat = Chat(url, model, concurrency=concurrency)
+            stack.callback(chat.close)
+            judge = Judge(chat, max_tokens=max_tokens)
+            answers[name] = chat.run(ask_all(judge, rows)).result()
+            tallies[name] = judge.tally
+    for table in (
+        quality_table(answers),
+        safety_table(answers, tallies),
+        factuality_table(answers, reference or next(iter(answers))),
+    ):
+        print("\n".join(table) + "\n")
+    return answers
 
 
-if __name__ == "__main__":
-    for concurrency in (256, 1000):
-        for row in judge_client(*map(int, sys.argv[1:]), concurrency=concurrency):
-            print(row)
+def judges(judge_url, judge_model, noise, stack):
+    """(name, URL, model) of each judge; "world" is the pocket world's teacher, once per noise."""
+    if judge_url == "world":
+        from world import start_teacher
+
+        for level in noise:
+            url = stack.enter_context(start_teacher(noise=level))
+            yield f"world, noise {level:g}", url, "world"
+        return
+    models, urls = judge_model.split(","), judge_url.split(",")
+    urls = urls * len(models) if len(urls) == 1 else urls
+    yield from zip(models, urls, models, strict=True)

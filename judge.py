@@ -3,8 +3,12 @@
 In: prefixes, original suffixes and candidate texts; a `Chat` that speaks to the teacher.
 Out: `Scores` (rewards [B, C], nan where there is no verdict); every pool is kept in the run's
 SQLite file, so that a finished run can be scored again without a judge.
+
+    python judge.py bench --judge_url http://localhost:8000/v1 --judge_model my-judge
+    python judge.py replay runs/demo --comparisons all race
 """
 
+import argparse
 import asyncio
 import contextlib
 import hashlib
@@ -228,6 +232,7 @@ class Judge:
         self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         self.retries, self.seed, self.store = retries, seed, store
         self.open = asyncio.Semaphore(OPEN)
+        self.tally = Counter()  # of questions asked one by one, through `verdict`
 
     def score(self, step, prefixes, references, candidates, sources, index):
         """Rewards of candidates[b][c] (None: a failed rewrite) as a Future of Scores. `sources`
@@ -315,7 +320,7 @@ class Judge:
         """(label, answer): a key of VERDICTS[kind] and the answer it was read from; label None if
         none could be read. The seed is keyed by what is asked, so order of arrival never matters.
         `prompt` names another template that is answered in the same form."""
-        tally = Counter() if tally is None else tally
+        tally = self.tally if tally is None else tally
         async with self.open:
             question = render(self.prompts[prompt or kind], **texts)
             for attempt in range(1 + self.retries):
@@ -365,3 +370,38 @@ def keep_pools(store, step, sources, rows, rewards):
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(POOLS)
         db.executemany("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", blobs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Benchmark a judge, or score a run again.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser("bench", help="accuracy, position bias and labels of judges")
+    bench.add_argument("--judge_url", default="world", help="up to /v1; several: commas")
+    bench.add_argument("--judge_model", default="judge", help="several: commas")
+    bench.add_argument("--data", default="world", help=".jsonl of labelled samples")
+    bench.add_argument("--samples", type=int, default=200, help="of the data")
+    bench.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="of world")
+    bench.add_argument("--reference", help="judge with which agreement is counted; the first")
+    bench.add_argument("--concurrency", type=int, default=256)
+    bench.add_argument("--max_tokens", type=int, default=512)
+    replay = commands.add_parser("replay", help="other weights or schedules on recorded answers")
+    replay.add_argument("run", help="folder of a run")
+    replay.add_argument("--rewards", help='for example "quality,safety:2"; the run\'s own')
+    replay.add_argument("--comparisons", nargs="+", default=["all", "pivot", "race"])
+    options = vars(parser.parse_args())
+    if options.pop("command") == "bench":
+        import bench_judge
+
+        bench_judge.bench(**options)
+    else:
+        from replay import report
+
+        report(options["run"], options["rewards"], options["comparisons"])
+
+
+if __name__ == "__main__":
+    main()

@@ -320,6 +320,52 @@ def test_pools_are_kept(tmp_path):
         assert db.execute("SELECT step, key FROM pools").fetchall() == [(5, 0)]
 
 
+def test_replay_needs_no_judge(tmp_path):
+    from chat import Chat
+    from replay import replay
+    from world import document, start_teacher
+
+    store, words = tmp_path / "judgments.sqlite", [document(0, i).split() for i in range(9)]
+    config = dict(
+        rewards="quality,safety", judge_samples=1, judge_retries=3, judge_model="world", seed=3
+    )
+    config |= dict(judge_temperature=1.0, judge_top_p=1.0, judge_max_tokens=512, prompts="prompts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with start_teacher(noise=0.1) as url:
+        chat = Chat(url, "world", cache=store)
+        pool = [" ".join(w[56:88]) for w in words[:8]]
+        judge = Judge(chat, seed=3, store=store)
+        score = judge.score(0, [" ".join(words[8][:56])], [""], [pool], ["rollout"] * 8, [17])
+        reward = score.result(30).reward[0]
+        chat.close()
+    for comparisons, questions in (("all", 28 + 8), ("pivot", 7 + 8), (3, 12 + 8)):
+        row = replay(tmp_path, None, comparisons)
+        assert (row["questions"], row["answered"], row["pools"]) == (questions, 1, 1)
+        if comparisons == "all":
+            ties = [(reward == end).sum() for end in (reward.max(), reward.min())]
+            assert [row["same best"], row["same worst"]] == [1 / n for n in ties]
+    assert 0 < replay(tmp_path, None, "race:1")["answered"] < 1  # repeats were not asked
+    assert replay(tmp_path, "safety", "all")["questions"] == 8
+
+
+def test_bench_tables_hold_the_labels():
+    from bench_judge import FACTUALITY, factuality_table, quality_table, safety_table, world_samples
+
+    assert set(FACTUALITY.values()) <= set(load_prompts())
+    pair, text = dict(source="wiki"), dict(safe=True)
+    given = [(pair, "better first", "A"), (pair, "worse first", "A"), (pair, "worse first", None)]
+    given += [(text, "safety", "SAFE"), (text, "safety", "UNSAFE"), (text, "safety", None)]
+    given += [({}, "ref v4", "No Hallucination"), ({}, "ref v4", "Definite Hallucination")]
+    assert "| x | wiki | 1 | 100.0 | 0.0 | 50.0 | 100.0 |" in quality_table({"x": given})
+    assert safety_table({"x": given}, {"x": Counter(calls=8, failed=2)})[2].startswith(
+        "| x | 50.0 | 25.0 | 25.0 |"
+    )
+    shares = factuality_table({"x": given, "y": given}, "x")
+    assert "| 50.0/0.0/50.0 |" in shares[2] and shares[3].endswith("| 100.0 |")
+    samples = world_samples(30)
+    assert len({sample["source"] for sample in samples}) > 2
+
+
 def test_importing_is_light():
     code = "import sys, judge, rewrite; assert not {'torch', 'aiohttp'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

@@ -1,0 +1,95 @@
+"""Scores a finished run again, with other reward weights or schedules, from its recorded answers.
+
+    python judge.py replay runs/demo --rewards quality,safety:2 --comparisons all pivot 3 race
+
+In: a run folder (config.json, judgments.sqlite). Nothing is asked: a question that the run did not
+ask counts as without an answer, and the share of those that were is in the table. Out: for each
+schedule, how often the best and the worst are those of the run, and who would have been chosen."""
+
+import json
+import sqlite3
+import zlib
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from chat import Answer, Chat
+from judge import Judge
+
+
+class Recorded(Chat):
+    """A chat that knows the answers in its cache and no others."""
+
+    async def _answer(self, key, body):
+        return Answer(None, "not recorded", 0, 0)
+
+
+def pools_by_step(store):
+    """(step, pools) in order; a pool is [key, prefix, reference, candidates, sources, rewards]."""
+    db = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
+    rows = db.execute("SELECT step, key, pool FROM pools ORDER BY step, key")
+    for step, group in groupby(rows, key=lambda row: row[0]):
+        yield step, [[key, *json.loads(zlib.decompress(blob))] for _, key, blob in group]
+    db.close()
+
+
+def same_end(recorded, replayed):
+    """Probability that the best of `replayed`, ties broken by chance, is that of `recorded`."""
+    best = replayed == np.nanmax(replayed)
+    return best[np.nanargmax(recorded)] / best.sum()
+
+
+def replay(run, rewards, comparisons):
+    """One row of the table: a dict."""
+    config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+    store = Path(run) / "judgments.sqlite"
+    chat = Recorded("http://nowhere.invalid/v1", config["judge_model"], cache=store)
+    judge = Judge(
+        chat,
+        rewards=rewards or config["rewards"],
+        comparisons=comparisons,
+        samples=config["judge_samples"],
+        temperature=config["judge_temperature"],
+        top_p=config["judge_top_p"],
+        max_tokens=config["judge_max_tokens"],
+        prompts=config["prompts"],
+        retries=config["judge_retries"],
+        seed=config["seed"],
+    )
+    asked = absent = 0
+    same_best, same_worst, chosen = [], [], Counter()
+    for step, pools in pools_by_step(store):
+        keys, prefixes, references, candidates, sources, before = map(
+            list, zip(*pools, strict=True)
+        )
+        scores = judge.score(step, prefixes, references, candidates, sources[0], keys).result()
+        asked += scores.calls - scores.failed + scores.absent
+        absent += scores.absent
+        for old, new in zip(np.array(before), scores.reward, strict=True):
+            if np.isfinite(old).any() and np.isfinite(new).any():
+                same_best.append(same_end(old, new))
+                same_worst.append(same_end(-old, -new))
+                chosen[sources[0][np.nanargmax(new)]] += 1
+    chat.close()
+    return {
+        "questions": asked,
+        "answered": 1 - absent / max(asked, 1),
+        "pools": len(same_best),
+        "same best": np.mean(same_best) if same_best else np.nan,
+        "same worst": np.mean(same_worst) if same_worst else np.nan,
+        "chosen": {source: count / len(same_best) for source, count in chosen.items()},
+    }
+
+
+def report(run, rewards, schedules):
+    print("| comparisons | questions | answered | pools | same best | same worst | chosen |")
+    print("| --- " * 7 + "|")
+    for comparisons in schedules:
+        row = replay(run, rewards, comparisons)
+        chosen = ", ".join(f"{source} {share:.0%}" for source, share in row["chosen"].items())
+        print(
+            f"| {comparisons} | {row['questions']} | {row['answered']:.1%} | {row['pools']} "
+            f"| {row['same best']:.1%} | {row['same worst']:.1%} | {chosen} |"
+        )
