@@ -67,7 +67,7 @@ def render(template, **texts):
 
 def question_seed(*parts):
     """31 bits that depend on what is asked, never on when."""
-    digest = hashlib.sha256(repr(parts).encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
