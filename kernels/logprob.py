@@ -69,15 +69,19 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy):
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-        logit, parts, entropies = torch.zeros_like(h[:, 0]), [], []
-        for first, w in slices(weight, len(h)):
+        pieces = slices(weight, len(h))
+        logit = torch.zeros_like(h[:, 0])
+        # Filled in place: small tensors kept from every turn would scatter the allocator's pages.
+        lse, ent = h.new_empty(2, len(pieces), len(h))
+        for n, (first, w) in enumerate(pieces):
             z = h @ w.to(h.dtype).T  # [T, chunk]
             row, column = inside(targets, first, len(w))
             logit[row] = z[row, column]
             logp = z.log_softmax(1)  # one fused pass; any column tells the log-sum-exp
-            parts.append(z[:, 0] - logp[:, 0])
-            entropies.append(-torch.linalg.vecdot(logp.exp(), logp) if entropy else parts[-1])
-        lse, ent = mixture(torch.stack(parts), torch.stack(entropies))
+            torch.sub(z[:, 0], logp[:, 0], out=lse[n])
+            ent[n] = -torch.linalg.vecdot(logp.exp(), logp) if entropy else 0.0
+            del z, logp  # before the next ones are allocated
+        lse, ent = mixture(lse, ent)
         ctx.save_for_backward(hidden, weight, targets, lse, ent)
         ctx.temperature, ctx.entropy = temperature, entropy
         return logit - lse, ent
@@ -100,6 +104,7 @@ class _Chunked(torch.autograd.Function):
             z[row, column] -= g_logp[row] if ctx.entropy else 1.0
             dh.addmm_(z, w)
             torch.mm(z.T, scale * h, out=dw[first : first + len(w)])
+            del z
         dh = (dh * scale / ctx.temperature).to(hidden.dtype)
         return dh, dw.to(weight.dtype), None, None, None
 

@@ -14,6 +14,7 @@ import kernels_reference as reference
 import pytest
 import torch
 
+from kernels import bench
 from kernels.attention import decode_attention, prefix_attention
 from kernels.logprob import linear_logprob
 
@@ -102,6 +103,28 @@ def test_logprob_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(
         lambda h, w: linear_logprob(h, w, targets, 0.7, entropy=True), (hidden, weight)
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_logprob_memory():
+    """Beyond the gradients, at most 1/20 of the two [T, V] that log_softmax and backward keep."""
+    code = (
+        "import torch, kernels.bench as bench\n"
+        "T, d, V = 512, 16, 128256\n"
+        "h, w = (torch.randn(n, d).requires_grad_() for n in (T, V))\n"
+        "t = torch.arange(T)\n"
+        "f = lambda: torch.autograd.grad(bench.linear_logprob(h, w, t).sum(), (h, w))\n"
+        "peak = bench.peak_bytes(f, 'cpu') - 4 * V * d\n"
+        "assert peak < 2 * 4 * T * V / 20, peak\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_bench_runs():
+    sizes = bench.Sizes(B=1, H=4, Hkv=2, D=16, P=24, N=8, K=3, tokens=32, dim=16, vocabulary=300)
+    rows = list(bench.rows("cpu", sizes))
+    errors = [row["error"] for row in rows if row["peer"] == "ours"]
+    assert len(errors) == 8 and max(errors) < 1e-5
 
 
 def test_triton_is_optional():
