@@ -257,7 +257,8 @@ class Judge:
             await asyncio.to_thread(keep_pools, self.store, step, sources, rows, reward)
         tally = sum((pool.tally for pool in pools), Counter())
         counts = (tally["calls"], tally["failed"], tally["absent"])
-        return Scores(reward, by_kind, *counts, pools[0].verdicts)
+        examples = sorted(pools[0].verdicts, key=lambda seen: (seen["kind"], seen["candidates"]))
+        return Scores(reward, by_kind, *counts, examples)
 
     async def _pool(self, pool):
         """kind -> text -> value between 0 and 1, nan without a verdict."""
