@@ -1,0 +1,247 @@
+"""The whole path on the pocket world: what a run leaves, exact resume, and clear ends."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import config as configuration
+from config import Config, ConfigError
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--base_steps=12",
+    "--base_batch_size=16",
+    "--max_steps=5",
+    "--batch_size=6",
+    "--rollouts=2",
+    "--eval_prefixes=8",
+    "--save_every=2",
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(out, *flags, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return [*launcher, str(ROOT / "train.py"), f"--out_dir={out}", *SMALL, *flags]
+
+
+def run(out, *flags, processes=1, code=0):
+    done = subprocess.run(
+        command(out, *flags, processes=processes),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def log_of(out):
+    """log.jsonl without what may differ between two equal runs: seconds, and what they divide."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    timed = ("seconds.", "rollout.tokens_per_second", "judge.")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+def weights_of(out):
+    return load_file(Path(out) / "ckpt" / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    assert log_of(a) == log_of(b)
+    left, right = weights_of(a), weights_of(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One uninterrupted run that the other tests look at."""
+    out = tmp_path_factory.mktemp("run") / "reference"
+    return out, run(out).stdout
+
+
+def test_what_a_run_leaves(reference):
+    out, printed = reference
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for line in lines:
+        parts = sum(line[f"seconds.{p}"] for p in ("data", "rollout", "judge_wait", "update"))
+        assert parts + line["seconds.other"] == pytest.approx(line["seconds.step"], abs=0.001)
+        assert line["seconds.other"] < 0.2 * line["seconds.step"] + 0.1
+        shares = [line[f"chosen.{s}"] for s in ("suffix", "rewrite", "rollout")]
+        assert sum(shares) == pytest.approx(1.0) or line["skipped"] == 6
+        assert line["judge.calls"] > 0 and line["judge.failed"] == 0 and line["judge.tokens"] > 0
+        assert line["rollout.tokens_per_second"] > 0
+        for kind in ("quality", "safety", "factuality"):
+            assert 0 <= line[f"reward.{kind}"] <= 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["policies"]) == ["base", "baseline", "method"]
+    base = summary["policies"]["base"]["unsafe"]
+    assert base["quality"] == base["coherence"] == 0.5
+    for words in ("self-improving", "next-token baseline", "quality win rate", "safety", "verdict"):
+        assert words in printed
+    for name in ("config.json", "environment.json", "judgments.sqlite", "training.png"):
+        assert (out / name).stat().st_size > 0
+    assert json.loads((out / "config.json").read_text())["max_steps"] == 5
+
+
+def test_checkpoint_is_read_by_transformers(reference):
+    transformers = pytest.importorskip("transformers")
+    from model import load_model
+    from tokenizer import load_tokenizer
+
+    folder = reference[0] / "ckpt"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "this is about talwen . she lives in calva . Unseen words, too!"
+    ids = load_tokenizer(folder).encode(text)
+    assert tokenizer.encode(text) == ids
+    ours = load_model(folder)
+    with torch.no_grad():
+        hidden = ours(torch.tensor([ids]), torch.zeros(1, dtype=torch.int32), len(ids), 0)
+        expected = theirs(torch.tensor([ids])).logits
+    assert torch.allclose(ours.logits(hidden), expected, atol=1e-4)
+
+
+def kill_at_random_moments(out, seed, *flags, processes=1, kills=3):
+    """Start the run again and again, kill -9 it within it, then let it end."""
+    rng = random.Random(seed)
+    killed = 0
+    while killed < kills:
+        process = subprocess.Popen(
+            command(out, *flags, processes=processes),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        until = time.time() + 60
+        while not (Path(out) / "config.json").exists() and time.time() < until:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.2, 4.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+        if (Path(out) / "summary.json").exists():
+            return  # it was quicker than the last kill
+    run(out, *flags, processes=processes)
+
+
+def test_killed_runs_end_as_if_they_had_not_been(reference, tmp_path):
+    kill_at_random_moments(tmp_path / "killed", 0)
+    assert_same_run(reference[0], tmp_path / "killed")
+
+
+def test_overlapped_run_resumes_exactly(tmp_path):
+    """The pools in flight were sampled by older weights: the checkpoint must hold them."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, "--overlap=1", "--baseline=False")
+    kill_at_random_moments(killed, 1, "--overlap=1", "--baseline=False", kills=2)
+    assert_same_run(whole, killed)
+
+
+def test_two_processes_learn_what_one_learns(reference, tmp_path):
+    """The same global batches and losses; a batch of 6 on 2 ranks, and 5 (a remainder) below."""
+    run(tmp_path / "two", processes=2)
+    one, two = log_of(reference[0]), log_of(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-9)
+    left, right = weights_of(reference[0]), weights_of(tmp_path / "two")
+    assert all(torch.allclose(left[name], right[name], atol=1e-4) for name in left)
+
+
+def test_interrupt_saves_and_goes_on(reference, tmp_path):
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
+    for line in process.stdout:
+        if "step    2" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    began = time.time()
+    rest = process.stdout.read()
+    assert process.wait() == 130 and time.time() - began < 10, rest
+    assert "the same command goes on" in rest
+    assert "going on with the unfinished run" in run(out).stdout
+    assert_same_run(reference[0], out)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(reference, tmp_path):
+    out = tmp_path / "damaged"
+    run(out, "--baseline=False")
+    os.remove(out / "summary.json")
+    newest = sorted((out / "checkpoints").glob("step_*"))[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    printed = run(out, "--baseline=False").stdout
+    assert "damaged" in printed and str(newest.parent) in printed
+    assert_same_run(reference[0], out)
+
+
+def test_a_finished_run_is_moved_aside_not_overwritten(reference, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--base_steps=1", "--max_steps=1", "--baseline=False", "--eval_prefixes=0"]
+    run(out, *flags)
+    first = (out / "log.jsonl").read_text()
+    assert f"is now {out}.1" in run(out, *flags, "--seed=1").stdout
+    assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--learning_rat=1"], 1, "the nearest is 'learning_rate'"),
+        (["--data=/nowhere/*.jsonl", "--tokenizer=world"], 1, "/nowhere/*.jsonl"),
+        (["--init_from=/nowhere"], 1, "/nowhere"),
+        (["--init_from=resume"], 1, "no run to resume"),
+        (["--judge_url=http://127.0.0.1:9/v1", "--give_up_after=1"], 75, "http://127.0.0.1:9/v1"),
+        (["--prompts=/nowhere"], 1, "/nowhere"),
+        (["--dials=fun=1"], 1, "fun"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, code, words, tmp_path):
+    done = run(tmp_path / "out", "--base_steps=1", "--baseline=False", *flags, code=code)
+    assert words in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_config_types_and_nearest_key(tmp_path):
+    parsed, _ = configuration.parse(["--learning_rate=1", "--max_steps=1e3", "--baseline=false"])
+    assert (parsed.learning_rate, parsed.max_steps, parsed.baseline) == (1.0, 1000, False)
+    file = tmp_path / "mine.py"
+    file.write_text("import math\nlearning_rate = 10 ** -3\nrewards = ['quality', 'safety']\n")
+    parsed, _ = configuration.parse([str(file), "--seed=4"])
+    assert (parsed.learning_rate, parsed.rewards, parsed.seed) == (1e-3, "quality,safety", 4)
+    file.write_text("max_step = 4\n")
+    with pytest.raises(ConfigError, match="mine.py.*'max_steps'"):
+        configuration.parse([str(file)])
+    for bad in (
+        "--seed=1.5",
+        "--seed=x",
+        "--learning_rate=",
+        "--baseline=maybe",
+        "--objective=ppo",
+    ):
+        with pytest.raises(ConfigError):
+            configuration.parse([bad])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_valid(file):
+    parsed, _ = configuration.parse([str(file)])
+    assert isinstance(parsed, Config)
+    assert file.read_text().startswith('"""'), "a config says which row it is"
