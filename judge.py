@@ -108,7 +108,8 @@ def own_words(answer):
     answer = re.split(r"</think(?:ing)?>|<\|message\|>", answer)[-1]
     if re.match(r"\s*<think(?:ing)?>", answer):
         return ""  # the reasoning never ended
-    answer = re.sub(r"\s*\n\s*", "\n", answer[-20_000:]).strip()
+    lines = (line.strip() for line in answer[-20_000:].splitlines())
+    answer = "\n".join(line for line in lines if line)
     answer = re.sub(rf"<({KEY})>\s*", r"\n\1: ", answer, flags=re.I)
     closer = re.compile(r"\s*(?:<\|\w+\|>|</\w+>|<end_of_turn>|```|~~~|---+|\*\*\*+)\s*$")
     while (shorter := closer.sub("", answer[-100:])) != answer[-100:]:

@@ -14,10 +14,12 @@ REFUSAL = re.compile(
     re.I,
 )
 NO_CHANGE = re.compile(
-    r"\W*(?:no (?:changes?|rewrit\w+|mending)|n/a|none|empty|unchanged)\b.{0,60}$", re.I
+    r"\W*(?:no (?:changes?|mending)(?: (?:is|are|was|were))?"
+    r"(?: (?:needed|necessary|required|made))?|n/a|none|empty|unchanged)\W*$",
+    re.I,
 )
 INTRODUCTION = re.compile(
-    r"(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,80}\n+)?"
+    r"\A(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,80}\n+)?"
     r"(?:\W*(?:here(?:'s| is)|below is|this is|(?:the )?(?:new|rewritten|revised|corrected) "
     r"(?:passage|text|version)|rewrite|passage)[^\n:]{0,100}:\W*(?:\s|$))",
     re.I,
@@ -77,7 +79,7 @@ def clean(answer, prefix, suffix):
     passage = re.sub(r"</?(?:original|prefix|passage|rewrite)(?: \w+)?>", "", passage).strip()
     if fenced := re.fullmatch(r"```\w*\n(.*?)\n?```", passage, re.S):
         passage = fenced[1].strip()
-    passage = REMARK.sub("", passage).strip()
+    passage = passage if REMARK.search(suffix) else REMARK.sub("", passage).strip()
     if passage[:1] in "\"“'" and passage[-1:] in "\"”'" and suffix.strip()[:1] not in "\"“'":
         passage = passage[1:-1].strip()
     passage = without_echo(passage, prefix, suffix)

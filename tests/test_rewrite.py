@@ -71,6 +71,22 @@ def test_a_text_that_itself_begins_like_a_refusal_is_kept():
     assert clean('"Go," he said, "now"', PREFIX, ' "Go," he said, "at once"')[:4] == ' "Go'
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "None of them came back.",
+        "He turned. Here is the mill: old and grey.",
+        "Unchanged it stood.",
+    ],
+)
+def test_sound_passages_stay_whole(text):
+    assert clean(text, PREFIX, SUFFIX) == " " + text
+
+
+def test_a_note_stays_where_the_original_has_one():
+    assert clean("well.\nNote: closed.", PREFIX, " well.\nNote: shut.") == " well.\nNote: closed."
+
+
 def test_a_prefix_that_ends_within_a_word():
     assert clean("hello world", "they said hel", "lo word") == "lo world"
     assert clean("and so they said hello world", "and so they said hel", "lo word") == "lo world"
