@@ -34,3 +34,8 @@ def architecture() -> str:
     if torch.version.hip:
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability()[0], "sm_80")
+
+
+def cores(x) -> int:
+    """Processors to keep busy where x lives."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import architecture, jit, tl, use_triton
+from kernels import architecture, cores, jit, tl, use_triton
 
 # kernel, head dimension: (BM, BN, warps, stages); queries BM, keys BN, but rows BM for decoding
 CONFIGS = {
@@ -224,10 +224,8 @@ def _forward(
     start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
     i, d = start + tl.arange(0, BM), tl.arange(0, D)
     column = tl.arange(0, BN)
-    k_in, v_in = (
-        column[None, :] * kt + d[:, None],
-        column[:, None] * vt + d[None, :],
-    )  # k transposed
+    k_in = column[None, :] * kt + d[:, None]  # transposed
+    v_in = column[:, None] * vt + d[None, :]
     K += b * kb + h // G * kh
     V += b * vb + h // G * vh
     q_at = Q + b * qb + h * qh + i[:, None] * qt + d[None, :]
@@ -248,9 +246,8 @@ def _forward(
     out = tl.where(real[:, None], out, 0.0)
     o_at = Out + b * ob + h * oh + i[:, None] * ot + d[None, :]
     tl.store(o_at, out.to(Out.dtype.element_ty), mask=i[:, None] < end)
-    lse = tl.where(
-        real, top + tl.log2(tl.where(real, total, 1.0)), 1e30
-    )  # exp2(s - lse) is 0 for padding
+    lse = top + tl.log2(tl.where(real, total, 1.0))
+    lse = tl.where(real, lse, 1e30)  # so that exp2(s - lse) is 0 for padding
     tl.store(Lse + (b * H + h) * T + i, lse, mask=i < end)
 
 
@@ -540,8 +537,7 @@ def _decode(
     R = K * (H // Hkv)  # rows that share a kv head's prefix
     config = _config("decode_prefix", D)
     rows = -(-R // config["BM"])
-    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    splits = min(-(-P // config["BN"]), max(2 * cores // (B * Hkv * rows), 1))  # fill the GPU
+    splits = min(-(-P // config["BN"]), max(2 * cores(q) // (B * Hkv * rows), 1))  # fill the GPU
     part = q.new_empty(B, Hkv, splits, R, D, dtype=torch.float32)
     lse = q.new_empty(B, Hkv, splits, R, dtype=torch.float32)
     if splits:

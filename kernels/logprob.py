@@ -26,7 +26,7 @@ Tiles of 128 x 128 x 64 with 8 warps are the largest that do not spill (128 x 25
 import torch
 from torch import Tensor
 
-from kernels import architecture, jit, tl, use_triton
+from kernels import architecture, cores, jit, tl, use_triton
 
 CHUNK = 1 << 20  # logits alive at once: 4 MiB in float32, small enough for a CPU's caches
 WORKSPACE = 1 << 25  # d logits alive at once on a GPU: 64 MiB in bfloat16
@@ -227,12 +227,7 @@ def _logprob(
     (T, dim), V = hidden.shape, len(weight)
     config = _config("forward", dim, entropy)
     rows, columns = -(-T // config["BT"]), -(-V // config["BV"])
-    cores = (
-        torch.cuda.get_device_properties(hidden.device).multi_processor_count
-        if (hidden.is_cuda)
-        else 2
-    )
-    tiles = -(-columns // max(4 * cores // rows, 1))  # vocabulary tiles a program: 4 waves
+    tiles = -(-columns // max(4 * cores(hidden) // rows, 1))  # a program's: about 4 waves
     splits = -(-columns // tiles)
     lse, logit, part = hidden.new_empty(3, splits, T, dtype=torch.float32)
     _logprob_forward[rows, splits](

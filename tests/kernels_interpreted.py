@@ -56,10 +56,10 @@ def check_attention(shape, D, dtype, seed=0):
 @pytest.mark.parametrize(
     "shape, D",  # B, H, Hkv, P, N, C
     [
-        ((2, 2, 2, 40, 0, 0), 64),
-        ((2, 4, 1, 37, 20, 1), 64),
+        ((2, 1, 1, 40, 0, 0), 64),
+        ((1, 4, 1, 37, 20, 1), 64),
         ((1, 2, 1, 37, 20, 3), 128),
-        ((1, 8, 1, 17, 3, 16), 32),
+        ((1, 8, 1, 9, 2, 16), 32),
         ((1, 2, 1, 20, 1, 3), 64),
         ((1, 2, 2, 0, 21, 3), 64),
     ],
@@ -69,11 +69,11 @@ def test_attention(shape, D, dtype):
 
 
 def test_attention_shipped_tiles():
-    check_attention((1, 2, 1, 200, 70, 2), 64, torch.float32)
+    check_attention((1, 1, 1, 200, 70, 2), 64, torch.float32)
     check_attention((1, 1, 1, 140, 40, 3), 128, torch.float16)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     P=st.integers(0, 70), N=st.integers(1, 40), C=st.integers(0, 4), Hkv=st.integers(1, 2),
     G=st.sampled_from([1, 4]), seed=st.integers(0, 99),
@@ -86,7 +86,7 @@ def test_attention_drawn_shapes(P, N, C, Hkv, G, seed):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "shape, D",  # B, K, H, Hkv, P, N
-    [((3, 3, 4, 1, 75, 40), 64), ((2, 16, 8, 1, 9, 5), 128), ((2, 2, 2, 2, 0, 3), 32)],
+    [((3, 2, 4, 1, 75, 40), 64), ((2, 5, 8, 1, 9, 5), 128), ((2, 2, 2, 2, 0, 3), 32)],
 )
 def test_decode(shape, D, dtype):
     inputs = reference.caches(*shape, D, dtype)
