@@ -52,7 +52,7 @@ class Config:
     dials: str = key("", "pocket world only: dials of world.py, e.g. 'unsafe=0.5,noise=0.1'")
 
     base_steps: int = key(
-        1500, "next-token steps before the method when init_from=scratch", "Base and baseline"
+        1000, "next-token steps before the method when init_from=scratch", "Base and baseline"
     )
     base_batch_size: int = key(64, "documents a base step")
     base_learning_rate: float = key(3e-3, "peak, cosine")
