@@ -38,4 +38,4 @@ def architecture() -> str:
 
 def cores(x) -> int:
     """Processors to keep busy where x lives."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4

@@ -56,6 +56,7 @@ def caches(B, K, H, Hkv, P, N, D, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
     prefix, cont = [draw(B, Hkv, P, D) for _ in "kv"], [draw(B, K, Hkv, N, D) for _ in "kv"]
+    prefix[0] *= torch.linspace(0.2, 3, P)[:, None].to(dtype)  # the maximum moves along the prefix
     pad = torch.linspace(0, P, B).int()
     return draw(B, K, H, D), *prefix, pad, *cont
 
