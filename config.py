@@ -52,7 +52,7 @@ class Config:
     dials: str = key("", "pocket world only: dials of world.py, e.g. 'unsafe=0.5,noise=0.1'")
 
     base_steps: int = key(
-        1000, "next-token steps before the method when init_from=scratch", "Base and baseline"
+        1200, "next-token steps before the method when init_from=scratch", "Base and baseline"
     )
     base_batch_size: int = key(64, "documents a base step")
     base_learning_rate: float = key(3e-3, "peak, cosine")
@@ -65,7 +65,7 @@ class Config:
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
     rewards: str = key(
         "quality,safety,factuality",
-        "kinds of judgment, added up; empty: no judge, the first named candidate wins",
+        "kinds of judgment, added up, 'safety:2' doubled; empty: the first named candidate wins",
     )
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
@@ -202,7 +202,7 @@ def check(config: Config) -> Config:
 
     among("objective", [config.objective], OBJECTIVES)
     among("candidates", sources, SOURCES)
-    among("rewards", names(config.rewards), REWARDS)
+    among("rewards", [kind.partition(":")[0] for kind in names(config.rewards)], REWARDS)
     among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
     need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
     count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)

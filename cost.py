@@ -38,7 +38,7 @@ def questions(config: Config) -> dict[str, int]:
     """Questions a step by kind; malformed answers, asked again, come on top."""
     B, C = config.batch_size, pool_size(config)
     out = {}
-    for kind in names(config.rewards):
+    for kind in (name.partition(":")[0] for name in names(config.rewards)):
         each = comparisons(config) if kind == "quality" else C
         out[kind] = B * each * config.judge_samples
     if "rewrite" in names(config.candidates):
