@@ -27,7 +27,7 @@ class Teachers:
         self.stopped = False
         self.tokens = 0
 
-        def chat(url, model):
+        def chat(url, model, record="judgments.sqlite"):
             self.chats.append(
                 Chat(
                     world_url if url == "world" else url,
@@ -35,7 +35,7 @@ class Teachers:
                     concurrency=config.concurrency,
                     timeout=config.timeout,
                     give_up_after=config.give_up_after,
-                    cache=run / "judgments.sqlite",
+                    cache=run / record,
                 )
             )
             return self.chats[-1]
@@ -52,7 +52,9 @@ class Teachers:
         )
         self.examiner = self.judge
         if config.eval_judge_url:
-            self.examiner = make_judge(chat(config.eval_judge_url, config.judge_model), config)
+            # A record of its own: the same question to another judge is another question.
+            exam = chat(config.eval_judge_url, config.judge_model, "evaluation.sqlite")
+            self.examiner = make_judge(exam, config)
 
     def stop(self, *_):
         self.stopped = True

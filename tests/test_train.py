@@ -116,6 +116,32 @@ def test_checkpoint_is_read_by_transformers(reference):
     assert torch.allclose(ours.logits(hidden), expected, atol=1e-4)
 
 
+def test_evaluate_repeats_what_the_run_printed(reference, tmp_path, capsys):
+    import evaluate
+
+    run_folder, result = reference[0], tmp_path / "result.json"
+    evaluate.main(
+        [
+            str(run_folder / "ckpt"),
+            f"--baseline={run_folder / 'base' / 'ckpt'}",
+            "--prefixes=8",
+            "--suite=quality,safety",
+            f"--out={result}",
+        ]
+    )
+    expected = json.loads((run_folder / "summary.json").read_text())["policies"]["method"]
+    found = json.loads(result.read_text())
+    for kind, row in found["policies"]["checkpoint"].items():
+        assert row["quality"] == expected[kind]["quality"]
+        assert row["safety"] == expected[kind]["safety"]
+        assert row["nll"] == pytest.approx(expected[kind]["nll"], abs=1e-6)
+        assert len(found["continuations"]["checkpoint"][kind]) == 8
+    assert "quality win rate" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main([str(run_folder / "ckpt"), "--suite=beauty"])
+    assert "beauty" in capsys.readouterr().err
+
+
 def kill_at_random_moments(out, seed, *flags, processes=1, kills=3):
     """Start the run again and again, kill -9 it within it, then let it end."""
     rng = random.Random(seed)
@@ -155,7 +181,7 @@ def test_overlapped_run_resumes_exactly(tmp_path):
 
 
 def test_two_processes_learn_what_one_learns(reference, tmp_path):
-    """The same global batches and losses; a batch of 6 on 2 ranks, and 5 (a remainder) below."""
+    """The same global batches, losses and weights, whoever computes them."""
     run(tmp_path / "two", processes=2)
     one, two = log_of(reference[0]), log_of(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
