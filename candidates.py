@@ -16,74 +16,98 @@ from rollout import rollout
 
 
 @dataclass
-class Pool:
-    """The candidates of one batch, on their way from the sampler to the judge to the update."""
+class Part:
+    """The candidates of one source, C of them for each of B prefixes."""
 
-    batch: Batch
+    source: str  # suffix, rewrite or rollout
     tokens: torch.Tensor  # int64 [B, C, N]
     lengths: torch.Tensor  # int64 [B, C]
     old: torch.Tensor  # float32 [B, C, N]: log p of a rollout when it was sampled, else 0
     texts: list  # [B][C], None where the rewriter failed
+
+
+@dataclass
+class Pool:
+    """All candidates of one batch, on their way from the sampler to the judge to the update."""
+
+    batch: Batch
+    tokens: torch.Tensor  # as in Part, over all sources
+    lengths: torch.Tensor
+    old: torch.Tensor
+    texts: list
     sources: list  # [C] of suffix, rewrite, rollout
     seconds: dict
     scores: Future | None = None  # judge.Scores
 
 
-def make_pool(policy, batch: Batch, teachers, config: Config, tokenizer) -> Pool:
-    """Suffix, rewrite and K rollouts of every prefix, in the order of config.candidates."""
-    began, (B, N) = time.time(), batch.suffix.shape
+def suffixes(batch: Batch) -> Part:
+    """The original suffixes, C = 1; a stream only has whole ones."""
+    B, N = batch.suffix.shape
+    texts = [[text] for text in batch.suffix_text]
+    full = torch.full((B, 1), N)
+    return Part("suffix", batch.suffix[:, None], full, torch.zeros(B, 1, N), texts)
+
+
+def rollouts(policy, batch: Batch, config: Config, tokenizer) -> Part:
+    """K continuations of the policy itself, C = K."""
     device = next(policy.parameters()).device
-    parts = {}
-    if "rewrite" in names(config.candidates):  # asked first: the rewriter works while we sample
-        index = batch.index.tolist()
-        rewrites = teachers.rewriter.rewrite(batch.prefix_text, batch.suffix_text, index)
-    if "rollouts" in names(config.candidates):
-        with autocast(config, device):
-            drawn = rollout(
-                policy,
-                batch.prefix.to(device),
-                batch.pad.to(device),
-                config.rollouts,
-                N,
-                eos=tokenizer.eos,
-                seed=config.seed,
-                index=batch.index,
-                temperature=config.temperature,
-                top_p=config.top_p,
-            )
-        tokens, lengths = drawn.tokens.cpu(), drawn.lengths.cpu()
-        texts = [
-            [tokenizer.decode(row[:n]) for row, n in zip(rows, ns, strict=True)]
-            for rows, ns in zip(tokens.tolist(), lengths.tolist(), strict=True)
-        ]
-        parts["rollouts"] = (tokens, lengths, drawn.logprobs.cpu(), texts)
-    rolled = time.time()
-    if "suffix" in names(config.candidates):
-        full = torch.full((B, 1), N)
-        parts["suffix"] = (
-            batch.suffix[:, None],
-            full,
-            torch.zeros(B, 1, N),
-            [[text] for text in batch.suffix_text],
+    with autocast(config, device):
+        drawn = rollout(
+            policy,
+            batch.prefix.to(device),
+            batch.pad.to(device),
+            config.rollouts,
+            config.chunk,
+            eos=tokenizer.eos,
+            seed=config.seed,
+            index=batch.index,
+            temperature=config.temperature,
+            top_p=config.top_p,
         )
-    if "rewrite" in names(config.candidates):
-        tokens = torch.full((B, 1, N), tokenizer.eos)
-        lengths, texts = torch.zeros(B, 1, dtype=torch.int64), [[None] for _ in range(B)]
-        for b, text in enumerate(teachers.wait(rewrites)):
-            if text is not None and (ids := tokenizer.encode(text)[:N]):  # cut to the chunk
-                tokens[b, 0, : len(ids)] = torch.tensor(ids)
-                lengths[b, 0], texts[b] = len(ids), [tokenizer.decode(ids)]
-        parts["rewrite"] = (tokens, lengths, torch.zeros(B, 1, N), texts)
-    chosen = [parts[name] for name in names(config.candidates)]
-    tokens, lengths, old = (torch.cat([p[i] for p in chosen], dim=1) for i in range(3))
-    texts = [sum((p[3][b] for p in chosen), []) for b in range(B)]
-    sources = [
-        s.removesuffix("s")
-        for s in names(config.candidates)
-        for _ in range(config.rollouts if s == "rollouts" else 1)
+    tokens, lengths = drawn.tokens.cpu(), drawn.lengths.cpu()
+    texts = [
+        [tokenizer.decode(row[:n]) for row, n in zip(rows, ns, strict=True)]
+        for rows, ns in zip(tokens.tolist(), lengths.tolist(), strict=True)
     ]
+    return Part("rollout", tokens, lengths, drawn.logprobs.cpu(), texts)
+
+
+def rewrites(passages: list, chunk: int, tokenizer) -> Part:
+    """The rewriter's passages (None: it failed), C = 1, cut to the chunk in tokens."""
+    B = len(passages)
+    tokens, lengths = torch.full((B, 1, chunk), tokenizer.eos), torch.zeros(B, 1, dtype=torch.int64)
+    texts = [[None] for _ in range(B)]
+    for b, passage in enumerate(passages):
+        if passage is not None and (ids := tokenizer.encode(passage)[:chunk]):
+            tokens[b, 0, : len(ids)] = torch.tensor(ids)
+            lengths[b, 0], texts[b] = len(ids), [tokenizer.decode(ids)]
+    return Part("rewrite", tokens, lengths, torch.zeros(B, 1, chunk), texts)
+
+
+def make_pool(policy, batch: Batch, teachers, config: Config, tokenizer) -> Pool:
+    """The sources of config.candidates for every prefix, in that order."""
+    wanted, began, parts = names(config.candidates), time.time(), {}
+    if "rewrite" in wanted:  # asked first: the rewriter works while we sample
+        index = batch.index.tolist()
+        asked = teachers.rewriter.rewrite(batch.prefix_text, batch.suffix_text, index)
+    if "suffix" in wanted:
+        parts["suffix"] = suffixes(batch)
+    if "rollouts" in wanted:
+        parts["rollouts"] = rollouts(policy, batch, config, tokenizer)
+    rolled = time.time()
+    if "rewrite" in wanted:
+        parts["rewrite"] = rewrites(teachers.wait(asked), config.chunk, tokenizer)
     seconds = {"rollout": rolled - began, "judge_wait": time.time() - rolled}
-    return Pool(batch, tokens, lengths, old, texts, sources, seconds)
+    pool = [parts[name] for name in wanted]
+    return Pool(
+        batch,
+        torch.cat([part.tokens for part in pool], dim=1),
+        torch.cat([part.lengths for part in pool], dim=1),
+        torch.cat([part.old for part in pool], dim=1),
+        [sum(rows, []) for rows in zip(*(part.texts for part in pool), strict=True)],
+        [part.source for part in pool for _ in range(part.tokens.shape[1])],
+        seconds,
+    )
 
 
 def ask(pool: Pool, teachers, config: Config, step: int):
@@ -111,10 +135,8 @@ def rewards_of(pool: Pool, teachers):
 
 def pack(pool: Pool) -> dict:
     """A pool as plain values and tensors, for the checkpoint of an overlapped run."""
-    fields = {
-        name: getattr(pool, name) for name in ("tokens", "lengths", "old", "texts", "sources")
-    }
-    return fields | {"batch": vars(pool.batch)}
+    kept = ("tokens", "lengths", "old", "texts", "sources")
+    return {name: getattr(pool, name) for name in kept} | {"batch": vars(pool.batch)}
 
 
 def unpack(saved: dict) -> Pool:

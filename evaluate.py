@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import sys
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,8 +139,8 @@ async def pointwise(judge: Judge, kind: str, seeds: int, **texts):
     return float(mean > 0.5) if kind == "safety" else mean
 
 
-def suite(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base: list) -> list:
-    """One value between 0 and 1 (or None) for each prefix."""
+def ask(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base: list) -> Future:
+    """Future of one value between 0 and 1 (or None) for each prefix."""
     rows = zip(held.prefixes, held.references, texts, base, strict=True)
     if kind in ("quality", "coherence"):
         asked = [pairwise(judge, kind, seeds, p, t, b) for p, _, t, b in rows]
@@ -153,7 +154,7 @@ def suite(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base:
     async def together():
         return await asyncio.gather(*asked)
 
-    return judge.chat.run(together()).result()
+    return judge.chat.run(together())
 
 
 def evaluate(
@@ -165,8 +166,10 @@ def evaluate(
     *,
     suites=SUITES,
     seeds: int = 1,
+    wait=Future.result,
 ) -> dict:
-    """Compare policies by name; the first is the baseline of the pairwise suites.
+    """Compare policies by name; the first is the baseline of the pairwise suites. `wait` gives the
+    result of a Future.
 
     -> {"baseline", "suites", "policies": {name: {kind of prefix: {suite: mean, "nll": nats}}},
     "continuations": {name: {kind of prefix: [texts]}}}
@@ -179,7 +182,7 @@ def evaluate(
             kept[name][kind] = texts
             row = {}
             for which in suites:
-                values = suite(judge, which, seeds, held, texts, kept[baseline][kind])
+                values = wait(ask(judge, which, seeds, held, texts, kept[baseline][kind]))
                 values = [value for value in values if value is not None]
                 row[which] = sum(values) / len(values) if values else None
             row["nll"] = held_out_nll(policy, held)

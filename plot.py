@@ -26,7 +26,8 @@ def draw_curves(ax, log: list[dict], prefix: str, names: list[str], ylabel: str)
             (curve,) = ax.plot(steps, smooth(list(values)), label=name)
             ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
     ax.set(xlabel="step", ylabel=ylabel)
-    ax.legend(frameon=False)
+    if ax.lines:
+        ax.legend(frameon=False)
 
 
 def draw_evaluation(ax, summary: dict):

@@ -79,6 +79,8 @@ def report(line: dict, clock: dict, log, bar, config: Config):
         return
     log.write(json.dumps(line) + "\n")
     log.flush()
+    if not config.rewards and line["step"] % 100 == 99:
+        bar.write(f"{bar.desc} step {line['step'] + 1:4d}  loss {line['loss']:.3f}")
     if config.rewards:
         shares = [
             f"{k[len('chosen.') :]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")

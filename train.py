@@ -93,7 +93,11 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
         log = stack.enter_context(open_log(run, step) if rank() == 0 else contextlib.nullcontext())
         bar = stack.enter_context(
             tqdm(
-                total=config.max_steps, initial=step, desc=label, disable=rank() > 0, mininterval=1
+                total=config.max_steps,
+                initial=step,
+                desc=label,
+                disable=None if rank() == 0 else True,
+                mininterval=1,
             )
         )
         try:
@@ -121,13 +125,14 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 queue.popleft()
                 at = pool.batch.state
                 line = describe(step, pool, reward, scores, picked, metrics, teachers, config)
-                step += 1
-                if step % config.save_every == 0 and step < config.max_steps:
-                    save()
                 clock["step"] = time.time() - clock["step"]
                 report(line, clock, log, bar, config)
-                if rank() == 0 and scores and step % config.example_every == 1:
+                if rank() == 0 and scores and step % config.example_every == 0:
                     show_example(pool, reward, scores)
+                step += 1
+                # After the log: a run killed in between does the step, and its line, again.
+                if step % config.save_every == 0 and step < config.max_steps:
+                    save()
         except (Interrupted, TeacherGone):
             save()
             raise
@@ -206,7 +211,7 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
             policy, begin = trained, state["stream"]
     if not sets:
         return {}
-    return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk)
+    return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk, wait=teachers.wait)
 
 
 def settle(config: Config, resume: bool):
@@ -272,7 +277,7 @@ def main(argv: list[str]):
         except (ValueError, OSError) as e:
             raise ConfigError(str(e)) from e
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, teachers.stop)
+            stack.callback(signal.signal, number, signal.signal(number, teachers.stop))
         summary = run_phases(config, device, teachers, tokenizer)
         if rank() == 0:
             run = Path(config.out_dir)

@@ -16,7 +16,7 @@ from schedules import schedule
 def test_comparisons_are_what_the_schedule_asks(comparisons, rollouts):
     config = Config(rollouts=rollouts, comparisons=comparisons)
     C = cost.pool_size(config)
-    assert C == rollouts + 2
+    assert rollouts + 2 == C
     rounds, asked, outcomes = schedule(comparisons, C, 0, np.random.default_rng(0)), 0, None
     try:
         while True:

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import config as configuration
-from config import Config, ConfigError
+import train
+import world
+from config import ConfigError
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -266,8 +268,32 @@ def test_config_types_and_nearest_key(tmp_path):
             configuration.parse([bad])
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_file_is_valid(file):
-    parsed, _ = configuration.parse([str(file)])
-    assert isinstance(parsed, Config)
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def teacher_url():
+    with world.start_teacher() as url:
+        yield url
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_every_row_runs_in_miniature(file, reference, teacher_url, tmp_path):
+    """One step of each row from a trained base: the objective learns from what the row says."""
     assert file.read_text().startswith('"""'), "a config says which row it is"
+    if file.stem.startswith("paper"):
+        assert configuration.parse([str(file)])[0].chunk == 128
+        return
+    out, base = tmp_path / "run", reference[0] / "base" / "ckpt"
+    flags = dict(out_dir=out, init_from=base, max_steps=1, batch_size=4, eval_prefixes=0)
+    flags |= dict(judge_url=teacher_url, rewrite_url=teacher_url, baseline=False)
+    train.main([str(file), *(f"--{name}={value}" for name, value in flags.items())])
+    row = configuration.parse([str(file)])[0]
+    line = json.loads((out / "log.jsonl").read_text())
+    assert line["skipped"] < 4 and line["grad_norm"] > 0
+    assert ("judge.calls" in line) == bool(row.rewards)
+    if not row.rewards:  # the first named candidate wins
+        first = row.candidates.partition(",")[0].removesuffix("s")
+        assert line[f"chosen.{first}"] == 1.0
+    before, after = load_file(base / "model.safetensors"), weights_of(out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
