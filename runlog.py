@@ -37,7 +37,7 @@ def describe(step, pool, reward, scores, picked, metrics, teachers, config: Conf
         for kind, mask in is_source.items():
             means[f"reward.{kind}"] = mean(reward[:, mask])
         means["judge.calls"], means["judge.failed"] = (scores.calls, 0), (scores.failed, 0)
-        means["judge.tokens"] = (teachers.new_tokens(), 0)
+        means |= teachers.traffic()
     rollouts = is_source.get("rollout", torch.zeros(C, dtype=torch.bool))
     if rollouts.any():
         lengths = pool.lengths[:, rollouts]

@@ -4,6 +4,7 @@ In: the config's URLs ("world": the pocket world's own teacher). Out: a Judge an
 keep every answer in judgments.sqlite. A signal is heard while waiting.
 """
 
+from collections import Counter
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
@@ -25,7 +26,7 @@ class Teachers:
         run = Path(config.out_dir)
         self.chats = []
         self.stopped = False
-        self.tokens = 0
+        self.seen = Counter()
 
         def chat(url, model, record="judgments.sqlite"):
             self.chats.append(
@@ -70,11 +71,22 @@ class Teachers:
             except NotYet:
                 self.check_stop()
 
-    def new_tokens(self) -> int:
-        """Tokens sent to and received from the teachers since the last call."""
+    def traffic(self) -> dict:
+        """Since the last call, as {name: (sum, count)}: requests, tokens, failures by kind, and the
+        median and 99th percentile of recent answers in seconds."""
         stats = [chat.stats() for chat in self.chats]
-        before, self.tokens = self.tokens, sum(s["tokens_in"] + s["tokens_out"] for s in stats)
-        return self.tokens - before
+        now = Counter()
+        for each in stats:
+            now["requests"] += each["calls"]
+            now["tokens_in"] += each["tokens_in"]
+            now["tokens_out"] += each["tokens_out"]
+            now.update({f"failed.{kind}": n for kind, n in each["failed"].items()})
+        before, self.seen = self.seen, now
+        out = {f"judge.{name}": (now[name] - before[name], 0) for name in now}
+        out["judge.tokens"] = (sum(out[f"judge.tokens_{way}"][0] for way in ("in", "out")), 0)
+        for name in ("latency_p50", "latency_p99"):
+            out[f"judge.{name}"] = (stats[0][name] or 0.0, 1)
+        return out
 
     def close(self):
         for chat in self.chats:
