@@ -1,0 +1,36 @@
+"""A whole run against a teacher that fails one request in three: same verdicts, same weights."""
+
+import json
+
+import torch
+from faulty_server import TRANSPORT, faulty_server
+from safetensors.torch import load_file
+
+import train
+import world
+
+SMALL = ["--base_steps=5", "--base_batch_size=8", "--max_steps=2", "--batch_size=4"]
+SMALL += ["--rollouts=2", "--eval_prefixes=0", "--baseline=False", "--timeout=2"]
+
+
+def truth(request: dict) -> str:
+    return world.answer(request["messages"][0]["content"], request["seed"])
+
+
+def run(out, url):
+    train.main([f"--out_dir={out}", f"--judge_url={url}", f"--rewrite_url={url}", *SMALL])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return log, load_file(out / "ckpt" / "model.safetensors")
+
+
+def test_a_run_under_faults_ends_with_the_same_weights(tmp_path):
+    """30 % fail: time-outs, resets, half-closed and huge bodies, 4xx, 5xx, broken JSON."""
+    with faulty_server(share=0.0, answer=truth) as server:
+        clean_log, clean = run(tmp_path / "clean", server.url)
+    with faulty_server(plan=TRANSPORT, share=0.3, seed=1, answer=truth) as server:
+        log, weights = run(tmp_path / "faulty", server.url)
+        assert sum(server.counts[kind] for kind in TRANSPORT) > 30
+        assert max(server.answered.values()) == 1, "an answered question was asked again"
+    assert all(torch.equal(clean[name], weights[name]) for name in clean)
+    assert [line["reward"] for line in clean_log] == [line["reward"] for line in log]
+    assert sum(v for line in log for k, v in line.items() if k.startswith("judge.failed.")) > 30
