@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = {"base": "base", "baseline": "next-token\nbaseline", "method": "self-\nimproving"}
+NAMES = {"base": "base", "baseline": "next-token baseline", "method": "self-improving"}
 
 
 def smooth(values: list[float], width: int = 9) -> list[float]:
@@ -39,11 +39,11 @@ def draw_evaluation(ax, summary: dict):
             sum(cell[suite] or 0.0 for cell in row.values()) / len(row) * 100 for suite in suites
         ]
         at = [x + (i - (len(policies) - 1) / 2) * width for x in range(len(suites))]
-        bars = ax.bar(at, heights, width, label=NAMES.get(name, name).replace("\n", " "))
+        bars = ax.bar(at, heights, width, label=NAMES.get(name, name))
         ax.bar_label(bars, fmt="%.0f", fontsize=8)
     ax.set_xticks(range(len(suites)), suites)
-    ax.set(ylabel="% (held-out prefixes)", ylim=(0, 110))
-    ax.legend(frameon=False, fontsize=8)
+    ax.set(ylabel="% (held-out prefixes)", ylim=(0, 115))
+    ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=len(policies))
 
 
 def plot_run(run: Path) -> Path:
