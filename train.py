@@ -60,9 +60,10 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     if state is not None:
         step, at = state["step"], state["stream"]
         optimizer.load_state_dict(state["optimizer"])
-        for saved in state["queue"][rank()]:
-            queue.append(unpack(saved))
-            ask(queue[-1], teachers, config, step + len(queue) - 1)
+        if len(state["queue"]) == world_size():  # else the batches in flight are sampled again
+            for saved in state["queue"][rank()]:
+                queue.append(unpack(saved))
+                ask(queue[-1], teachers, config, step + len(queue) - 1)
     stream = Stream(
         source,
         tokenizer,
@@ -134,7 +135,8 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 if step % config.save_every == 0 and step < config.max_steps:
                     save()
         except (Interrupted, TeacherGone):
-            save()
+            if world_size() == 1:  # several might not all get here: the last checkpoint serves
+                save()
             raise
         return save() if state is None or state["step"] < step else state
 
