@@ -14,6 +14,7 @@ summary.json and training.png. Keys: `python train.py --help`, explained in conf
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -216,9 +217,22 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
     return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk, wait=teachers.wait)
 
 
+def lock(run: Path):
+    """Hold the run folder for this process, until the returned file is closed or it dies."""
+    run.mkdir(parents=True, exist_ok=True)
+    held = (run / ".lock").open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another process is training in {run}") from None
+    return held
+
+
 def settle(config: Config, resume: bool):
-    """The run folder: go on with an unfinished run of the same settings, move any other aside."""
+    """The run folder, locked: go on with an unfinished run of the same settings, move any other
+    aside."""
     run = Path(config.out_dir)
+    held = lock(run)
     path = run / "config.json"
     if path.exists() and not resume:
         same = json.loads(path.read_text(encoding="utf-8")) == dataclasses.asdict(config)
@@ -230,9 +244,11 @@ def settle(config: Config, resume: bool):
                 number += 1
             run.rename(aside)
             print(f"{run} held another run, which is now {aside}")
-    run.mkdir(parents=True, exist_ok=True)
+            held.close()
+            held = lock(run)
     configuration.write(config, path)
     (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    return held
 
 
 def environment() -> dict:
@@ -267,7 +283,7 @@ def main(argv: list[str]):
     device = start(config.device)
     with contextlib.ExitStack() as stack:
         if rank() == 0:
-            settle(config, resume)
+            stack.enter_context(settle(config, resume))
         gather(None)  # nobody opens the folder before it is settled
         world_url = ""
         if "world" in (config.judge_url, config.rewrite_url):

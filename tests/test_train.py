@@ -226,6 +226,8 @@ def test_a_finished_run_is_moved_aside_not_overwritten(reference, tmp_path):
     flags = ["--base_steps=1", "--max_steps=1", "--baseline=False", "--eval_prefixes=0"]
     run(out, *flags)
     first = (out / "log.jsonl").read_text()
+    with train.lock(out):  # as another process would hold it
+        assert f"another process is training in {out}" in run(out, *flags, code=1).stderr
     assert f"is now {out}.1" in run(out, *flags, "--seed=1").stdout
     assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
 
