@@ -19,7 +19,7 @@ from pathlib import Path
 from evaluate import overall
 from world import start_teacher
 
-STEPS, BATCH, NOISE = 60, 16, 0.1
+STEPS, BATCH, NOISE = 40, 16, 0.1
 SCHEDULES = ("all", "race", "pivot")
 
 
