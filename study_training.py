@@ -63,10 +63,10 @@ def draw(results: dict, file: Path):
     for (K, name), runs in results.items():
         x = statistics.mean(run["questions"] for run in runs)
         wins = [run["win"] for run in runs]
-        colour = f"C{SCHEDULES.index(name)}"
-        ax.plot([x] * len(wins), wins, "o" if K == 8 else "s", color=colour, alpha=0.4)
-        ax.plot(x, statistics.mean(wins), "_", color=colour, markersize=24)
-        ax.annotate(f"{name}, K = {K}", (x, max(wins)), xytext=(4, 6), textcoords="offset points")
+        style = dict(color=f"C{SCHEDULES.index(name)}", marker="o" if K == 8 else "s")
+        ax.plot([x] * len(wins), wins, linestyle="", alpha=0.4, **style)
+        ax.plot(x, statistics.mean(wins), label=f"{name}, K = {K}", markersize=10, **style)
+    ax.legend(frameon=False, ncols=2, title="large: mean over the seeds")
     ax.set(xscale="log", xlabel="questions a prefix", ylabel="quality win rate against the base, %")
     figure.savefig(file, dpi=110)
 
