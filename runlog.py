@@ -65,7 +65,7 @@ def repeated_share(ids: list) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def report(line: dict, clock: dict, log, bar, config: Config):
+def report(line: dict, clock: dict, log, bar, label: str, config: Config):
     """Write the line to log.jsonl and show it; clock: seconds of the step and of its parts."""
     parts = sum(clock[name] for name in ("data", "rollout", "judge_wait", "update"))
     clock["other"] = clock["step"] - parts
@@ -79,14 +79,15 @@ def report(line: dict, clock: dict, log, bar, config: Config):
         return
     log.write(json.dumps(line) + "\n")
     log.flush()
-    if not config.rewards and line["step"] % 100 == 99:
-        bar.write(f"{bar.desc} step {line['step'] + 1:4d}  loss {line['loss']:.3f}")
+    done = line["step"] + 1
+    if not config.rewards and (done % 100 == 0 or done == config.max_steps):
+        bar.write(f"{label} step {done:4d} of {config.max_steps}  loss {line['loss']:.3f}")
     if config.rewards:
         shares = [
             f"{k[len('chosen.') :]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")
         ]
         bar.write(
-            f"step {line['step'] + 1:4d}  loss {line['loss']:.3f}  reward {line['reward']:.3f}  "
+            f"step {done:4d}  loss {line['loss']:.3f}  reward {line['reward']:.3f}  "
             f"chosen: {', '.join(shares)}  skipped {line['skipped']:.0f}  "
             f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)  "
             f"{clock['step']:.2f} s"

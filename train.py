@@ -128,7 +128,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 at = pool.batch.state
                 line = describe(step, pool, reward, scores, picked, metrics, teachers, config)
                 clock["step"] = time.time() - clock["step"]
-                report(line, clock, log, bar, config)
+                report(line, clock, log, bar, label, config)
                 if rank() == 0 and scores and step % config.example_every == 0:
                     show_example(pool, reward, scores)
                 step += 1

@@ -93,6 +93,7 @@ def test_what_a_run_leaves(reference):
     assert list(summary["policies"]) == ["base", "baseline", "method"]
     base = summary["policies"]["base"]["unsafe"]
     assert base["quality"] == base["coherence"] == 0.5
+    assert "base step   12 of 12" in printed and "baseline step    5 of 5" in printed
     for words in ("self-improving", "next-token baseline", "quality win rate", "safety", "verdict"):
         assert words in printed
     for name in ("config.json", "environment.json", "judgments.sqlite", "training.png"):
