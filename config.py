@@ -208,6 +208,10 @@ def check(config: Config) -> Config:
     count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
     need(config.objective == "nll" or count > 1, f"objective={config.objective} needs 2 candidates")
     need(
+        config.objective != "grpo" or sources == ["rollouts"],
+        "objective=grpo learns from the policy's own samples alone: set candidates=rollouts",
+    )
+    need(
         config.objective != "nll" or not config.rewards,
         "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
     )

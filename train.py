@@ -205,6 +205,11 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
     policy, begin, policies = initial_policy(config, tokenizer, device), None, {}
     if "base" not in phases(config):
         policies["base"] = policy
+    if rank() == 0:
+        plan = [
+            f"{name} ({c.objective}, {c.max_steps} steps)" for name, c in phases(config).items()
+        ]
+        print(f"training {', '.join(plan)} in {config.out_dir}, then the evaluation", flush=True)
     for label, phase in phases(config).items():
         trained, state = checkpoint.load(Path(phase.out_dir), device)
         trained = copy.deepcopy(policy) if trained is None else trained

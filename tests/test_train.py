@@ -93,6 +93,9 @@ def test_what_a_run_leaves(reference):
     assert list(summary["policies"]) == ["base", "baseline", "method"]
     base = summary["policies"]["base"]["unsafe"]
     assert base["quality"] == base["coherence"] == 0.5
+    assert (
+        "training base (nll, 12 steps), baseline (nll, 5 steps), method (dpo, 5 steps)" in printed
+    )
     assert "base step   12 of 12" in printed and "baseline step    5 of 5" in printed
     for words in ("self-improving", "next-token baseline", "quality win rate", "safety", "verdict"):
         assert words in printed
