@@ -24,16 +24,23 @@ import time
 from collections import deque
 from pathlib import Path
 
+import config as configuration
+from config import Config, ConfigError, dials_of
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch, which takes seconds
+    try:
+        configuration.parse(sys.argv[1:])
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-import config as configuration
 from candidates import ask, make_pool, pack, rewards_of, unpack
 from chat import TeacherError, TeacherGone
 from checkpoint import CheckpointError
-from config import Config, ConfigError, dials_of
 from cost import estimate
 from data import DataError, Stream
 from distributed import gather, rank, start, world_size

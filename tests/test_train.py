@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -272,6 +273,15 @@ def test_config_types_and_nearest_key(tmp_path):
     ):
         with pytest.raises(ConfigError):
             configuration.parse([bad])
+
+
+def test_arguments_are_answered_before_torch_is_imported():
+    """--help and a typo take a fraction of a second (-X importtime lists what is imported)."""
+    for arg, code, words in (("--help", 0, "--micro_batch_tokens"), ("--seeed=1", 1, "'seed'")):
+        command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), arg]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code and words in done.stdout + done.stderr
+        assert not re.search(r"\b(torch|numpy|aiohttp)\b", done.stderr)
 
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
