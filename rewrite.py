@@ -1,9 +1,13 @@
 """Rewriting: a better suffix for a prefix, from a teacher.
 
 In: prefixes and their original suffixes (text). Out: rewritten suffixes that continue the prefix
-directly, None where the teacher refused or gave no passage."""
+directly, None where the teacher refused or gave no passage.
+
+    python rewrite.py quality|safety|rewriter --out DIR    # sets to train teachers (synthetic.py)
+"""
 
 import re
+import sys
 
 from judge import load_prompts, question_seed, render, together
 
@@ -103,3 +107,9 @@ def without_echo(passage, prefix, suffix):
     if within_word and passage.lower().startswith(words[-1].lower()):
         return passage[len(words[-1]) :]
     return passage
+
+
+if __name__ == "__main__":
+    import synthetic
+
+    synthetic.main(sys.argv[1:])

@@ -46,6 +46,7 @@ class Dials:
     rewriter_knowledge: float = 0.75  # of the facts: the rewriter knows them, else a falsehood
     rewriter_flaws: float = 0.25  # of the faulty sentences: the rewriter leaves them alone
     latency: float = 0.0  # mean seconds before an answer
+    refusals: float = 0.0  # probability that a passage is not rewritten or spoilt, but refused
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def document(seed: int, index: int, dials: Dials = Dials()) -> str:
 class WorldSource:
     """Endless documents of one split; splits share no document."""
 
-    OFFSETS = {"train": 0, "validation": 10**12, "test": 2 * 10**12}
+    OFFSETS = {"train": 0, "validation": 10**12, "test": 2 * 10**12, "teacher": 3 * 10**12}
 
     def __init__(self, seed: int = 0, dials: Dials = Dials(), split: str = "train"):
         self.seed, self.dials, self.offset = seed, dials, self.OFFSETS[split]
@@ -504,8 +505,13 @@ def answer(prompt: str, seed: int = 0, dials: Dials = Dials()) -> str:
     """The teacher's answer to a prompt; the same prompt and seed get the same answer."""
     texts = sections(prompt)
     key = f"{seed}/{hashlib.sha256(prompt.encode(errors='replace')).hexdigest()}"
-    if set(texts) == {"prefix", "original"}:
-        return rewrite(texts["prefix"], texts["original"], dials, key)
+    if set(texts) in ({"prefix", "original"}, {"prefix", "passage"}):
+        if chance("refusal", key) < dials.refusals:
+            return REFUSALS[int(chance("how", key) * len(REFUSALS))]
+        if "original" in texts:
+            return rewrite(texts["prefix"], texts["original"], dials, key)
+        damage = DAMAGE.search(prompt, prompt.rindex("</passage "))
+        return spoil(texts["prefix"], texts["passage"], damage[1] if damage else "facts", key)
     verdict, reason, possible = judge(texts, str(seed))
     if "a" in texts and chance("bias", key) < dials.position_bias:
         verdict = "A"
@@ -581,6 +587,48 @@ def rewrite(prefix: str, original: str, dials: Dials = Dials(), key: str = "") -
     while len(written) < len(words):
         written += write_statement("", subject, left, dials, rng).split()
     return " ".join(written[: len(words)])
+
+
+# The same teacher as one that spoils passages
+
+DAMAGE = re.compile(r"^Kind of damage: (facts|unsafe)$", re.M)
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "As an AI language model, I must not write this.",
+    "No changes are needed.",
+    "...",
+    "Here is the spoilt passage:",
+)
+
+
+def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
+    """The passage with false facts ("facts") or with an insult or a threat ("unsafe"), as long as
+    before and truly worse; unchanged where that is impossible, since nothing in it is any good."""
+    words, last = passage.split(), prefix.split()[-5:]
+    words = words[len(last) :] if words[: len(last)] == last else words  # the prompt put them there
+    text, context, rng = " ".join(words), read_prefix(prefix), random.Random(chance(key, passage))
+    sentences = examine(prefix, text)
+    parts = [s.text.split()[len(s.text.split()) - s.fresh :] for s in sentences]
+    versions = []
+    if damage == "facts":
+        sound = [n for n, s in enumerate(sentences) if s.verdict == "sound"]
+        for n in rng.sample(sound, (len(sound) + 1) // 2):
+            true, values = sentences[n].form.value, VALUES[sentences[n].form.attribute]
+            wrong = rng.choice([value for value in values if value != true])
+            parts[n] = [wrong if word == true else word for word in parts[n]]
+        versions.append(parts)
+    else:
+        name, insult, threat = context.subject or NAMES[0], rng.choice(INSULTS), rng.choice(THREATS)
+        remark = rng.choice(UNSAFE).format(name=name, insult=insult, threat=threat).split()
+        places = range(1 if context.tail else 0, len(parts))
+        for place in rng.sample(places, len(places)):
+            versions.append([*parts[:place], remark, *parts[place:]])
+    for version in versions:
+        worse = " ".join([word for part in version for word in part][: len(words)])
+        lower = quality(prefix, worse) < quality(prefix, text) - 0.01
+        if lower and (damage == "facts" or not safe(worse)):
+            return worse
+    return text
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,200 @@
+"""Synthetic sets: labels are true, nothing leaks, and kill -9 costs no answer and no byte."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import zstandard
+
+import synthetic
+import world
+from chat import Answer
+from synthetic import Sample, read_spoilt
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(task, out, url):
+    flag = "--rewrite_url" if task == "quality" else "--judge_url"
+    synthetic.main([task, f"--out={out}", "--count=60", "--validation=12", f"{flag}={url}"])
+    sets = []
+    for name in synthetic.SETS:
+        with zstandard.open(out / f"{task}.{name}.jsonl.zst", "rt", encoding="utf-8") as file:
+            sets.append([json.loads(line) for line in file])
+    return *sets, json.loads((out / f"{task}.counts.json").read_text())["counts"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sets")
+    with world.start_teacher(noise=0.05, refusals=0.2) as url:
+        return {task: make(task, out, url) for task in synthetic.MAKERS}
+
+
+@pytest.mark.parametrize("damage", synthetic.DAMAGES)
+def test_what_the_world_spoils_is_truly_worse(damage):
+    same = 0
+    clean = world.Dials(share_unsafe=0, share_poor=0)
+    for text, at in islice(world.WorldSource(0, clean, "teacher").documents(), 300):
+        words = text.split()
+        prefix, passage = " ".join(words[:64]), " ".join(words[64:96])
+        worse = world.spoil(prefix, passage, damage, str(at))
+        assert worse == world.spoil(prefix, passage, damage, str(at))
+        assert len(worse.split()) == len(passage.split())
+        if worse == passage:
+            same += 1
+            continue
+        assert world.quality(prefix, worse) < world.quality(prefix, passage) - 0.01
+        assert world.safe(worse) == (damage == "facts")
+        if damage == "facts":
+            truth = [world.true_share(prefix, each) or 0 for each in (passage, worse)]
+            assert truth[1] < truth[0]
+    assert same < 0.1 * 300
+
+
+def test_pairs_are_labelled_truly_and_shown_in_both_orders(sets):
+    train, validation, counts = sets["quality"]
+    assert (len(train), len(validation)) == (60, 12)
+    damages = Counter(row["damage"] for row in train)
+    for one, two in zip(train[::2], train[1::2], strict=True):
+        assert (one["label"], two["label"]) == ("A", "B")
+        assert (one["a"], one["b"], one["document"]) == (two["b"], two["a"], two["document"])
+        good, bad = (world.quality(one["prefix"], one[side]) for side in "ab")
+        assert bad < good and len(one["a"].split()) == len(one["b"].split())
+        assert one["damage"] != "unsafe" or not world.safe(one["b"])
+    assert min(damages.values()) > 10 and set(damages) == set(synthetic.DAMAGES)
+    found = {"refused", "no passage", "unchanged", "spoilt passage"}
+    assert {what.removeprefix("answers: ") for what in counts} > found
+
+
+def test_labels_of_safety_are_unanimous_true_and_balanced(sets):
+    for task in ("safety", "rewriter"):
+        train, validation, counts = sets[task]
+        assert counts["dropped: not unanimous"] > 10
+        for rows in (train, validation):
+            safe = [row["label"] == "SAFE" if task == "safety" else row["safe"] for row in rows]
+            assert sum(safe) * 2 == len(rows) == (60 if rows is train else 12)
+            for row, is_safe in zip(rows, safe, strict=True):
+                assert world.safe(row["text" if task == "safety" else "original"]) == is_safe
+
+
+def test_no_document_is_trained_on_and_validated_on_and_rows_say_where_they_are_from(sets):
+    train, validation = (
+        {row["document"] for task in sets for row in sets[task][half]} for half in (0, 1)
+    )
+    assert train and validation and not train & validation
+    for task, key in (("quality", "a"), ("safety", "text"), ("rewriter", "original")):
+        rows = [*sets[task][0], *sets[task][1]]
+        assert len({row[key] for row in rows}) == len(rows)
+        assert {"document", "source", "model", "prompt_hash", "seed"} < set(rows[0])
+
+
+PREFIX, SUFFIX = "The mill stands in", " Orlask and has ground corn there for two hundred years"
+TRUE = SUFFIX.strip()
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (TRUE.replace("two", "nine"), ""),
+        (f"Here is the spoilt passage:\n\n{TRUE.replace('corn', 'sand')}", ""),
+        (f"The mill stands in {TRUE.replace('two', 'nine')}, and more", ""),
+        (f"{TRUE}.", "unchanged"),
+        (TRUE.upper(), "unchanged"),
+        (f"{TRUE} or nine", "unchanged"),  # as far as it is as long
+        (TRUE.replace("two hundred years", ""), "unchanged"),  # but cut
+        ("Orlask has ground corn for nine", "another length"),
+        (f"{TRUE} {TRUE}", "another length"),
+        ("They sang songs of the wide sea until dawn broke cold", "another text"),
+        ("I'm sorry, but I can't write that.", "refused"),
+        ("As an AI, I won't.", "refused"),
+        ("Here is the spoilt passage:", "no passage"),
+        ("No changes are needed.", "no passage"),
+        (None, "no answer (length)"),
+    ],
+)
+def test_what_is_no_spoilt_passage_is_told_apart(answer, reason):
+    answer = Answer(answer, "length" if answer is None else "stop", 0, 0)
+    sample = Sample("", {}, PREFIX, SUFFIX)
+    text, why = read_spoilt(answer, sample, load_tokenizer("world"))
+    assert (why, text is None) == (reason, bool(reason))
+    if text:
+        assert text.startswith(" Orlask") and text != SUFFIX and "more" not in text
+
+
+def test_a_kill_costs_no_answer_and_no_byte(tmp_path, capsys):
+    def arguments(name):
+        sizes = ["--count=60", "--validation=12", "--concurrency=8"]
+        return ["quality", f"--out={tmp_path / name}", f"--rewrite_url={url}", *sizes]
+
+    def requests(name):
+        synthetic.main(arguments(name))
+        return int(capsys.readouterr().out.splitlines()[-1].split(" ")[0].replace(",", ""))
+
+    answers = tmp_path / "killed/answers.sqlite"
+    with world.start_teacher(latency=0.05, refusals=0.2) as url:
+        process = subprocess.Popen([sys.executable, "rewrite.py", *arguments("killed")], cwd=ROOT)
+        wait_for_answers(answers, 20)
+        process.kill()
+        process.wait()
+        answered = wait_for_answers(answers, 20)
+        assert not list(answers.parent.glob("quality.*"))
+        assert requests("killed") == requests("whole") - answered > 0
+    for file in (tmp_path / "whole").glob("quality.*"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def wait_for_answers(path, least):
+    for _ in range(600):
+        if path.exists():
+            try:
+                with sqlite3.connect(path) as db:
+                    count = db.execute("SELECT count(*) FROM answers").fetchone()[0]
+                if count >= least:
+                    return count
+            except sqlite3.Error:
+                pass  # not yet a database
+        time.sleep(0.05)
+    pytest.fail("no answers came")
+
+
+def test_parts_take_turns_and_name_their_source(tmp_path):
+    for part, count in (("a", 3), ("b", 1)):
+        lines = [
+            {"text": f"{part}{n}", "meta": {"redpajama_set_name": f"RedPajama{part}"}}
+            for n in range(count)
+        ]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    names = ",".join(str(tmp_path / f"{part}.jsonl") for part in "ab")
+    read = list(synthetic.documents(names, None, 0, {}, Counter()))
+    assert [text for text, _ in read] == ["a0", "b0", "a1", "a2"]
+    assert read[1][1] == {"source": "RedPajamab"}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data=missing.jsonl"], "no such file"),
+        (["--rewrite_url=example"], "looks like http"),
+        (["--tokenizer=missing"], "no tokenizer"),
+        (["--prompts=missing"], "no such folder"),
+        (["--dials=refusal=1"], "there is no dial 'refusal'"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, words):
+    with pytest.raises(SystemExit) as error:
+        synthetic.main(["quality", f"--out={tmp_path}", *flags])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_teacher_that_always_refuses_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "PATIENCE", 50)
+    with pytest.raises(SystemExit, match="no row .*refused"):
+        synthetic.main(["quality", f"--out={tmp_path}", "--count=16", "--dials=refusals=1"])
