@@ -204,7 +204,7 @@ class LibraryTokenizer:
         from tokenizers import Tokenizer as Library
 
         self.source, self.eos_name, self.bos_name = source, eos, bos
-        self.special = {t["id"] for t in spec["added_tokens"] if t["special"]}
+        self.specials = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
         # Without their entries under added_tokens, special tokens are ordinary text to the encoder.
         ordinary = [t for t in spec["added_tokens"] if not t["special"]]
         plain = spec | {"added_tokens": ordinary, "post_processor": None}
@@ -230,7 +230,8 @@ class LibraryTokenizer:
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
-        return self.library.decode([int(i) for i in ids if int(i) not in self.special])
+        special = set(self.specials.values())
+        return self.library.decode([int(i) for i in ids if int(i) not in special])
 
     save = Tokenizer.save
 

@@ -1,0 +1,597 @@
+"""A checkpoint as an OpenAI-compatible server: small teachers, tests, trying out.
+
+    python serve.py CKPT --port 8000        prints http://127.0.0.1:8000/v1, then serves
+
+CKPT is any folder that model.py reads. /v1/chat/completions, /v1/completions and /v1/models answer
+as the official `openai` client expects, streaming, n, stop, seed and logprobs included; any model
+name is taken. Requests are batched as they come (engine.py). The same seed gives the same answer.
+
+Chats are laid out by the folder's own template (chat_template.jinja, or in tokenizer_config.json);
+without one the messages are joined by newlines into a plain prompt. Only the template can write
+special tokens: text that spells one, in a message or a prompt, stays text.
+
+It listens to this machine alone unless told otherwise; NANOSIP_API_KEY, if set, is the key that
+clients must show. People with GPUs want vLLM, which is many times faster and takes far more models.
+"""
+
+import argparse
+import asyncio
+import codecs
+import contextlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from aiohttp import web
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine import Engine, Row
+from model import load_model
+from rollout import uniforms
+from tokenizer import load_tokenizer
+
+MAX_BODY = 4 << 20  # bytes of a request
+MAX_ANSWERS = 4096  # answers being computed or waiting, over all requests
+MAX_SECONDS = 600.0  # for one request
+MAX_TOP = 20  # alternatives reported beside a token
+
+# What would change the answer and is not supported, with the values that would not.
+UNSUPPORTED = {
+    "audio": (),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tools": ([],),
+    "top_k": (0, -1),
+}
+
+
+class Refusal(Exception):
+    """An error for the client: HTTP status, message, code and the parameter at fault."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param=None):
+        super().__init__(message)
+        kinds = {429: "rate_limit_error", 500: "server_error", 504: "timeout"}
+        self.status, kind = status, kinds.get(status, "invalid_request_error")
+        self.body = {"error": dict(message=message, type=kind, param=param, code=code)}
+
+    def response(self) -> web.Response:
+        headers = {"Retry-After": "1"} if self.status == 429 else None
+        return web.json_response(self.body, status=self.status, headers=headers)
+
+
+# --- The prompt ----------------------------------------------------------------------------------
+
+
+class Template:
+    """The chat template of a folder: messages to token ids."""
+
+    def __init__(self, folder: Path, tokenizer):
+        self.tokenizer, self.source = tokenizer, None
+        own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        source = own.read_text(encoding="utf-8") if own.exists() else settings.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = next((t["template"] for t in source if t["name"] == "default"), None)
+        if source is None:
+            return
+        # transformers' environment
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        environment.globals["strftime_now"] = time.strftime
+        environment.globals["raise_exception"] = self.complain
+        tokens = ((name, settings.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
+        self.names = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in tokens
+            if token
+        }
+        self.source = environment.from_string(source)
+        longest_first = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
+        self.special = re.compile(f"({'|'.join(longest_first)})")
+
+    @staticmethod
+    def complain(message):
+        raise TemplateError(message)
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        if self.source is None:
+            return plain(self.tokenizer, "\n".join(message["content"] for message in messages))
+        # A character that occurs nowhere breaks up what looks like a special token.
+        said = "".join(message["content"] for message in messages)
+        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in said)
+        messages = [
+            message | {"content": self.special.sub(lambda m: m[0][0] + mark + m[0][1:], text)}
+            for message in messages
+            for text in [message["content"]]
+        ]
+        try:
+            text = self.source.render(messages=messages, add_generation_prompt=True, **self.names)
+        except Exception as error:  # whatever a template may do
+            what = f"the folder's chat template refuses these messages: {error}"
+            raise Refusal(400, what, param="messages") from None
+        ids = []
+        for i, piece in enumerate(self.special.split(text)):
+            if i % 2:
+                ids.append(self.tokenizer.specials[piece])
+            elif piece:
+                ids += self.tokenizer.encode(piece.replace(mark, ""))
+        return ids
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return start + tokenizer.encode(text) or [tokenizer.eos]
+
+
+def messages_of(body: dict) -> list[dict]:
+    """[{"role", "content"}], content as one string."""
+    found = body.get("messages")
+    if not isinstance(found, list) or not found:
+        raise Refusal(400, "messages must be a list of at least one message", param="messages")
+    messages = []
+    for i, message in enumerate(found):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise Refusal(400, f"{where} must be an object", param=where)
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "developer", "user", "assistant"):
+            what = f"{where}.role must be system, developer, user or assistant"
+            raise Refusal(400, what, param=f"{where}.role")
+        if isinstance(content, list):
+            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else 0
+        if content is None:
+            content = ""
+        if not isinstance(content, str):
+            what = f"{where}.content must be text or a list of text parts"
+            raise Refusal(400, what, param=f"{where}.content")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def prompts_of(body: dict, tokenizer, vocabulary: int) -> list[list[int]]:
+    """The token ids of each prompt: a string, token ids, or a list of either."""
+    found = body.get("prompt", "")
+    found = [found] if isinstance(found, str) or is_ids(found, vocabulary) else found
+    if not isinstance(found, list) or not found:
+        raise Refusal(400, "prompt must be a string, token ids, or a list of these", param="prompt")
+    prompts = []
+    for prompt in found:
+        if isinstance(prompt, str):
+            prompts.append(plain(tokenizer, prompt))
+        elif is_ids(prompt, vocabulary):
+            prompts.append(prompt)
+        else:
+            what = f"prompt: neither a string nor ids below {vocabulary}: {str(prompt)[:60]}"
+            raise Refusal(400, what, param="prompt")
+    return prompts
+
+
+def is_ids(found, vocabulary: int) -> bool:
+    whole = isinstance(found, list) and found and all(type(i) is int for i in found)
+    return whole and min(found) >= 0 and max(found) < vocabulary
+
+
+# --- The request ---------------------------------------------------------------------------------
+
+
+def number(body: dict, name: str, default, low, high, kind=int):
+    value = body.get(name)
+    if value is None:
+        return default
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right or not low <= value <= high or kind(value) != value:
+        article = "an integer" if kind is int else "a number"
+        raise Refusal(400, f"{name} must be {article} from {low} to {high}", param=name)
+    return kind(value)
+
+
+def flag(body: dict, name: str) -> bool:
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise Refusal(400, f"{name} must be true or false", param=name)
+    return bool(value)
+
+
+class Request:
+    """A checked request, and its answers as Rows: sample k of prompt i is row i * n + k."""
+
+    def __init__(self, body: dict, chat: bool, server: "Server"):
+        for name, neutral in UNSUPPORTED.items():
+            if body.get(name) is not None and body[name] not in neutral:
+                raise Refusal(400, f"{name} is not supported", "unsupported_parameter", name)
+        self.chat, self.news, config = chat, asyncio.Event(), server.engine.model.config
+        self.stream = flag(body, "stream")
+        options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise Refusal(400, "stream_options must be an object", param="stream_options")
+        self.usage = flag(options, "include_usage")
+        self.echo = not chat and flag(body, "echo")
+        self.deadline = time.monotonic() + MAX_SECONDS
+        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self.created, n = int(time.time()), number(body, "n", 1, 1, 128)
+        if chat:
+            self.prompts = [server.template.encode(messages_of(body))]
+            wants = flag(body, "logprobs")
+            top = number(body, "top_logprobs", 0, 0, MAX_TOP) if wants else None
+        else:
+            self.prompts = prompts_of(body, server.tokenizer, config.vocab_size)
+            top = number(body, "logprobs", None, 0, MAX_TOP)
+        sampling = dict(
+            temperature=number(body, "temperature", 1.0, 0, 2, float),
+            top_p=max(number(body, "top_p", 1.0, 0, 1, float), 1e-6),
+            stop=stops_of(body),
+            top=None if top is None else min(top, config.vocab_size),
+            score=self.echo and top is not None,
+        )
+        if sampling["temperature"] < 1e-4:
+            sampling["temperature"] = 0.0  # greedy
+        seed = number(body, "seed", secrets.randbits(63), -(2**63), 2**64 - 1)
+        longest = max(map(len, self.prompts))
+        room, limit = config.max_seq - longest, "max_tokens"
+        if body.get("max_completion_tokens") is not None:
+            limit = "max_completion_tokens"
+        tokens = number(body, limit, None, 0 if self.echo else 1, 2**31)
+        tokens = (max(room, 1) if chat else 16) if tokens is None else tokens
+        if tokens > room:
+            what = f"This model's maximum context length is {config.max_seq} tokens. "
+            what += f"However, the prompt has {longest} and {tokens} were requested."
+            raise Refusal(400, what, "context_length_exceeded", limit)
+        if (count := n * len(self.prompts)) > MAX_ANSWERS:
+            raise Refusal(400, f"{count} answers in one request, the most is {MAX_ANSWERS}")
+        u = uniforms(seed, torch.arange(len(self.prompts)), n, tokens).flatten(0, 1).tolist()
+        self.rows = [Row(tuple(self.prompts[i // n]), u[i], **sampling) for i in range(len(u))]
+
+
+def stops_of(body: dict) -> tuple[str, ...]:
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    few = isinstance(stop, list) and len(stop) <= 16
+    if not few or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stop):
+        raise Refusal(400, "stop must be a string or a list of up to 16 strings", param="stop")
+    return tuple(stop)
+
+
+# --- The answer ----------------------------------------------------------------------------------
+
+
+class Server:
+    """Requests to the engine, and its answers in OpenAI's shapes."""
+
+    def __init__(self, folder: str, size: int, device: str):
+        # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.tokenizer, self.name = load_tokenizer(folder), folder
+        self.template = Template(Path(folder), self.tokenizer)
+        model = load_model(folder, device, dtype).requires_grad_(False)
+        ends = {self.tokenizer.eos, *end_tokens(Path(folder))}
+        self.engine = Engine(model, ends, self.tokenizer.decode, size)
+        self.names = {i: name for name, i in self.tokenizer.specials.items()}
+        self.requests, self.wake = {}, asyncio.Event()  # of every row in the engine, by its id()
+
+    async def work(self):
+        """Steps of the engine, in a thread of their own, as long as somebody waits."""
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            while self.engine.load:
+                try:
+                    rows = await asyncio.to_thread(self.engine.step)
+                except Exception:
+                    logging.exception("a step of the model failed")
+                    self.engine.clear()
+                    rows = [row for request in self.requests.values() for row in request.rows]
+                    for row in rows:
+                        row.finish = row.finish or "error"
+                for row in rows:
+                    request = self.requests.get(id(row))
+                    if request and (row.finish or request.stream):
+                        request.news.set()
+
+    @contextlib.contextmanager
+    def working_on(self, request: Request):
+        """Its rows are in the engine until the answer is there or nobody wants it any more."""
+        if self.engine.load + len(request.rows) > MAX_ANSWERS:
+            raise Refusal(429, "too many answers are being waited for, try again", "overloaded")
+        self.requests.update((id(row), request) for row in request.rows)
+        self.engine.waiting.extend(request.rows)
+        self.wake.set()
+        try:
+            yield
+        finally:
+            for row in request.rows:
+                row.gone = True
+                del self.requests[id(row)]
+
+    async def progress(self, request: Request):
+        """Until some row has gone on."""
+        left = request.deadline - time.monotonic()
+        try:
+            await asyncio.wait_for(request.news.wait(), left)
+        except asyncio.TimeoutError:
+            raise Refusal(504, f"no answer within {MAX_SECONDS:.0f} s", "timeout") from None
+        request.news.clear()
+        if any(row.finish == "error" for row in request.rows):
+            raise Refusal(500, "the model failed; the server's log says why", "internal_error")
+
+    def said(self, request: Request, row: Row):
+        """(finish reason or None, text so far, [(id, its log-probabilities)] so far or None)."""
+        finish = row.finish  # read first: the engine works on meanwhile
+        ids = row.ids[: len(row.ids if row.top is None else row.logprobs)]
+        text = certain(self.tokenizer.decode(ids), row.stop, finish is not None)
+        tokens = None if row.top is None else list(zip(ids, row.logprobs, strict=False))
+        if request.echo:
+            text = self.tokenizer.decode(row.prompt) + text
+            if tokens is not None:
+                tokens = [*zip(row.prompt, [None, *row.prompt_logprobs], strict=True), *tokens]
+        return finish, text, tokens
+
+    async def complete(self, request: Request) -> dict:
+        with self.working_on(request):
+            while not all(row.finish for row in request.rows):
+                await self.progress(request)
+        choices = []
+        for i, row in enumerate(request.rows):
+            finish, text, tokens = self.said(request, row)
+            choices.append(self.choice(request, i, finish, text, self.logprobs(request, tokens)))
+            if request.chat:
+                message = {"role": "assistant", "content": choices[-1].pop("text")}
+                choices[-1]["message"] = message | {"refusal": None}
+        return self.envelope(request, choices) | {"usage": usage(request)}
+
+    async def stream(self, request: Request, send):
+        """Chunks for `send`: whatever text of a row is certain, and the rest with its end."""
+        left, sent = dict(enumerate(request.rows)), [(0, 0)] * len(request.rows)
+        no_usage = {"usage": None} if request.usage else {}
+        with self.working_on(request):
+            while left:
+                await self.progress(request)
+                for i, row in list(left.items()):
+                    finish, text, tokens = self.said(request, row)
+                    characters, told = sent[i]
+                    if len(text) == characters and not finish:
+                        continue
+                    logprobs = self.logprobs(request, tokens, told)
+                    choice = self.choice(request, i, finish, text[characters:], logprobs)
+                    if request.chat:
+                        choice["delta"] = {"content": choice.pop("text")}
+                        if sent[i] == (0, 0):
+                            choice["delta"]["role"] = "assistant"
+                    await send(self.envelope(request, [choice]) | no_usage)
+                    sent[i] = len(text), len(tokens or ())
+                    if finish:
+                        del left[i]
+        if request.usage:
+            await send(self.envelope(request, []) | {"usage": usage(request)})
+
+    def envelope(self, request: Request, choices: list) -> dict:
+        kind = "text_completion"
+        if request.chat:
+            kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        named = dict(id=request.id, object=kind, created=request.created, model=self.name)
+        return named | {"choices": choices}
+
+    def choice(self, request: Request, i: int, finish, text: str, logprobs) -> dict:
+        return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def logprobs(self, request: Request, tokens, told: int = 0) -> dict | None:
+        """Of tokens [(id, (log p, alternatives) or None)] from number `told` on."""
+        if tokens is None:
+            return None
+        if request.chat:
+            content = [
+                self.token(i, p) | {"top_logprobs": [self.token(*pair) for pair in best]}
+                for i, (p, best) in tokens[told:]
+            ]
+            return {"content": content, "refusal": None}
+        decoder, offsets, offset = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+        for i, _ in tokens:
+            offsets.append(offset)
+            offset += len(decoder.decode(self.bytes_of(i)))
+        # the token itself is among its alternatives, likely or not
+        top = [
+            known and {self.spell(j): p for j, p in [(i, known[0]), *known[1]]}
+            for i, known in tokens
+        ]
+        return {
+            "tokens": [self.spell(i) for i, _ in tokens][told:],
+            "token_logprobs": [known and known[0] for _, known in tokens][told:],
+            "top_logprobs": top[told:],
+            "text_offset": offsets[told:],
+        }
+
+    def token(self, i: int, logprob: float) -> dict:
+        return {"token": self.spell(i), "logprob": logprob, "bytes": list(self.bytes_of(i))}
+
+    def bytes_of(self, i: int) -> bytes:
+        known = getattr(self.tokenizer, "token_bytes", None)
+        if known is None or i >= len(known):
+            return self.tokenizer.decode([i]).encode()
+        return known[i]
+
+    def spell(self, i: int) -> str:
+        """A token for the eye: its text, its name, or its bytes where these are no text."""
+        if i in self.names:
+            return self.names[i]
+        try:
+            return self.bytes_of(i).decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes_of(i))
+
+
+def certain(text: str, stops: tuple[str, ...], final: bool) -> str:
+    """Up to the first stop string; before the end also without what the next token may change:
+    half a character, half a stop string."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    if found or final:
+        return text[: min(found, default=None)]
+    text = text.rstrip("\ufffd")
+    halves = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(halves, default=0)]
+
+
+def usage(request: Request) -> dict:
+    read, written = sum(map(len, request.prompts)), sum(row.sampled for row in request.rows)
+    return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The ids that end an answer by config.json and generation_config.json."""
+    found = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += eos if isinstance(eos, list) else [eos]
+    return [i for i in found if type(i) is int]
+
+
+# --- HTTP ----------------------------------------------------------------------------------------
+
+
+def application(server: Server, key: str) -> web.Application:
+    """key: what clients must show, or empty."""
+
+    @web.middleware
+    async def guard(http: web.Request, handler):
+        """Whatever goes wrong becomes an error in OpenAI's shape; nothing takes forever."""
+        loop = asyncio.get_running_loop()
+        abort = loop.call_later(1.1 * MAX_SECONDS, http.transport.abort)
+        try:
+            shown = http.headers.get("Authorization", "").encode(errors="replace")
+            if key and not hmac.compare_digest(shown, f"Bearer {key}".encode()):
+                raise Refusal(401, "wrong or missing API key", "invalid_api_key")
+            return await handler(http)
+        except Refusal as refusal:
+            return refusal.response()
+        except web.HTTPException as error:  # no such path, wrong method, body too large
+            code = error.reason.lower().replace(" ", "_")
+            return Refusal(error.status, f"{error.reason}: {http.path[:100]}", code).response()
+        except Exception:
+            logging.exception("a request failed")
+            return Refusal(500, "the server failed; its log says why", "internal_error").response()
+        finally:
+            abort.cancel()
+
+    async def answer(http: web.Request):
+        try:
+            body = json.loads(await http.read())
+        except (ValueError, RecursionError):
+            raise Refusal(400, "the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise Refusal(400, "the body must be a JSON object")
+        request = Request(body, http.path == "/v1/chat/completions", server)
+        if not request.stream:
+            return web.json_response(await server.complete(request))
+        response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
+        response.content_type = "text/event-stream"
+
+        async def send(data: dict):
+            if not response.prepared:
+                await response.prepare(http)
+            await response.write(f"data: {json.dumps(data)}\n\n".encode())
+
+        try:
+            await server.stream(request, send)
+        except Refusal as refusal:
+            if not response.prepared:
+                raise
+            await send(refusal.body)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    model = dict(id=server.name, object="model", created=int(time.time()), owned_by="nanosip")
+    model["max_model_len"] = server.engine.model.config.max_seq
+
+    async def models(http: web.Request):
+        if "name" not in http.match_info:
+            return web.json_response({"object": "list", "data": [model]})
+        if http.match_info["name"] != server.name:
+            raise Refusal(404, "no such model here", "model_not_found", "model")
+        return web.json_response(model)
+
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[guard])
+    app.router.add_post("/v1/chat/completions", answer)
+    app.router.add_post("/v1/completions", answer)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/v1/models/{name:.+}", models)
+    return app
+
+
+async def serve(folder: str, host: str, port: int, batch: int, device: str, parent: int | None):
+    """Prints the base URL and answers until it is stopped or the process `parent` is gone."""
+    key = os.environ.get("NANOSIP_API_KEY", "").strip()
+    if host not in ("127.0.0.1", "::1", "localhost") and not key:
+        raise ValueError(f"--host {host} is reached by others: set NANOSIP_API_KEY first")
+    server = Server(folder, batch, device)
+    working = asyncio.create_task(server.work())
+    runner = web.AppRunner(
+        application(server, key), access_log=None, handler_cancellation=True, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    await web.TCPSite(runner, host, port, backlog=2048).start()
+    host, port = runner.addresses[0][:2]
+    print(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1", flush=True)
+    while parent is None or os.getppid() == parent:
+        await asyncio.sleep(0.5)
+    working.cancel()
+    await runner.cleanup()
+
+
+@contextlib.contextmanager
+def start_server(folder, batch: int = 64):
+    """A server of the folder in a process of its own, which ends with this one; gives its URL."""
+    command = [sys.executable, os.path.abspath(__file__), str(folder), f"--batch={batch}"]
+    command += ["--port=0", f"--parent={os.getpid()}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        url = process.stdout.readline().decode().strip()
+        if not url:
+            raise RuntimeError(f"the server did not start: {' '.join(command)}")
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="a checkpoint of ours, or a Llama-family folder")
+    parser.add_argument("--host", default="127.0.0.1", help="beyond this machine only with a key")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
+    parser.add_argument("--batch", type=int, default=64, help="answers sampled at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parent", type=int, help="stop when this parent process is gone")
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            asyncio.run(serve(**vars(parser.parse_args())))
+        except (ValueError, OSError) as error:  # of the folder, or of the port
+            sys.exit(f"serve.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
