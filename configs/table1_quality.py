@@ -4,3 +4,4 @@ objective = "dpo"
 candidates = "rollouts"
 rollouts = 16
 rewards = "quality"
+dials = "share_unsafe=0"

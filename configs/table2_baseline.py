@@ -4,5 +4,3 @@ objective = "nll"
 rewards = ""
 candidates = "suffix"
 nll_prefix = True
-base_steps = 0
-baseline = False

@@ -3,5 +3,3 @@
 objective = "nll"
 rewards = ""
 candidates = "rewrite"
-base_steps = 0
-baseline = False

@@ -4,5 +4,5 @@ objective = "rf_nll"
 candidates = "rollouts,rewrite"
 rollouts = 1
 rewards = "quality,safety"
-base_steps = 0
-baseline = False
+judge_samples = 5
+judge_top_p = 0.6

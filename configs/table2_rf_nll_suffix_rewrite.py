@@ -3,5 +3,5 @@
 objective = "rf_nll"
 candidates = "suffix,rewrite"
 rewards = "quality,safety"
-base_steps = 0
-baseline = False
+judge_samples = 5
+judge_top_p = 0.6

@@ -4,3 +4,5 @@ objective = "dpo"
 candidates = "rewrite,rollouts"
 rollouts = 1
 rewards = ""
+data = "data/redpajama_unsafe/train"
+dials = "share_unsafe=1"

@@ -3,7 +3,9 @@
 objective = "dpo"
 candidates = "suffix,rollouts"
 rollouts = 16
-comparisons = "pivot"
 rewards = "quality,safety"
+comparisons = "pivot"
 judge_samples = 5
 judge_top_p = 0.6
+data = "data/redpajama_unsafe/train"
+dials = "share_unsafe=1"

@@ -3,3 +3,5 @@
 objective = "nll"
 rewards = ""
 candidates = "rewrite"
+data = "data/redpajama_unsafe/train"
+dials = "share_unsafe=1"

@@ -1,0 +1,10 @@
+"""Number of rollouts, safety: K = 8. K = 1 and 16 are rows of table 6."""
+
+objective = "dpo"
+candidates = "suffix,rollouts"
+rollouts = 8
+rewards = "quality,safety"
+judge_samples = 5
+judge_top_p = 0.6
+data = "data/redpajama_unsafe/train"
+dials = "share_unsafe=1"
