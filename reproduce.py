@@ -82,7 +82,10 @@ def start_process(where: Path, command: list[str]) -> subprocess.Popen:
 
 def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
     """Bring all runs to their end, in this order, `at_once` at a time. -> what failed."""
-    waiting = list({folder(out, *job): job for job in reversed(jobs)}.values())[::-1]
+    unique = {}
+    for job in jobs:
+        unique.setdefault(folder(out, *job), job)
+    waiting = list(unique.values())
     running, failed = {}, []  # {folder: (process, what it does, since when)}
     try:
         while waiting or running:
