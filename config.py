@@ -105,6 +105,7 @@ class Config:
         256, "held-out prefixes of each kind, continued greedily", "Evaluation"
     )
     eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
+    eval_judge_model: str = key("", "model name sent to eval_judge_url; empty: judge_model")
 
     dry_run: bool = key(False, "print what the run will cost, and stop", "Cost (for dry_run alone)")
     gpus: int = key(8, "GPUs that the policy runs on")

@@ -318,16 +318,18 @@ class Judge:
             return None
         return 1 - VERDICTS[kind][label] if swap else VERDICTS[kind][label]
 
-    async def verdict(self, kind, sample=0, tally=None, prompt=None, **texts):
+    async def verdict(self, kind, sample=0, tally=None, prompt=None, temperature=None, **texts):
         """(label, answer): a key of VERDICTS[kind] and the answer it was read from; label None if
         none could be read. The seed is keyed by what is asked, so order of arrival never matters.
-        `prompt` names another template that is answered in the same form."""
+        `prompt` names another template that is answered in the same form; `temperature` is another
+        than the judge's."""
         tally = self.tally if tally is None else tally
+        how = self.sampling if temperature is None else self.sampling | {"temperature": temperature}
         async with self.open:
             question = render(self.prompts[prompt or kind], **texts)
             for attempt in range(1 + self.retries):
                 seed = question_seed(self.seed, question, sample, attempt)
-                answer = await self.chat.ask(question, seed=seed, **self.sampling)
+                answer = await self.chat.ask(question, seed=seed, **how)
                 tally["calls"] += 1
                 if label := parse(kind, answer.text):
                     return label, answer.text

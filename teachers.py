@@ -54,7 +54,8 @@ class Teachers:
         self.examiner = self.judge
         if config.eval_judge_url:
             # A record of its own: the same question to another judge is another question.
-            exam = chat(config.eval_judge_url, config.judge_model, "evaluation.sqlite")
+            model = config.eval_judge_model or config.judge_model
+            exam = chat(config.eval_judge_url, model, "evaluation.sqlite")
             self.examiner = make_judge(exam, config)
 
     def stop(self, *_):

@@ -314,6 +314,8 @@ def main(argv: list[str]):
             (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             if summary:
                 print(f"\n{table(summary)}\n")
+                if config.judge_url != "world" and not config.eval_judge_url:
+                    print("warning: judged by the judge of the training; see --eval_judge_url")
             print(f"run folder {run}, picture {plot_run(run)}")
 
 
