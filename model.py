@@ -14,6 +14,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,7 +143,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer in two halves around attention, so that training and the sampler share both."""
+    """One layer, in two halves around attention, which training and the sampler do differently."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -150,6 +151,10 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, attend):
+        """x [B, T, d] -> [B, T, d]; attend(q, k, v) -> what each token attended [B, T, H * D]."""
+        return self.after(x, attend(*self.before(x, cos, sin)))
 
     def before(self, x, cos, sin):
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -193,17 +198,19 @@ class Llama(nn.Module):
         """Final hidden states of the layout.
 
         tokens int64 [B, T] with T = prefix + C * length, pad int [B]: left padding of each prefix.
-        -> hidden [B, T, d]. A `cache` list receives each layer's (k, v), [B, Hkv, T, D].
+        -> hidden [B, T, d]. A `cache` holds each layer's (k, v), [B, Hkv, T, D], which are filled.
         """
         B, T = tokens.shape
         cos, sin = rope_tables(self.config, positions(pad, prefix, length, T))
-        x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
-            q, k, v = layer.before(x, cos, sin)
+
+        def attend(q, k, v, layer: int):
             if cache is not None:
-                cache.append((k, v))
-            attended = prefix_attention(q, k, v, pad, prefix, length)
-            x = layer.after(x, attended.transpose(1, 2).reshape(B, T, -1))
+                cache[layer][0].copy_(k), cache[layer][1].copy_(v)
+            return prefix_attention(q, k, v, pad, prefix, length).transpose(1, 2).reshape(B, T, -1)
+
+        x = self.model.embed_tokens(tokens)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, partial(attend, layer=i))
         return self.model.norm(x)
 
     def logprobs(self, prefix, pad, continuations, lengths=None, temperature: float = 1.0):

@@ -114,6 +114,32 @@ def test_result_does_not_depend_on_the_batch(model):
     assert not torch.equal(other_seed.tokens, together.tokens)
 
 
+def test_what_does_not_fit_is_sampled_in_turns(model, monkeypatch):
+    together = run(model, *prefixes())
+    monkeypatch.setattr("rollout.prefixes_at_once", lambda *_: 2)
+    in_turns = run(model, *prefixes())
+    assert torch.equal(in_turns.tokens, together.tokens)
+    assert torch.equal(in_turns.lengths, together.lengths)
+
+
+def test_memory_is_that_of_the_prefix_and_its_continuations():
+    """16 rollouts on a prefix as long as all of them: at most 1.15 times the cache, and weights."""
+    shape = ModelConfig(64, n_layer=8, n_head=4, n_kv_head=4, d_model=128, d_ff=192, head_dim=32)
+    model, B, P, K, N = Llama(shape).initialise(0), 2, 256, 16, 16
+    weights = sum(p.nbytes for p in model.parameters() if p.dim() > 1)
+    prefix, pad = torch.randint(64, (B, P)), torch.zeros(B, dtype=torch.int32)
+    how = dict(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with torch.profiler.profile(**how) as profiled:
+        rollout(model, prefix, pad, K, N, eos=-1, seed=0, index=torch.arange(B))
+    now = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    cache = B * (P + K * N) * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * 4
+    assert cache < peak < 1.15 * cache + weights
+
+
 def test_uniforms_are_uniform_and_uncorrelated():
     u = uniforms(3, torch.arange(64), 16, 64).double()
     assert u.min() > 0 and u.max() < 1
