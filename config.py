@@ -7,6 +7,7 @@ of the wrong type says what was expected; the resolved config is written to the 
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import runpy
 import sys
@@ -42,6 +43,10 @@ class Config:
     save_every: int = key(25, "steps between checkpoints (one is also written at the end)")
     keep: int = key(2, "checkpoints kept")
     example_every: int = key(20, "steps between printed example candidates with their verdicts")
+
+    track: str = key(
+        "auto", "live monitors: any of tensorboard, wandb, trackio; auto: tensorboard if installed"
+    )
 
     data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
     text_field: str = key("auto", "JSON field that holds a document's text")
@@ -117,6 +122,7 @@ class Config:
 
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
 SOURCES = ("suffix", "rewrite", "rollouts")
+MONITORS = ("tensorboard", "wandb", "trackio")
 REWARDS = ("quality", "safety", "factuality")
 
 
@@ -161,6 +167,8 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         if arg in ("-h", "--help"):
             print(help_text())
             sys.exit(0)
+        if arg == "--print_config":
+            continue
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             if not equals and name != "dry_run":
@@ -186,7 +194,22 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         saved: dict = {}
         apply(saved, json.loads(path.read_text(encoding="utf-8")), str(path))
         given = saved | {k: v for k, v in given.items() if k != "init_from"}
-    return check(Config(**given)), resume
+    config = check(Config(**given))
+    if "--print_config" in argv:
+        print(as_file(config))
+        sys.exit(0)
+    return config, resume
+
+
+def as_file(config: Config) -> str:
+    """Every key with its resolved value, as a config file; marked where it is not the default."""
+    lines = []
+    for f in dataclasses.fields(Config):
+        value, mark = getattr(config, f.name), ""
+        if value != f.default:
+            mark = f"  # default {f.default!r}"
+        lines.append(f"{f.name} = {value!r}{mark}")
+    return "\n".join(lines)
 
 
 def check(config: Config) -> Config:
@@ -205,6 +228,11 @@ def check(config: Config) -> Config:
     among("candidates", sources, SOURCES)
     among("rewards", [kind.partition(":")[0] for kind in names(config.rewards)], REWARDS)
     among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
+    if config.track != "auto":
+        among("track", names(config.track), MONITORS)
+    for name in names(config.track):
+        installed = name == "auto" or importlib.util.find_spec(name)
+        need(installed, f"track={name} needs a library: pip install {name}")
     need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
     count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
     need(config.objective == "nll" or count > 1, f"objective={config.objective} needs 2 candidates")
@@ -249,7 +277,10 @@ def names(text: str) -> list[str]:
 
 
 def help_text() -> str:
-    lines = ["usage: python train.py [config.py ...] [--key=value ...]"]
+    lines = [
+        "usage: python train.py [config.py ...] [--key=value ...]",
+        "       --print_config shows what these resolve to, as a config file",
+    ]
     for f in dataclasses.fields(Config):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]

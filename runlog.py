@@ -74,7 +74,7 @@ def report(line: dict, clock: dict, log, bar, label: str, config: Config):
         speed = line["rollout.tokens"] / clock["rollout"] if clock["rollout"] else 0.0
         line["rollout.tokens_per_second"] = round(speed)
     bar.update(1)
-    bar.set_postfix_str(f"loss {line['loss']:.3f}")
+    bar.set_postfix_str(numbers_that_matter(line))
     if log is None:
         return
     log.write(json.dumps(line) + "\n")
@@ -94,14 +94,31 @@ def report(line: dict, clock: dict, log, bar, label: str, config: Config):
         )
 
 
-def show_example(pool: Pool, reward, scores):
-    """One prefix, its candidates with their rewards, and a verdict: look at the text."""
+def numbers_that_matter(line: dict) -> str:
+    """For the progress bar: loss, reward, who is chosen, failures of the judge, speed."""
+    out = [f"loss {line['loss']:.3f}"]
+    if "reward" in line:
+        won = {k.partition(".")[2]: v for k, v in line.items() if k.startswith("chosen.")}
+        out += [f"reward {line['reward']:.2f}", *(f"{k} {v:.0%}" for k, v in won.items())]
+        out.append(f"judge failed {line['judge.failed'] / max(1, line['judge.calls']):.0%}")
+    if "rollout.tokens_per_second" in line:
+        out.append(f"{line['rollout.tokens_per_second']:,} tokens/s")
+    return ", ".join(out)
+
+
+def show_example(pool: Pool, reward, scores) -> str:
+    """Print one prefix, its candidates with their rewards, and a verdict of each kind: look at the
+    text. -> what was printed."""
     out = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"]
     for source, text, value in zip(pool.sources, pool.texts[0], reward[0].tolist(), strict=True):
         out.append(f"    {source:8} {value:5.2f}  {text!r}")
-    for verdict in scores.examples[:1]:
+    seen: dict = {}
+    for verdict in scores.examples:
+        seen.setdefault(verdict["kind"], verdict)
+    for verdict in seen.values():
         out.append(f"    {verdict['kind']} verdict {verdict['verdict']}: {verdict['answer']!r}")
     tqdm.write("\n".join(out))
+    return "\n".join(out)
 
 
 def open_log(run: Path, step: int):

@@ -17,6 +17,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +48,7 @@ from data import DataError, Stream
 from distributed import gather, rank, start, world_size
 from evaluate import evaluate, held_out_sets, table
 from model import Llama, ModelError, load_model, preset, read_config
+from monitors import Monitors
 from plot import plot_run
 from runlog import describe, open_log, report, show_example
 from teachers import Interrupted, Teachers
@@ -100,6 +103,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(stream)))
         log = stack.enter_context(open_log(run, step) if rank() == 0 else contextlib.nullcontext())
+        monitors = stack.enter_context(Monitors(config, step, active=rank() == 0))
         bar = stack.enter_context(
             tqdm(
                 total=config.max_steps,
@@ -136,8 +140,9 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 line = describe(step, pool, reward, scores, picked, metrics, teachers, config)
                 clock["step"] = time.time() - clock["step"]
                 report(line, clock, log, bar, label, config)
+                monitors.numbers(line)
                 if rank() == 0 and scores and step % config.example_every == 0:
-                    show_example(pool, reward, scores)
+                    monitors.text("examples", show_example(pool, reward, scores), step)
                 step += 1
                 # After the log: a run killed in between does the step, and its line, again.
                 if step % config.save_every == 0 and step < config.max_steps:
@@ -272,10 +277,18 @@ def environment() -> dict:
         "commit": commit,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def dry_run(config: Config) -> str:

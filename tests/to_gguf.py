@@ -12,8 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import load_model  # noqa: E402
-from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, WORLD_PATTERN  # noqa: E402
-from tokenizer import load_tokenizer, to_symbols  # noqa: E402
+from tokenizer import (  # noqa: E402
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    WORLD_PATTERN,
+    load_tokenizer,
+    to_symbols,
+)
 
 # llama.cpp's names. It has no rule that cuts at spaces alone. On the pocket world's words and full
 # stops Llama 3's cuts at the same places, and like ours takes a whole word unmerged.
@@ -68,8 +74,8 @@ def write_tokenizer(writer, tokenizer, vocab_size: int):
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_eos_token_id(tokenizer.eos)
     writer.add_add_bos_token(tokenizer.bos is not None)
-    if tokenizer.bos is not None:
-        writer.add_bos_token_id(tokenizer.bos)
+    # Named even where nothing puts it before a text: llama.cpp would take token 11.
+    writer.add_bos_token_id(tokenizer.eos if tokenizer.bos is None else tokenizer.bos)
 
 
 def write_shape(writer, c):
