@@ -32,7 +32,9 @@ class Config:
     out_dir: str = key("out/world", "run folder: config, log, checkpoints, judgments, plots", "Run")
     seed: int = key(0, "keys all randomness together with step, sample and rollout")
     max_steps: int = key(100, "updates by the method, and as many by the next-token baseline")
-    init_from: str = key("scratch", "'scratch', a Hugging Face folder, or 'resume' (this out_dir)")
+    init_from: str = key(
+        "scratch", "'scratch', a Hugging Face folder, hf://owner/name, an https folder, or 'resume'"
+    )
     model: str = key("world", "shape for init_from=scratch: a preset of model.py")
     tokenizer: str = key(
         "auto",

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from hub import local_folder
 from kernels.attention import prefix_attention
 from kernels.logprob import linear_logprob
 
@@ -246,7 +247,7 @@ class Llama(nn.Module):
 
 def read_config(folder: str | Path) -> ModelConfig:
     """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
-    path = Path(folder) / "config.json"
+    path = local_folder(folder, weights=False) / "config.json"
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -363,7 +364,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
     """Read a Hugging Face folder (single or sharded safetensors); dtype None keeps the file's."""
-    folder = Path(folder)
+    folder = local_folder(folder)
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)

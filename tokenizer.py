@@ -23,6 +23,8 @@ from pathlib import Path
 
 import tiktoken
 
+from hub import local_folder
+
 log = logging.getLogger(__name__)
 
 # How text is cut into pieces before merging. SmolLM2 isolates every digit first, so a run of spaces
@@ -341,12 +343,13 @@ def convert(spec: dict, eos: str, bos: str | None, source: Path) -> Tokenizer | 
 
 
 def load_tokenizer(name: str) -> Tokenizer | LibraryTokenizer:
-    """name: "world", a folder, a tokenizer.json or .model, or an encoding of tiktoken's."""
-    path = Path(name)
+    """name: "world", a folder (or its hf:// or https URL), a tokenizer.json or .model, or an
+    encoding of tiktoken's."""
     if name == "world":
         import world
 
         return from_words(world.vocabulary())
+    path = local_folder(name, weights=False)
     if path.is_dir():
         files = [path / "tokenizer.json", path / "tokenizer.model"]
         path = next((file for file in files if file.exists()), files[0])

@@ -47,6 +47,7 @@ from cost import estimate
 from data import DataError, Stream
 from distributed import gather, rank, start, world_size
 from evaluate import evaluate, held_out_sets, table
+from hub import DownloadError
 from model import Llama, ModelError, load_model, preset, read_config
 from monitors import Monitors
 from plot import plot_run
@@ -343,7 +344,7 @@ def launch() -> int:
     except TeacherGone as e:
         print(f"{e}\nthe run is saved, the same command goes on with it", file=sys.stderr)
         return EXIT_TEACHER_GONE
-    except (ConfigError, ModelError, DataError, TeacherError, CheckpointError) as e:
+    except (ConfigError, DownloadError, ModelError, DataError, TeacherError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     finally:
