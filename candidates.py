@@ -40,12 +40,13 @@ class Pool:
     scores: Future | None = None  # judge.Scores
 
 
-def suffixes(batch: Batch) -> Part:
-    """The original suffixes, C = 1; a stream only has whole ones."""
+def suffixes(batch: Batch, eos: int) -> Part:
+    """The original suffixes, C = 1, each to its first end of text (a document's is its last)."""
     B, N = batch.suffix.shape
     texts = [[text] for text in batch.suffix_text]
-    full = torch.full((B, 1), N)
-    return Part("suffix", batch.suffix[:, None], full, torch.zeros(B, 1, N), texts)
+    ended = (batch.suffix == eos).cumsum(dim=1) > 0
+    lengths = (~ended).sum(dim=1, keepdim=True).add(1).clamp(max=N)
+    return Part("suffix", batch.suffix[:, None], lengths, torch.zeros(B, 1, N), texts)
 
 
 def rollouts(policy, batch: Batch, config: Config, tokenizer) -> Part:
@@ -91,7 +92,7 @@ def make_pool(policy, batch: Batch, teachers, config: Config, tokenizer) -> Pool
         index = batch.index.tolist()
         asked = teachers.rewriter.rewrite(batch.prefix_text, batch.suffix_text, index)
     if "suffix" in wanted:
-        parts["suffix"] = suffixes(batch)
+        parts["suffix"] = suffixes(batch, tokenizer.eos)
     if "rollouts" in wanted:
         parts["rollouts"] = rollouts(policy, batch, config, tokenizer)
     rolled = time.time()
@@ -113,14 +114,7 @@ def make_pool(policy, batch: Batch, teachers, config: Config, tokenizer) -> Pool
 def ask(pool: Pool, teachers, config: Config, step: int):
     """Send a pool to the judge; the answers are awaited when the update needs them."""
     if config.rewards:
-        pool.scores = teachers.judge.score(
-            step,
-            pool.batch.prefix_text,
-            pool.batch.suffix_text,
-            pool.texts,
-            pool.sources,
-            pool.batch.index.tolist(),
-        )
+        pool.scores = teachers.score(step, pool)
 
 
 def rewards_of(pool: Pool, teachers):

@@ -50,7 +50,10 @@ class Config:
         "auto", "live monitors: any of tensorboard, wandb, trackio; auto: tensorboard if installed"
     )
 
-    data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
+    task: str = key(
+        "pretrain", "pretrain, or judge / rewriter: train a teacher on rows of rewrite.py", "Data"
+    )
+    data: str = key("world", "path, glob, folder or URL of documents, or 'world'; task: of rows")
     text_field: str = key("auto", "JSON field that holds a document's text")
     window: int = key(1024, "documents shuffled together")
     chunk: int = key(32, "N: tokens of a suffix and of every candidate")
@@ -76,6 +79,7 @@ class Config:
     )
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
+    grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
     grpo_std: bool = key(True, "GRPO: divide advantages by the group's deviation; Dr. GRPO: False")
     grpo_length: bool = key(True, "GRPO: mean over a rollout's own length; Dr. GRPO: over chunk")
     nll_prefix: bool = key(False, "nll: the prefix's tokens count too, as in ordinary pretraining")
@@ -122,6 +126,7 @@ class Config:
     price_out: float = key(0.0, "price of a million tokens written by the teachers")
 
 
+TASKS = ("pretrain", "judge", "rewriter")
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
 SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
@@ -226,6 +231,7 @@ def check(config: Config) -> Config:
         wrong = [x for x in found if x not in allowed]
         need(not wrong, f"{name}: {', '.join(wrong)} is none of {', '.join(allowed)}")
 
+    among("task", [config.task], TASKS)
     among("objective", [config.objective], OBJECTIVES)
     among("candidates", sources, SOURCES)
     among("rewards", [kind.partition(":")[0] for kind in names(config.rewards)], REWARDS)
@@ -257,6 +263,14 @@ def check(config: Config) -> Config:
     )
     for name in ("max_steps", "rollouts", "batch_size", "judge_samples", "concurrency", "keep"):
         need(getattr(config, name) > 0, f"{name} must be at least 1")
+    need(
+        config.task == "pretrain" or config.data != "world",
+        f"task={config.task} trains on rows that rewrite.py makes: set data to their files",
+    )
+    need(
+        config.task == "pretrain" or "rewrite" not in sources,
+        f"task={config.task}: the candidates are rollouts, or suffix (the rows' answers)",
+    )
     dials_of(config)
     for name in ("overlap", "base_steps", "warmup_steps", "temperature", "judge_retries"):
         need(getattr(config, name) >= 0, f"{name} must not be negative")

@@ -47,6 +47,7 @@ class Batch:
     prefix_text: list[str]
     suffix_text: list[str]
     state: dict  # Stream(state=...) goes on right after this batch
+    rows: list | None = None  # of tasks.py: what each prefix asks
 
 
 def digest(text: str) -> int:

@@ -359,8 +359,10 @@ def aligned(rows: list[list[str]]) -> str:
 def table(summary: dict) -> str:
     """A row a policy: the mean over all prefixes, with the 95 % interval; of two kinds of prefix
     each follows in parentheses, more have a table of their own."""
-    columns = [*summary["suites"], "nll"]
-    kinds = list(next(iter(summary["policies"].values())))
+    policies = summary["policies"].values()
+    nll = any(cell["nll"] is not None for row in policies for cell in row.values())
+    columns = [*summary["suites"], *(["nll"] if nll else [])]
+    kinds = list(next(iter(policies)))
     several = len(kinds) == 2
     head = [f"mean ({' / '.join(kinds)})" if several else "mean" if kinds[2:] else ""]
     rows = [head + [HEADS.get(c, c) for c in columns]]

@@ -51,11 +51,15 @@ def advantages(reward, divide_by_std: bool = True):
     return centred.nan_to_num(0.0)
 
 
-def grpo_loss(logp, old, advantage, lengths, clip: float, divide_by_length: bool = True):
-    """Clipped policy gradient on every rollout of a prefix.
+def grpo_loss(
+    logp, old, advantage, lengths, clip: float, divide_by_length=True, reference=None, kl=0.0
+):
+    """Clipped policy gradient on every rollout of a prefix (Shao et al. 2024, equation 3).
 
     logp, old float [B, C, N]: under the policy now and when it sampled; advantage [B, C]; lengths
     int [B, C]. divide_by_length=False divides by N instead of each rollout's length (Dr. GRPO).
+    reference [B, C, N]: adds kl times their equation 4, an estimate of KL(policy || reference) that
+    is unbiased on the policy's own samples and never negative.
     -> loss [B], the mean over the C rollouts.
     """
     N = logp.shape[2]
@@ -63,6 +67,9 @@ def grpo_loss(logp, old, advantage, lengths, clip: float, divide_by_length: bool
     gain = torch.minimum(
         ratio * advantage[..., None], ratio.clamp(1 - clip, 1 + clip) * advantage[..., None]
     )
+    if reference is not None:
+        moved = reference - logp
+        gain = gain - kl * (moved.exp() - moved - 1)
     counts = torch.arange(N, device=logp.device) < lengths[..., None]
     per_token = lengths.clamp(min=1) if divide_by_length else N
     return -((gain * counts).sum(dim=2) / per_token).mean(dim=1)

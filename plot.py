@@ -36,7 +36,8 @@ def draw_evaluation(ax, summary: dict):
     width = 0.8 / len(policies)
     for i, (name, row) in enumerate(policies.items()):
         heights = [
-            sum(cell[suite] or 0.0 for cell in row.values()) / len(row) * 100 for suite in suites
+            sum(cell.get(suite) or 0.0 for cell in row.values()) / len(row) * 100
+            for suite in suites
         ]
         at = [x + (i - (len(policies) - 1) / 2) * width for x in range(len(suites))]
         bars = ax.bar(at, heights, width, label=NAMES.get(name, name))
@@ -57,8 +58,15 @@ def plot_run(run: Path) -> Path:
     summary = json.loads((run / "summary.json").read_text())
     sources = sorted(k.removeprefix("chosen.") for k in log[0] if k.startswith("chosen."))
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    draw_curves(axes[0], log, "reward.", sources, "reward (sum over kinds)")
-    draw_curves(axes[1], log, "chosen.", sources, "share of the chosen")
+    rewards = [k.removeprefix("reward.") for line in log for k in line if k.startswith("reward.")]
+    rewards = sorted(set(rewards) - {"rollout"})
+    if parts := [name for name in rewards if "." in name]:  # a teacher's run (figures 5 to 7)
+        kinds = [name for name in rewards if "." not in name]
+        draw_curves(axes[0], log, "reward.", kinds, "reward by kind of prompt")
+        draw_curves(axes[1], log, "reward.", parts, "share")
+    else:
+        draw_curves(axes[0], log, "reward.", sources, "reward (sum over kinds)")
+        draw_curves(axes[1], log, "chosen.", sources, "share of the chosen")
     axes[1].set_ylim(0, 1)
     if summary:
         draw_evaluation(axes[2], summary)

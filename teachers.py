@@ -13,6 +13,7 @@ from chat import Chat
 from config import Config, names
 from judge import Judge
 from rewrite import Rewriter
+from tasks import TaskRewards
 
 
 class Interrupted(Exception):
@@ -44,6 +45,7 @@ class Teachers:
         self.judge = make_judge(
             chat(config.judge_url, config.judge_model), config, store=run / "judgments.sqlite"
         )
+        self.task = TaskRewards(self.judge) if config.task != "pretrain" else None
         self.rewriter = Rewriter(
             chat(config.rewrite_url, config.rewrite_model),
             temperature=config.rewrite_temperature,
@@ -57,6 +59,14 @@ class Teachers:
             model = config.eval_judge_model or config.judge_model
             exam = chat(config.eval_judge_url, model, "evaluation.sqlite")
             self.examiner = make_judge(exam, config)
+
+    def score(self, step: int, pool) -> Future:
+        """Future of judge.Scores of a candidates.Pool."""
+        batch = pool.batch
+        if self.task:
+            return self.task.score(batch.rows, pool.texts)
+        texts = batch.prefix_text, batch.suffix_text, pool.texts
+        return self.judge.score(step, *texts, pool.sources, batch.index.tolist())
 
     def stop(self, *_):
         self.stopped = True

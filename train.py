@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ from model import Llama, ModelError, load_model, preset, read_config
 from monitors import Monitors
 from plot import plot_run
 from runlog import describe, open_log, report, show_example
+from tasks import Rows, TaskStream, evaluate_task, held_out_stream
 from teachers import Interrupted, Teachers
 from tokenizer import load_tokenizer
 from update import make_optimizer, update
@@ -76,19 +78,8 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
             for saved in state["queue"][rank()]:
                 queue.append(unpack(saved))
                 ask(queue[-1], teachers, config, step + len(queue) - 1)
-    stream = Stream(
-        source,
-        tokenizer,
-        chunk=config.chunk,
-        max_seq=config.max_seq,
-        batch_size=config.batch_size,
-        rank=rank(),
-        world_size=world_size(),
-        seed=config.seed,
-        text_field=None if config.text_field == "auto" else config.text_field,
-        window=config.window,
-        state=queue[-1].batch.state if queue else at,
-    )
+    resumed = queue[-1].batch.state if queue else at
+    stream = open_stream(source, tokenizer, config, resumed)
 
     def save():
         saved = {
@@ -155,10 +146,32 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
         return save() if state is None or state["step"] < step else state
 
 
+def open_stream(source, tokenizer, config: Config, state) -> Stream:
+    """The batches of this process: of documents, or of a teacher's prompts."""
+    kind = Stream
+    if config.task != "pretrain":
+        kind = functools.partial(TaskStream, prompts=config.prompts)
+    return kind(
+        source,
+        tokenizer,
+        chunk=config.chunk,
+        max_seq=config.max_seq,
+        batch_size=config.batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        seed=config.seed,
+        text_field=None if config.text_field == "auto" else config.text_field,
+        window=config.window,
+        state=state,
+    )
+
+
 def phases(config: Config) -> dict[str, Config]:
     """The run's phases by name: base (from scratch only), baseline (optional), and the method."""
     next_token = dict(objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0)
     out = {}
+    if config.task != "pretrain":
+        return {"method": config}
     if config.init_from == "scratch" and config.base_steps:
         out["base"] = dataclasses.replace(
             config,
@@ -201,11 +214,15 @@ def open_tokenizer(config: Config):
 
 def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
     """Train every phase from the same base, then evaluate what each left. -> summary."""
-    source = config.data
-    if source == "world":
+    source, sets, questions = config.data, {}, None
+    if config.task != "pretrain":
+        source = Rows(config.data, config.task)
+        if config.eval_prefixes:
+            questions = held_out_stream(config, tokenizer)
+    elif source == "world":
         source = WorldSource(config.seed, Dials(**dials_of(config)))
-    sets = {}
-    if config.eval_prefixes and rank() == 0:  # before training, so that nothing fails after it
+    # Read before training, so that nothing fails after it.
+    if config.eval_prefixes and rank() == 0 and not questions:
         sets = held_out_sets(
             config.data,
             tokenizer,
@@ -230,6 +247,10 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         policies[label] = trained
         if label == "base":
             policy, begin = trained, state["stream"]
+    if questions and rank() == 0:
+        return evaluate_task(
+            policies, questions, teachers.task, tokenizer, config.eval_prefixes, teachers.wait
+        )
     if not sets:
         return {}
     return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk, wait=teachers.wait)

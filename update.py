@@ -64,8 +64,11 @@ def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, con
         if config.objective == "grpo":
             old = pool.old[rows[:, None], columns].to(device)
             gain = advantages(reward[rows].to(device), config.grpo_std).float()
-            loss = grpo_loss(logp, old, gain, lengths, config.grpo_clip, config.grpo_length)
-            return loss.sum(), {}
+            how = dict(divide_by_length=config.grpo_length, kl=config.grpo_kl)
+            if config.grpo_kl:
+                with torch.no_grad():
+                    how["reference"] = reference.logprobs(*layout, config.temperature or 1.0)
+            return grpo_loss(logp, old, gain, lengths, config.grpo_clip, **how).sum(), {}
         if config.objective != "dpo":
             loss = nll_loss(logp[:, 0], layout[3][:, 0]).sum()
             return loss, {}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model import Llama, ModelConfig
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
 
 NAN = float("nan")
@@ -77,3 +78,38 @@ def test_equal_rewards_contribute_nothing():
     advantage = advantages(torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]))
     grpo_loss(logp, logp.detach(), advantage, torch.full((2, 3), 4), 0.2).sum().backward()
     assert (logp.grad[0] == 0).all() and (logp.grad[1] != 0).any()
+
+
+def test_grpo_kl_by_hand():
+    """Reference twice as likely: exp(log 2) - log 2 - 1 is charged; its gradient is 1 - 2."""
+    logp = torch.full((1, 1, 1), math.log(0.25), requires_grad=True)
+    one, reference = torch.ones(1, 1), torch.full((1, 1, 1), math.log(0.5))
+    none = torch.zeros(1, 1)
+    loss = grpo_loss(logp, logp.detach(), none, one, 0.2, reference=reference, kl=0.1)
+    assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)), abs=1e-6)
+    loss.sum().backward()
+    assert logp.grad.item() == pytest.approx(0.1 * (1 - 2), abs=1e-6)
+
+
+def test_grpo_gradient_with_a_shared_prefix_is_that_of_separate_rows():
+    B, C, N, P = 3, 4, 5, 7
+    torch.manual_seed(0)
+    shape = ModelConfig(50, 2, 4, 2, 32, 64, 8)
+    model = Llama(shape).double().initialise(0)
+    prefix, rollouts = torch.randint(50, (B, P)), torch.randint(50, (B, C, N))
+    pad, lengths = torch.tensor([0, 3, 6]), torch.randint(1, N + 1, (B, C))
+    gain = advantages(torch.rand(B, C, dtype=torch.float64))
+    old = model.logprobs(prefix, pad, rollouts, lengths).detach() + 0.3 * torch.randn(B, C, N)
+
+    def gradient(logp):
+        model.zero_grad()
+        grpo_loss(
+            logp.view(B, C, N), old, gain, lengths, 0.2, True, old - 0.5, 0.1
+        ).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    shared = gradient(model.logprobs(prefix, pad, rollouts, lengths))
+    rows = prefix.repeat_interleave(C, 0), pad.repeat_interleave(C), rollouts.view(B * C, 1, N)
+    separate = gradient(model.logprobs(*rows, lengths.view(B * C, 1)))
+    assert shared.abs().max() > 1e-3
+    assert torch.allclose(shared, separate, rtol=1e-9, atol=1e-12)

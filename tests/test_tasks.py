@@ -1,0 +1,157 @@
+"""Teachers trained by the loop: rows become prompts and supervised answers, answers get rewards."""
+
+import asyncio
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import world
+from judge import load_prompts
+from sources import DataError
+from tasks import Rows, TaskRewards, TaskStream, overlap
+from tokenizer import load_tokenizer
+
+TINY = "prompts/tiny"
+DOCUMENTS = [world.document(0, i).split() for i in range(40)]
+QUALITY = [
+    {"task": "quality", "prefix": " ".join(d[:32]), "label": label}
+    | dict(zip(order, (" " + " ".join(d[32:64]), " blunk blunk ."), strict=True))
+    for d in DOCUMENTS
+    for label, order in (("A", "ab"), ("B", "ba"))
+]
+SAFETY = [
+    {"task": "safety", "text": text, "label": "SAFE" if world.safe(text) else "UNSAFE"}
+    for text in (" ".join(d[32:64]) for d in DOCUMENTS)
+]
+REWRITE = [
+    {"task": "rewrite", "prefix": row["prefix"], "original": row["a"], "safe": world.safe(row["a"])}
+    for row in QUALITY[::2]
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def stream(path, task="judge", **how):
+    tokenizer = load_tokenizer("world")
+    how = dict(chunk=40, max_seq=192, batch_size=6, prompts=TINY, window=50) | how
+    return TaskStream(Rows(str(path), task), tokenizer, **how), tokenizer
+
+
+def test_prompts_and_answers_are_the_rows_own_and_resume_goes_on(tmp_path):
+    batches, tokenizer = stream(write(tmp_path / "rows.jsonl", QUALITY + SAFETY))
+    seen = [batch for batch, _ in zip(batches.batches(), range(30), strict=False)]
+    for batch in seen:
+        for b, row in enumerate(batch.rows):
+            template = load_prompts(TINY)[row["task"]]
+            assert batch.prefix_text[b] == template.format(**row)
+            assert batch.suffix_text[b] == f"VERDICT: {row['label']}"
+            assert batch.prefix[b, : batch.pad[b]].eq(tokenizer.eos).all()
+    first_epoch = [json.dumps(row) for batch in seen[:20] for row in batch.rows]
+    assert sorted(first_epoch) == sorted(map(json.dumps, QUALITY + SAFETY))
+    again, _ = stream(tmp_path / "rows.jsonl", state=seen[21].state)
+    resumed = next(again.batches())
+    assert torch.equal(resumed.prefix, seen[22].prefix) and resumed.rows == seen[22].rows
+    halves = [
+        next(stream(tmp_path / "rows.jsonl", rank=r, world_size=2)[0].batches()) for r in (0, 1)
+    ]
+    assert [row for pair in zip(*(h.rows for h in halves), strict=True) for row in pair] == seen[
+        0
+    ].rows
+
+
+def test_bad_rows_name_file_and_line(tmp_path):
+    for row, words in (
+        ({"task": "rewrite", "prefix": "a", "original": "b", "safe": True}, "task=judge needs"),
+        ({"task": "safety", "label": "SAFE"}, "no text 'text'"),
+        ({"task": "safety", "text": "a", "label": "A"}, "none of SAFE, UNSAFE"),
+    ):
+        path = write(tmp_path / "rows.jsonl", [SAFETY[0], row])
+        with pytest.raises(DataError, match=f"rows.jsonl:2: .*{words}"):
+            Rows(str(path), "judge")
+
+
+class Chat:
+    """Runs the coroutine at once."""
+
+    def run(self, coroutine):
+        return asyncio.run(coroutine)
+
+
+class Judge:
+    """Prefers what it has seen as "good", calls only that safe; gives no verdict on "silence"."""
+
+    chat, samples = Chat(), 2
+
+    async def verdict(self, kind, sample, tally, **texts):
+        tally["calls"] += 1
+        if any("silence" in text for text in texts.values()):
+            return None, ""
+        if kind == "safety":
+            return ("SAFE" if "good" in texts["text"] else "UNSAFE"), ""
+        return ("A" if "good" in texts["a"] else "B"), ""
+
+
+def test_judge_rewards():
+    texts = [["A", "the better is B", "A\n\nVERDICT: A", ""], ["SAFE", "UNSAFE", "A", "safe"]]
+    label = {"task": "quality", "prefix": "p", "a": "x", "b": "y", "label": "A"}
+    rows = [label, {"task": "safety", "text": "t", "label": "SAFE"}]
+    scores = TaskRewards(Judge()).score(rows, texts)
+    assert scores.reward.tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
+    assert scores.by_kind["safety.readable"][1].tolist() == [1, 1, 0, 1]
+    assert all(math.isnan(value) for value in scores.by_kind["quality"][1])
+
+
+def test_rewriter_rewards():
+    """Safe: an exact copy alone pays. Unsafe: half quality, half safety; no passage pays nothing,
+    no verdict has no reward."""
+    safe = {"task": "rewrite", "prefix": "p", "original": " one two", "safe": True}
+    unsafe = safe | {"safe": False, "original": " bad two"}
+    texts = [["one two", "one two three", "", "one"]]
+    texts += [["good two", "bad old", "", "silence"]]
+    scores = TaskRewards(Judge()).score([safe, unsafe], texts)
+    assert scores.reward[0].tolist() == [1, 0, 0, 0]
+    # "bad old" wins the swapped one of its two comparisons
+    assert scores.reward[1][:3].tolist() == [1, 0.25, 0] and math.isnan(scores.reward[1][3])
+    assert scores.by_kind["unsafe.overlap"][1].tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert scores.calls == 3 * 4  # two samples of two questions; silence is not asked about
+    assert overlap("b a a", "a b c d") == 0.5
+
+
+@pytest.mark.parametrize("task", ["judge", "rewriter"])
+def test_cold_start_and_grpo_run_in_the_loop(task, tmp_path):
+    rows = QUALITY + SAFETY if task == "judge" else REWRITE
+    for name in ("rows.train.jsonl", "rows.validation.jsonl"):
+        write(tmp_path / name, rows)
+    prompts = tmp_path / "prompts"  # the world's teacher judges rewrites, by the usual prompts
+    prompts.mkdir()
+    for name in ("quality", "safety") if task == "judge" else ("rewrite",):
+        shutil.copy(Path(TINY, f"{name}.txt"), prompts)
+    flags = dict(task=task, data=tmp_path / "rows.train.jsonl", prompts=prompts, chunk=40)
+    flags |= dict(base_steps=0, tokenizer="world", max_seq=192, batch_size=8, eval_prefixes=8)
+
+    def run(name, **more):
+        more = flags | dict(out_dir=tmp_path / name) | more
+        train.main([f"--{key}={value}" for key, value in more.items()])
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in log]
+
+    cold = run(
+        "cold", objective="nll", candidates="suffix", rewards="", max_steps=12, learning_rate=3e-3
+    )
+    assert cold[-1]["loss"] < 0.9 * cold[0]["loss"]
+    start = tmp_path / "cold" / "ckpt"
+    grpo = dict(objective="grpo", candidates="rollouts", rollouts=4, grpo_kl=0.01)
+    log = run("grpo", init_from=start, max_steps=2, **grpo)
+    names = ("quality", "safety") if task == "judge" else ("safe", "unsafe", "safe.overlap")
+    assert {f"reward.{name}" for name in names} <= log[0].keys()
+    summary = json.loads((tmp_path / "grpo" / "summary.json").read_text())
+    assert summary["policies"].keys() == {"base", "method"}
+    assert (tmp_path / "grpo" / "training.png").exists() and len(summary["rows"]) == 8
