@@ -19,6 +19,7 @@ import torch
 
 from config import Config
 from data import OTHERS, Stream
+from evaluate import continue_batch, summarise
 from judge import VERDICTS, Scores, load_prompts, parse, render
 from rewrite import clean, last_five_words
 from sources import DataError, Skips, list_files, records
@@ -215,8 +216,6 @@ def held_out_stream(config: Config, tokenizer) -> TaskStream:
 @torch.no_grad()
 def evaluate_task(policies: dict, stream, rewards: TaskRewards, tokenizer, count: int, wait):
     """Greedy answers to the first `count` rows. -> what evaluate.evaluate gives, and the rows."""
-    from evaluate import HeldOut, continuations, summarise
-
     batches, rows = [], []
     for batch in stream.batches():
         batches.append(batch)
@@ -225,7 +224,7 @@ def evaluate_task(policies: dict, stream, rewards: TaskRewards, tokenizer, count
             break
     values, written = {}, {}
     for name, policy in policies.items():
-        texts = continuations(policy, HeldOut(batches, [], []), tokenizer, stream.chunk)
+        texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, stream.chunk)]
         scores = wait(rewards.score(rows, [[text] for text in texts]))
         values[name] = {}
         for measure, column in scores.by_kind.items():
