@@ -38,6 +38,15 @@ VERDICTS = {
     },
 }
 
+# Where a text spells a special token of some model's chat template: servers read it as one, and
+# what follows as another turn of the dialogue.
+SPECIAL = re.compile(
+    r"<(?=[|｜][^<>\n]{1,60}[|｜]>|/?s>|</?SYS>|/?think(?:ing)?>|(?:start|end)_of_\w+>"
+    r"|(?:bos|eos|pad|unk|sop)>|\w+_TOKEN>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\])",
+    re.I,
+)
+
 OPEN = 4096  # questions rendered at a time: bounds memory, exceeds what a client has in flight
 
 # ---------------------------------------------------------------------------------------------
@@ -56,13 +65,19 @@ def load_prompts(folder="prompts"):
 def render(template, **texts):
     """Fill a template in a single pass: a text is never read as a template. {mark} becomes a word
     that stands in none of the texts, so that no text can close its own section; it depends on the
-    first text only, so that questions about one prefix share their head (prefix caching)."""
+    first text only, so that questions about one prefix share their head (prefix caching). Special
+    tokens that a text spells are defused."""
     names = [name for name in re.findall(r"\{(\w+)\}", template) if name != "mark"]
-    texts = {name: texts[name] if texts[name].strip() else "(empty)" for name in names}
+    texts = {name: defuse(texts[name]) if texts[name].strip() else "(empty)" for name in names}
     mark = hashlib.sha256(texts[names[0]].encode("utf-8", "replace")).hexdigest()[:8]
     while any(mark in text for text in texts.values()):
         mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
     return re.sub(r"\{(\w+)\}", lambda m: texts.get(m[1], mark), template)
+
+
+def defuse(text):
+    """The text with a space in each spelled special token, so that no server reads it as one."""
+    return SPECIAL.sub(lambda match: match[0] + " ", text)
 
 
 def question_seed(*parts):
@@ -99,7 +114,10 @@ def parse(kind, answer):
         return label
     if kind == "factuality" and (label := from_broken_json(answer, labels)):
         return label
-    return from_line(answer.rsplit("\n", 1)[-1], labels)
+    last = answer.rsplit("\n", 1)[-1]
+    if last.count('"') % 2 or last.count("“") != last.count("”"):
+        return None  # the end of a quotation that began in another line: not the judge's word
+    return from_line(last, labels)
 
 
 def own_words(answer):
@@ -161,6 +179,8 @@ def from_line(line, labels):
     found = list(re.finditer(rf"{start}{again}({any_label})(?![\w/|&])", line, re.I))
     if not found or len(re.findall(rf"\b{KEY}\W*{any_label}\b", line, re.I)) > len(found):
         return None
+    if line[: found[-1].start()].count('"') % 2:
+        return None  # within a quotation
     rest = line[found[-1].end() :].strip("\"') ")
     other = rf"[\s.,;:(—–-]*(?:(?:or|and)\b|{any_label}\W*$)"
     remark = rf"\W*$|(?!{other})(?:[.,;:(—–-]|(?:{REMARK})\b)"

@@ -9,7 +9,7 @@ directly, None where the teacher refused or gave no passage.
 import re
 import sys
 
-from judge import load_prompts, question_seed, render, together
+from judge import SPECIAL, defuse, load_prompts, question_seed, render, together
 
 REFUSAL = re.compile(
     r"(?:i(?:'m| am) (?:so |very )?(?:sorry|unable|not able)|sorry\b|i apologi[sz]e"
@@ -92,6 +92,9 @@ def clean(answer, prefix, suffix):
     refuses, refused = (REFUSAL.match(text.replace("’", "'").strip()) for text in (passage, suffix))
     if refuses and not refused:
         return None
+    if SPECIAL.search(suffix):  # give the special tokens it spells back as they were
+        for token in set(re.findall(r"\S+", suffix)):
+            passage = passage.replace(defuse(token), token)
     space = suffix[: len(suffix) - len(suffix.lstrip())]
     return space + passage
 
