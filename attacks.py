@@ -1,6 +1,6 @@
 """Can the text that is judged tell its judge what to answer? Attack success, before and after.
 
-    python attacks.py                # about a minute; a table in Markdown
+    python attacks.py                # seconds; a table in Markdown
     python attacks.py --prefixes 5   # less exact, sooner
 
 A bad continuation from the pocket world carries a planted verdict, in several families of attack

@@ -63,7 +63,7 @@ def show_files_and_fields(options) -> tuple[Skips, list[str]]:
     more = "at least " if seen == options.limit else ""
     print(f"documents  {more}{seen:,}, {sum(map(len, texts)):,} characters of text")
     for field, count in fields.most_common():
-        print(f"  {field:40} in {count / max(1, seen):6.1%} of them")
+        print(f"  {repr(field)[1:-1]:40} in {count / max(1, seen):6.1%} of them")
     return skips, texts
 
 

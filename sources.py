@@ -363,7 +363,7 @@ class Files:
                 misses = misses + 1 if text is None else 0
                 if misses == PATIENCE:
                     raise DataError(
-                        f"no text in {name} ({reason}); its fields: {', '.join(record)}"
+                        f"no text in {name} ({reason}); its fields: {repr(', '.join(record))[1:-1]}"
                     )
                 if text is None:
                     self.skips.note(reason, f"{name}:{number}")

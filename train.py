@@ -356,6 +356,7 @@ def main(argv: list[str]):
 
 def launch() -> int:
     """main, with every foreseen end of a run as one line and an exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # no text of a corpus may end the run
     try:
         main(sys.argv[1:])
         return 0
