@@ -127,7 +127,7 @@ def record(run: Path) -> dict:
     """The figures of a finished run, in % (win rates against the seed's base) and nats.
 
     Also those of the base as base.NAME, and of the training: the rollouts' share of the chosen in
-    its first and last quarter, questions a prefix, seconds a step.
+    each step (`curve`) and in the first and last quarter, questions a prefix, seconds a step.
     """
     policies = json.loads((run / "evaluation.json").read_text())["policies"]
     out = {}
@@ -140,9 +140,10 @@ def record(run: Path) -> dict:
             out[prefix + name] = statistics.mean(each.values())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch = json.loads((run / "config.json").read_text())["batch_size"]
+    out["curve"] = [line.get("chosen.rollout", 0.0) for line in log]
     quarter = max(1, len(log) // 4)
-    for when, lines in (("first", log[:quarter]), ("last", log[-quarter:])):
-        out[f"chosen.{when}"] = statistics.mean(line.get("chosen.rollout", 0.0) for line in lines)
+    out["chosen.first"] = statistics.mean(out["curve"][:quarter])
+    out["chosen.last"] = statistics.mean(out["curve"][-quarter:])
     out["questions"] = statistics.mean(line.get("judge.calls", 0) for line in log) / batch
     out["seconds"] = statistics.median(line["seconds.step"] for line in log)
     return out

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from evaluate import held_out_sets
-from findings import BEYOND, FINDINGS, ROLLOUTS, Study, verdict
+from findings import BEYOND, FINDINGS, Study, verdict
 from plot import NAMES, smooth
-from reproduce import folder, markdown, records, table
-from tables import TABLES, Row
+from reproduce import markdown, records, table
+from tables import COLUMNS, TABLES, Row
 from tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -57,176 +57,159 @@ def row_name(row: Row) -> str:
 # Pictures
 
 
-def points(ax, x, values: list[float], color: str, label: str | None = None):
+def points(ax, x, values: list[float], color: str = "C0", label: str | None = None):
     """The mean, large, and each seed, small."""
     ax.plot([x] * len(values), values, "o", color=color, alpha=0.35, markersize=4)
     if values:
         ax.plot([x], [statistics.mean(values)], "o", color=color, markersize=8, label=label)
 
 
-def draw_gains(axes, study: Study):
-    """Table 1: a panel a target, a point a run, the paper's figure hollow."""
-    rows = [row for row in TABLES["table1"] if row.config]
-    for ax, (at, column) in zip(
-        axes, ((0, "quality_clean"), (3, "factuality"), (4, "safety")), strict=True
-    ):
-        runs = [list(study[row_name(row)].values()) for row in rows]
-        bases = [record[f"base.{column}"] for record in next((r for r in runs if r), [])]
-        everything = [bases, *([record[column] for record in records] for records in runs)]
-        for x, values in enumerate(everything):
-            points(ax, x, values, "C0", "ours" if x == 0 else None)
-        paper = [row.paper[at] for row in TABLES["table1"]]
-        ax.plot(range(len(paper)), paper, "D", color="C1", fillstyle="none", label="paper, 1.4B")
+def figures_of(study: Study, row: Row, column: str) -> list[float]:
+    return [record[column] for record in study[row_name(row)].values()]
+
+
+def hollow(ax, xs, ys, label: str | None = None):
+    ax.plot(xs, ys, "D", color="C1", fillstyle="none", label=label)
+
+
+def gains_panel(column: str, title: str):
+    """Table 1 in one of its columns."""
+
+    def draw(ax, study: Study):
+        rows, at = TABLES["table1"], list(COLUMNS).index(column)
+        runs = {seed: r for row in rows[1:] for seed, r in study[row_name(row)].items()}
+        points(ax, 0, [record[f"base.{column}"] for record in runs.values()], label="ours")
+        for x, row in enumerate(rows[1:], 1):
+            points(ax, x, figures_of(study, row, column))
+        hollow(ax, range(len(rows)), [row.paper[at] for row in rows], "paper, 1.4B")
         names = ["base", "pretrain\nclean", "pretrain\nunsafe", "quality", "factuality", "safety"]
-        ax.set_xticks(range(len(names)), names, fontsize=8)
-        ax.set(title=column.replace("_clean", " win rate, clean prefixes"), ylabel="%")
-        ax.set_ylim(top=104)
-    axes[0].legend(frameon=False)
+        ax.set_xticks(range(len(rows)), names, fontsize=8)
+        ax.set(title=title, ylabel="%")
+        ax.legend(frameon=False, fontsize=8)
+
+    return draw
 
 
-def draw_ablations(axes, study: Study):
-    """Number of rollouts; table 6; cheaper comparisons and weaker judges."""
-    quality = {
-        row: [r["quality_clean"] for r in study[row].values()] for row in study if row != "circle"
-    }
-    for color, (reward, rows) in zip(("C0", "C1", "C2"), ROLLOUTS.items(), strict=True):
-        Ks = [1, 2, 4, 8, 16][-len(rows) :]
-        for K, row in zip(Ks, rows, strict=True):
-            points(axes[0], K, quality[row], color)
-        means = [
-            (K, statistics.mean(quality[row]))
-            for K, row in zip(Ks, rows, strict=True)
-            if quality[row]
-        ]
-        axes[0].plot(*zip(*means, strict=True), color=color, label=f"{reward}, ours")
-        paper = [row.paper[0] for row in TABLES["rollouts"] if row.label.startswith(reward)]
-        axes[0].plot(Ks, paper, "--", color=color, label="paper")
-    axes[0].set_xscale("log", base=2)
-    axes[0].set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
-    axes[0].set(xlabel="rollouts K", ylabel="quality win rate, clean prefixes, %")
-    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+def rollouts_panel(ax, study: Study):
+    for i, reward in enumerate(("quality", "factuality", "safety")):
+        rows = [row for row in TABLES["rollouts"] if row.label.startswith(reward)]
+        Ks = [int(row.label.split()[-1]) for row in rows]
+        ours = [figures_of(study, row, "quality_clean") for row in rows]
+        for K, values in zip(Ks, ours, strict=True):
+            points(ax, K, values, f"C{i}")
+        ends = [statistics.mean(values) if values else float("nan") for values in ours]
+        ax.plot(Ks, ends, color=f"C{i}", label=reward)
+        ax.plot(Ks, [row.paper[0] for row in rows], ":", color=f"C{i}", label=f"{reward}, paper")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+    ax.set(title="number of rollouts", xlabel="K", ylabel="quality win rate, clean prefixes, %")
+    ax.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def objectives_panel(ax, study: Study):
     rows = TABLES["table6"][::-1]
     for y, row in enumerate(rows):
-        values = quality[row_name(row)]
-        axes[1].plot(values, [y] * len(values), "o", color="C0", alpha=0.35, markersize=4)
+        values = figures_of(study, row, "quality_clean")
+        ax.plot(values, [y] * len(values), "o", color="C0", alpha=0.35, markersize=4)
         if values:
-            axes[1].plot(statistics.mean(values), y, "o", color="C0", markersize=8)
-        axes[1].plot(row.paper[0], y, "D", color="C1", fillstyle="none")
-    axes[1].set_yticks(range(len(rows)), [row.label for row in rows], fontsize=7)
-    axes[1].axvline(50, color="grey", linewidth=0.8, linestyle=":")
-    axes[1].set(title="table 6 (hollow: paper)", xlabel="quality win rate, clean prefixes, %")
-    bars = [(row.label, row) for name in ("pivot", "judge") for row in TABLES[name]]
-    for x, (_, row) in enumerate(bars):
-        points(axes[2], x, quality[row_name(row)], "C0")
-        if row.paper:
-            axes[2].plot(x, row.paper[0], "D", color="C1", fillstyle="none")
-    axes[2].set_xticks(
-        range(len(bars)),
-        [label.replace(", ", "\n").replace(" / ", "\n") for label, _ in bars],
-        fontsize=6,
-        rotation=30,
-    )
-    axes[2].set(title="pivot; weaker judge (hollow: paper)")
+            ax.plot(statistics.mean(values), y, "o", color="C0", markersize=8)
+    hollow(ax, [row.paper[0] for row in rows], range(len(rows)))
+    ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=7)
+    ax.axvline(50, color="grey", linewidth=0.8, linestyle=":")
+    ax.set(title="table 6 (hollow: paper)", xlabel="quality win rate, clean prefixes, %")
 
 
-def draw_training(axes, study: Study, logs: dict):
-    """Rollouts among the chosen; what is forgotten; judging late."""
-    for name, curves in logs.items():
+def judging_panel(ax, study: Study):
+    rows = [*TABLES["pivot"], *TABLES["judge"]]
+    for x, row in enumerate(rows):
+        points(ax, x, figures_of(study, row, "quality_clean"))
+    judged = [(x, row.paper[0]) for x, row in enumerate(rows) if row.paper]
+    hollow(ax, *zip(*judged, strict=True))
+    names = [row.label.split(" / ")[-1].replace(", ", "\n") for row in rows]
+    ax.set_xticks(range(len(rows)), names, fontsize=7)
+    ax.set(title="pivot; weaker judges (hollow: paper)", ylabel="quality, clean prefixes, %")
+
+
+def chosen_panel(ax, study: Study):
+    for config, label in CHOSEN.items():
+        curves = [record["curve"] for record in study[config].values()]
         mean = [statistics.mean(step) for step in zip(*curves, strict=True)]
         done = [(i + 1) / len(mean) for i in range(len(mean))]
-        axes[0].plot(done, smooth(mean, 1 + 2 * (len(mean) // 20)), label=name)
-    axes[0].set(xlabel="share of the training", ylabel="rollouts' share of the chosen", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8)
-    colors = {"SFT": "C3", "RF-NLL": "C2", "DPO": "C0"}
-    shown = [(row.label.split()[0], row) for row in TABLES["table6"]]
-    shown += [
-        ("DPO", row)
-        for name in ("table1", "rollouts")
-        for row in TABLES[name]
-        if row.config and "pretrain" not in row.label
-    ]
-    for kind, row in shown:
-        runs = study[row_name(row)].values()
-        axes[1].plot(
-            [r["nll"] for r in runs],
-            [r["quality"] for r in runs],
-            ".",
-            color=colors[kind],
-            alpha=0.5,
+        ax.plot(done, smooth(mean, 1 + 2 * (len(mean) // 20)), label=label)
+    ax.set(title="rollouts among the chosen", xlabel="share of the training", ylim=(0, 1))
+    ax.legend(frameon=False, fontsize=8)
+
+
+def forgetting_panel(ax, study: Study):
+    """Every run that starts from the base; the NLL term by name."""
+    rows = list(TABLES["table6"])
+    rows += [row for name in ("table1", "rollouts") for row in TABLES[name] if row.config]
+    for color, kind in (("C3", "SFT"), ("C2", "RF-NLL"), ("C4", "pretrain"), ("C0", "DPO")):
+        mine = [row for row in rows if kind in row.label or kind == "DPO"]
+        rows = [row for row in rows if row not in mine]
+        nll, quality = (
+            [value for row in mine for value in figures_of(study, row, column)]
+            for column in ("nll", "quality")
         )
-    for kind, color in colors.items():
-        axes[1].plot([], [], ".", color=color, label=kind)
+        ax.plot(nll, quality, ".", color=color, alpha=0.5, label=kind)
     for row in TABLES["forgetting"]:
-        runs = study[row_name(row)].values()
-        if runs:
-            nll, quality = (statistics.mean(r[c] for r in runs) for c in ("nll", "quality"))
-            axes[1].plot(nll, quality, "*", color="k", markersize=9)
-            axes[1].annotate(
-                row.label, (nll, quality), fontsize=8, xytext=(5, -8), textcoords="offset points"
-            )
-    axes[1].set(xlabel="held-out NLL, nats a token", ylabel="quality win rate, all prefixes, %")
-    axes[1].legend(frameon=False, fontsize=8)
+        if study[row_name(row)]:
+            at = [statistics.mean(figures_of(study, row, column)) for column in ("nll", "quality")]
+            ax.plot(*at, "*", color="k", markersize=9)
+            ax.annotate(row.label, at, fontsize=7, xytext=(5, -8), textcoords="offset points")
+    ax.set(title="gain and forgetting, every run", xlabel="held-out NLL, nats a token")
+    ax.set_ylabel("quality win rate, all prefixes, %")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def overlap_panel(ax, study: Study):
     for x, row in enumerate(TABLES["overlap"]):
         for color, column in (("C0", "quality"), ("C1", "safety")):
-            points(
-                axes[2],
-                x,
-                [r[column] for r in study[row_name(row)].values()],
-                color,
-                column if x == 0 else None,
-            )
-    axes[2].set_xticks(range(3), [row.label for row in TABLES["overlap"]])
-    axes[2].set(ylabel="%", title="batches judged late")
-    axes[2].legend(frameon=False)
+            points(ax, x, figures_of(study, row, column), color, column if x == 0 else None)
+    ax.set_xticks(range(3), [row.label for row in TABLES["overlap"]])
+    ax.set(title="judging late", ylabel="%")
+    ax.legend(frameon=False)
 
 
-def chosen_logs(out: Path, seeds: list[int]) -> dict:
-    """{name: [a curve a seed]} of the rollouts' share of the chosen."""
-    rows = {
-        "DPO (rewrite, 1 rollout)": "table6_dpo_rewrite_rollout",
-        "DPO (suffix, rewrite, 16 rollouts)": "table6_dpo_suffix_rewrite_16_rollouts",
-        "RF-NLL from scratch (rewrite, 1 rollout)": "table2_rf_nll_rollout_rewrite",
-    }
-    curves = {}
-    for name, config in rows.items():
-        for seed in seeds:
-            run = folder(out, Row("", config), seed)
-            if (run / "evaluation.json").exists():
-                lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-                curves.setdefault(name, []).append([line["chosen.rollout"] for line in lines])
-    return curves
+CHOSEN = {
+    "table6_dpo_rewrite_rollout": "DPO (rewrite, 1 rollout)",
+    "table6_dpo_suffix_rewrite_16_rollouts": "DPO (suffix, rewrite, 16 rollouts)",
+    "table2_rf_nll_rollout_rewrite": "RF-NLL from scratch (rewrite, 1 rollout)",
+}
+PICTURES = {
+    "results_gains.png": (
+        "Table 1: each target under each training",
+        gains_panel("quality_clean", "quality win rate, clean prefixes"),
+        gains_panel("factuality", "factuality"),
+        gains_panel("safety", "safety"),
+    ),
+    "results_ablations.png": (
+        "Rollouts, objectives, comparisons and judges",
+        rollouts_panel,
+        objectives_panel,
+        judging_panel,
+    ),
+    "results_training.png": (
+        "Rollouts take over; what a gain costs in likelihood; judging late",
+        chosen_panel,
+        forgetting_panel,
+        overlap_panel,
+    ),
+}
 
 
-def draw(out: Path, study: Study, seeds: list[int]) -> dict[str, str]:
-    """-> {file name: caption}"""
+def draw(study: Study):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    pictures = {
-        "results_gains.png": (
-            draw_gains,
-            "Table 1: next-token training moves nothing; each target is raised by its own run",
-            (study,),
-        ),
-        "results_ablations.png": (
-            draw_ablations,
-            "Rollouts, objectives, comparisons, judges",
-            (study,),
-        ),
-        "results_training.png": (
-            draw_training,
-            "Rollouts take over; what it costs in likelihood; judging late",
-            (study, chosen_logs(out, seeds)),
-        ),
-    }
-    for name, (function, _, arguments) in pictures.items():
+    for name, (_, *panels) in PICTURES.items():
         figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-        function(axes, *arguments)
+        for ax, panel in zip(axes, panels, strict=True):
+            panel(ax, study)
         figure.savefig(HERE / "docs" / name, dpi=80)
         plt.close(figure)
-    return {name: caption for name, (_, caption, _) in pictures.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -261,18 +244,14 @@ def gallery(demo: Path, count: int = 2) -> str:
 
 def page(out: Path, demo: Path, seeds: list[int]) -> str:
     study = study_of(out, seeds)
+    draw(study)
     parts = [INTRO.format(seeds=len(seeds)), verdicts(FINDINGS, study, True)]
     parts += ["\n## Beyond the paper\n", verdicts(BEYOND, study, False), "\n## Pictures\n"]
-    parts += [
-        f"{caption}:\n\n![{caption}](docs/{name})\n"
-        for name, caption in draw(out, study, seeds).items()
-    ]
+    parts += [f"{text}:\n\n![{text}](docs/{name})\n" for name, (text, *_) in PICTURES.items()]
     for name in ("table1", "table2", "table6"):
         title = f"## Table {name[-1]}, mean (each seed) [the paper's]"
         parts.append(f"{title}\n\n{markdown(table(out, name, seeds))}\n")
-    parts.append(
-        "## Gallery\n\nHeld-out prefixes of the demo, the first of each kind, continued greedily:\n"
-    )
+    parts.append("## Gallery\n\nHeld-out prefixes of the demo, the first of each kind, greedily:\n")
     return "\n".join([*parts, gallery(demo)]) + "\n"
 
 
