@@ -39,7 +39,9 @@ def settings(row: Row) -> list[str]:
 def folder(out: Path, row: Row, seed: int) -> Path:
     """Where this run belongs: equal settings, equal folder, whatever the row is called."""
     values = dataclasses.asdict(configuration.parse(settings(row))[0])
-    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+    usual = dataclasses.asdict(configuration.Config())
+    changed = {name: value for name, value in sorted(values.items()) if value != usual[name]}
+    key = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]  # new keys change nothing
     what = [values["objective"], values["candidates"].replace(",", "-"), f"K{values['rollouts']}"]
     return out / "runs" / "_".join([*what, key]) / f"seed{seed}"
 

@@ -2,8 +2,8 @@
 
     python results.py [--demo RUN]     the page, and docs/results_*.png
 
-In: OUT's finished runs (what is missing is said to be missing), and a run of the demo for the
-gallery. Out: verdicts on the paper's findings, three pictures, tables 1, 2 and 6 beside the paper's
+In: OUT's finished runs (what is missing is said to be missing), docs/results_notes.md (comments by
+hand), and a run of the demo for the gallery. Out: verdicts on the paper's findings, three pictures, tables 1, 2 and 6 beside the paper's
 figures, and the same prefixes continued by three policies.
 """
 
@@ -171,6 +171,20 @@ def overlap_panel(ax, study: Study):
     ax.legend(frameon=False)
 
 
+def schedules_panel(ax, study: Study):
+    """Win rate against questions, by a schedule and a number of rollouts."""
+    for i, row in enumerate(TABLES["schedules"]):
+        asked, quality = (figures_of(study, row, column) for column in ("questions", "quality"))
+        style = dict(color=f"C{i % 3}", marker="o" if i < 3 else "s")
+        ax.plot(asked, quality, linestyle="", alpha=0.35, markersize=4, **style)
+        if asked:
+            mean = statistics.mean(asked), statistics.mean(quality)
+            ax.plot(*mean, linestyle="", label=row.label, markersize=8, **style)
+    ax.set(title="comparison schedules, noise 0.1", xscale="log", xlabel="questions a prefix")
+    ax.set_ylabel("quality win rate, all prefixes, %")
+    ax.legend(frameon=False, fontsize=7)
+
+
 CHOSEN = {
     "table6_dpo_rewrite_rollout": "DPO (rewrite, 1 rollout)",
     "table6_dpo_suffix_rewrite_16_rollouts": "DPO (suffix, rewrite, 16 rollouts)",
@@ -190,10 +204,11 @@ PICTURES = {
         judging_panel,
     ),
     "results_training.png": (
-        "Rollouts take over; what a gain costs in likelihood; judging late",
+        "Rollouts take over; what a gain costs in likelihood; judging late, and judging less",
         chosen_panel,
         forgetting_panel,
         overlap_panel,
+        schedules_panel,
     ),
 }
 
@@ -205,7 +220,9 @@ def draw(study: Study):
     import matplotlib.pyplot as plt
 
     for name, (_, *panels) in PICTURES.items():
-        figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(5 * len(panels), 4), layout="constrained"
+        )
         for ax, panel in zip(axes, panels, strict=True):
             panel(ax, study)
         figure.savefig(HERE / "docs" / name, dpi=80)
@@ -246,7 +263,9 @@ def page(out: Path, demo: Path, seeds: list[int]) -> str:
     study = study_of(out, seeds)
     draw(study)
     parts = [INTRO.format(seeds=len(seeds)), verdicts(FINDINGS, study, True)]
-    parts += ["\n## Beyond the paper\n", verdicts(BEYOND, study, False), "\n## Pictures\n"]
+    parts += ["\n## Beyond the paper\n", verdicts(BEYOND, study, False)]
+    parts += ["\n## Why\n", (HERE / "docs" / "results_notes.md").read_text()]
+    parts += ["## Pictures\n"]
     parts += [f"{text}:\n\n![{text}](docs/{name})\n" for name, (text, *_) in PICTURES.items()]
     for name in ("table1", "table2", "table6"):
         title = f"## Table {name[-1]}, mean (each seed) [the paper's]"
