@@ -3,8 +3,8 @@
     python results.py [--demo RUN]     the page, and docs/results_*.png
 
 In: OUT's finished runs (what is missing is said to be missing), docs/results_notes.md (comments by
-hand), and a run of the demo for the gallery. Out: verdicts on the paper's findings, three pictures, tables 1, 2 and 6 beside the paper's
-figures, and the same prefixes continued by three policies.
+hand), and a run of the demo for the gallery. Out: verdicts on the paper's findings, pictures, tables
+1, 2 and 6 beside the paper's figures, and the same prefixes continued by three policies.
 """
 
 import argparse
@@ -57,11 +57,14 @@ def row_name(row: Row) -> str:
 # Pictures
 
 
+def mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else float("nan")
+
+
 def points(ax, x, values: list[float], color: str = "C0", label: str | None = None):
     """The mean, large, and each seed, small."""
     ax.plot([x] * len(values), values, "o", color=color, alpha=0.35, markersize=4)
-    if values:
-        ax.plot([x], [statistics.mean(values)], "o", color=color, markersize=8, label=label)
+    ax.plot([x], [mean(values)], "o", color=color, markersize=8, label=label)
 
 
 def figures_of(study: Study, row: Row, column: str) -> list[float]:
@@ -97,8 +100,7 @@ def rollouts_panel(ax, study: Study):
         ours = [figures_of(study, row, "quality_clean") for row in rows]
         for K, values in zip(Ks, ours, strict=True):
             points(ax, K, values, f"C{i}")
-        ends = [statistics.mean(values) if values else float("nan") for values in ours]
-        ax.plot(Ks, ends, color=f"C{i}", label=reward)
+        ax.plot(Ks, [mean(values) for values in ours], color=f"C{i}", label=reward)
         ax.plot(Ks, [row.paper[0] for row in rows], ":", color=f"C{i}", label=f"{reward}, paper")
     ax.set_xscale("log", base=2)
     ax.set_xticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
@@ -111,8 +113,7 @@ def objectives_panel(ax, study: Study):
     for y, row in enumerate(rows):
         values = figures_of(study, row, "quality_clean")
         ax.plot(values, [y] * len(values), "o", color="C0", alpha=0.35, markersize=4)
-        if values:
-            ax.plot(statistics.mean(values), y, "o", color="C0", markersize=8)
+        ax.plot(mean(values), y, "o", color="C0", markersize=8)
     hollow(ax, [row.paper[0] for row in rows], range(len(rows)))
     ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=7)
     ax.axvline(50, color="grey", linewidth=0.8, linestyle=":")
@@ -133,9 +134,9 @@ def judging_panel(ax, study: Study):
 def chosen_panel(ax, study: Study):
     for config, label in CHOSEN.items():
         curves = [record["curve"] for record in study[config].values()]
-        mean = [statistics.mean(step) for step in zip(*curves, strict=True)]
-        done = [(i + 1) / len(mean) for i in range(len(mean))]
-        ax.plot(done, smooth(mean, 1 + 2 * (len(mean) // 20)), label=label)
+        steps = [mean(step) for step in zip(*curves, strict=True)]
+        done = [(i + 1) / len(steps) for i in range(len(steps))]
+        ax.plot(done, smooth(steps, 1 + 2 * (len(steps) // 20)), label=label)
     ax.set(title="rollouts among the chosen", xlabel="share of the training", ylim=(0, 1))
     ax.legend(frameon=False, fontsize=8)
 
@@ -153,10 +154,9 @@ def forgetting_panel(ax, study: Study):
         )
         ax.plot(nll, quality, ".", color=color, alpha=0.5, label=kind)
     for row in TABLES["forgetting"]:
-        if study[row_name(row)]:
-            at = [statistics.mean(figures_of(study, row, column)) for column in ("nll", "quality")]
-            ax.plot(*at, "*", color="k", markersize=9)
-            ax.annotate(row.label, at, fontsize=7, xytext=(5, -8), textcoords="offset points")
+        at = [mean(figures_of(study, row, column)) for column in ("nll", "quality")]
+        ax.plot(*at, "*", color="k", markersize=9)
+        ax.annotate(row.label, at, fontsize=7, xytext=(5, -8), textcoords="offset points")
     ax.set(title="gain and forgetting, every run", xlabel="held-out NLL, nats a token")
     ax.set_ylabel("quality win rate, all prefixes, %")
     ax.legend(frameon=False, fontsize=8)
@@ -177,9 +177,7 @@ def schedules_panel(ax, study: Study):
         asked, quality = (figures_of(study, row, column) for column in ("questions", "quality"))
         style = dict(color=f"C{i % 3}", marker="o" if i < 3 else "s")
         ax.plot(asked, quality, linestyle="", alpha=0.35, markersize=4, **style)
-        if asked:
-            mean = statistics.mean(asked), statistics.mean(quality)
-            ax.plot(*mean, linestyle="", label=row.label, markersize=8, **style)
+        ax.plot(mean(asked), mean(quality), linestyle="", label=row.label, markersize=8, **style)
     ax.set(title="comparison schedules, noise 0.1", xscale="log", xlabel="questions a prefix")
     ax.set_ylabel("quality win rate, all prefixes, %")
     ax.legend(frameon=False, fontsize=7)
