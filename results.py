@@ -3,8 +3,8 @@
     python results.py [--demo RUN]     the page, and docs/results_*.png
 
 In: OUT's finished runs (what is missing is said to be missing), docs/results_notes.md (comments by
-hand), and a run of the demo for the gallery. Out: verdicts on the paper's findings, pictures, tables
-1, 2 and 6 beside the paper's figures, and the same prefixes continued by three policies.
+hand), and a run of the demo for the gallery. Out: verdicts on the paper's findings, pictures,
+tables 1, 2 and 6 beside the paper's figures, and the same prefixes continued by three policies.
 """
 
 import argparse
@@ -211,7 +211,7 @@ PICTURES = {
 }
 
 
-def draw(study: Study):
+def draw(study: Study, folder: Path):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,7 +223,7 @@ def draw(study: Study):
         )
         for ax, panel in zip(axes, panels, strict=True):
             panel(ax, study)
-        figure.savefig(HERE / "docs" / name, dpi=80)
+        figure.savefig(folder / name, dpi=80)
         plt.close(figure)
 
 
@@ -259,7 +259,7 @@ def gallery(demo: Path, count: int = 2) -> str:
 
 def page(out: Path, demo: Path, seeds: list[int]) -> str:
     study = study_of(out, seeds)
-    draw(study)
+    draw(study, HERE / "docs")
     parts = [INTRO.format(seeds=len(seeds)), verdicts(FINDINGS, study, True)]
     parts += ["\n## Beyond the paper\n", verdicts(BEYOND, study, False)]
     parts += ["\n## Why\n", (HERE / "docs" / "results_notes.md").read_text()]

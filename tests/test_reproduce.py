@@ -75,7 +75,7 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def fill(study: Study, **values):
     for row in ROWS:
-        record = dict.fromkeys(RECORD, 50.0) | values
+        record = dict.fromkeys(RECORD, 50.0) | {"curve": [0.2, 0.4, 0.6]} | values
         study[results.row_name(row)] = {0: record, 1: record, 2: record}
     return study
 
@@ -111,6 +111,14 @@ def test_verdicts():
     del study["table1_quality"]
     assert verdict(FINDINGS[0], study)[0] == "not run"
     assert verdict(BEYOND[3], study)[0] == "holds"
+
+
+def test_page_without_and_with_runs(tmp_path):
+    for study in (Study({results.row_name(row): {} for row in ROWS}), fill(Study())):
+        results.draw(study, tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == set(results.PICTURES)
+        lines = results.verdicts(FINDINGS, study, True).splitlines()
+        assert len(lines) == 2 + 16 and lines[-1].startswith("| 16 |")
 
 
 def test_record_and_table(tmp_path):
