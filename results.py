@@ -211,7 +211,7 @@ PICTURES = {
 }
 
 
-def draw(study: Study, folder: Path):
+def draw(study: Study):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,7 +223,7 @@ def draw(study: Study, folder: Path):
         )
         for ax, panel in zip(axes, panels, strict=True):
             panel(ax, study)
-        figure.savefig(folder / name, dpi=80)
+        figure.savefig(HERE / "docs" / name, dpi=80)
         plt.close(figure)
 
 
@@ -259,7 +259,7 @@ def gallery(demo: Path, count: int = 2) -> str:
 
 def page(out: Path, demo: Path, seeds: list[int]) -> str:
     study = study_of(out, seeds)
-    draw(study, HERE / "docs")
+    draw(study)
     parts = [INTRO.format(seeds=len(seeds)), verdicts(FINDINGS, study, True)]
     parts += ["\n## Beyond the paper\n", verdicts(BEYOND, study, False)]
     parts += ["\n## Why\n", (HERE / "docs" / "results_notes.md").read_text()]
