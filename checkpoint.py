@@ -6,13 +6,13 @@ that a run killed at any moment leaves the previous one untouched.
 """
 
 import os
-import pickle
 import shutil
 from pathlib import Path
 
 import torch
 
-from model import ModelError, load_model, save_model
+from distributed import rank
+from model import load_model, save_model
 
 
 class CheckpointError(RuntimeError):
@@ -25,6 +25,14 @@ def flush(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str):
+    """Write a file under a temporary name and rename it: it is there whole or as it was."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
 
 
 def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Path:
@@ -44,6 +52,7 @@ def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Pat
             flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
+        flush(folder)
         link = run / ".ckpt"
         link.unlink(missing_ok=True)
         link.symlink_to(final.relative_to(run), target_is_directory=True)
@@ -51,8 +60,11 @@ def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Pat
         flush(run)
     except (OSError, RuntimeError) as e:  # safetensors and torch report a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {final}: {e}") from e
-    for old in checkpoints(run)[:-keep]:
+        why = str(e).partition("\n")[0]
+        raise CheckpointError(f"cannot write the checkpoint {final} (disk full?): {why}") from e
+    found = checkpoints(run)
+    here = found.index(final) + 1
+    for old in (*found[: max(0, here - keep)], *found[here:]):  # later ones were damaged
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -70,7 +82,9 @@ def load(run: Path, device) -> tuple:
     for folder in reversed(checkpoints(run)):
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            return load_model(folder, device), state
-        except (ModelError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            print(f"checkpoint {folder} is damaged, trying the one before it: {e}")
+            return load_model(folder, device), {"step": state["step"], **state}
+        except Exception as e:  # there is no end to what damage can raise
+            if rank() == 0:
+                why = str(e).partition("\n")[0] or type(e).__name__
+                print(f"checkpoint {folder} is damaged, trying the one before it: {why}")
     return None, None

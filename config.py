@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import runpy
 import sys
 import types
@@ -305,4 +306,8 @@ def help_text() -> str:
 
 
 def write(config: Config, path: Path):
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all: a run that is killed meanwhile finds its settings again."""
+    temporary = path.with_name(f".{path.name}")
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

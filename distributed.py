@@ -35,6 +35,20 @@ def gather(value) -> list:
     return out
 
 
+def agreed(work):
+    """work() on every process; what it raises on one of them is raised on all, so that none is left
+    waiting for the others."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    for each in gather(error):
+        if each is not None:
+            raise each
+    return result
+
+
 def start(kind: str) -> torch.device:
     """Join the other processes, if torchrun started any; "auto" is CUDA where there is one."""
     if kind == "auto":

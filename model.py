@@ -12,7 +12,7 @@ Parameters carry the names of transformers' LlamaForCausalLM, so a state dict is
 
 import json
 import math
-import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -245,18 +245,43 @@ class Llama(nn.Module):
 # --- Hugging Face folders ------------------------------------------------------------------------
 
 
+# Far above any model, and low enough that a shape is refused before its modules are made.
+LARGEST = {
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**24,
+}
+LARGEST_JSON = 64 << 20  # bytes of config.json or of an index
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file of bounded size that holds an object."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ModelError(f"{path} is larger than {LARGEST_JSON >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as e:
+        if isinstance(e, ModelError):
+            raise
+        raise ModelError(f"{path} cannot be read: {e}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
+    return value
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
     path = local_folder(folder, weights=False) / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist: {folder} is not a model folder") from None
-    except (ValueError, OSError) as e:
-        raise ModelError(f"{path} cannot be read: {e}") from None
-    if not isinstance(hf, dict):
-        raise ModelError(f"{path}: a JSON object is expected, this is a {type(hf).__name__}")
+    if not path.exists():
+        raise ModelError(f"{path} does not exist: {folder} is not a model folder")
+    hf = read_object(path)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     fixed = {
         "model_type": (hf.get("model_type"), "llama"),
@@ -276,13 +301,16 @@ def read_config(folder: str | Path) -> ModelConfig:
 
     def size(key, default=None):
         value = hf.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise ModelError(f"{path}: {key} must be a positive integer, found {value!r}")
+        limit = LARGEST.get(key, 2**31)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
+            raise ModelError(
+                f"{path}: {key} must be a positive integer below {limit}, found {value!r:.80}"
+            )
         return value
 
     def number(key, value):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise ModelError(f"{path}: {key} must be a positive number, found {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise ModelError(f"{path}: {key} must be a positive number, found {value!r:.80}")
         return float(value)
 
     heads, d_model = size("num_attention_heads"), size("hidden_size")
@@ -302,7 +330,9 @@ def read_config(folder: str | Path) -> ModelConfig:
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         config.rope_scaling = {key: number(f"rope {key}", rope.get(key)) for key in keys}
-    if config.n_head % config.n_kv_head or config.head_dim % 2:
+        if config.rope_scaling["low_freq_factor"] >= config.rope_scaling["high_freq_factor"]:
+            raise ModelError(f"{path}: rope low_freq_factor must be below high_freq_factor")
+    if config.n_head % config.n_kv_head or config.head_dim % 2 or not config.head_dim:
         raise ModelError(
             f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
             f"{config.head_dim} dimensions do not fit together"
@@ -344,15 +374,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Where each tensor of the folder lies. Shard names may not lead out of the folder."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {tensor: folder / name for tensor, name in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ModelError(f"{index} is not a safetensors index: {e!r}") from None
-        for name in set(names.values()):
-            if os.path.basename(name) != name:
-                raise ModelError(f"{index}: shard name {name!r} leads out of the folder")
-        return files
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ModelError(f"{index} is not a safetensors index: it has no weight_map")
+        for name in names.values():
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise ModelError(f"{index}: {name!r:.200} is no shard, or leads out of the folder")
+        return {tensor: folder / name for tensor, name in names.items()}
     if not single.exists():
         raise ModelError(f"{folder} holds neither model.safetensors nor an index of shards")
     try:
@@ -383,7 +411,10 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
         try:
             with safe_open(path, "pt") as f:
                 for name in (n for n, p in files.items() if p == path):
-                    shape = torch.Size(f.get_slice(name).get_shape())
+                    held = f.get_slice(name)
+                    shape = torch.Size(held.get_shape())
+                    if held.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise ModelError(f"{path}: {name} holds {held.get_dtype()}, not floats")
                     if shape != wanted[name]:
                         raise ModelError(
                             f"{path}: {name} has shape {list(shape)}, config.json "

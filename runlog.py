@@ -5,12 +5,15 @@ In: a step's pool, rewards and metrics. Out: log.jsonl; names with dots group wh
 
 import contextlib
 import json
+import math
+from collections import deque
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from candidates import Pool
+from checkpoint import write_text
 from config import Config, names
 from distributed import all_sum
 from update import learning_rate
@@ -65,7 +68,43 @@ def repeated_share(ids: list) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def report(line: dict, clock: dict, log, bar, label: str, config: Config):
+WINDOW = 10  # steps that are averaged, at the start of the run and now
+SHRUNK = {"rollout.nll": 0.2, "rollout.length": 0.25}  # collapsed below this share of the start
+REPEATED = 0.5  # collapsed above this share of repeated 3-grams, and three times the start's
+
+
+class Collapse:
+    """Watches a run for rollouts that lose their entropy, their length or their variety, measured
+    against its own first steps. In: the lines of the log. Out: words for the step line."""
+
+    def __init__(self, run: Path):
+        self.first, self.recent = [], deque(maxlen=WINDOW)
+        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            self.see(json.loads(line))
+
+    def see(self, line: dict) -> list[str]:
+        if "rollout.nll" not in line:
+            return []
+        values = {name: line[name] for name in (*SHRUNK, "rollout.repeated")}
+        self.recent.append(values)
+        if len(self.first) < WINDOW:
+            self.first.append(values)
+            return []
+        before, now = (
+            {name: sum(each[name] for each in steps) / WINDOW for name in values}
+            for steps in (self.first, self.recent)
+        )
+        limits = {name: now[name] < share * before[name] for name, share in SHRUNK.items()}
+        name = "rollout.repeated"
+        limits[name] = now[name] > max(REPEATED, 3 * before[name])
+        return [
+            f"COLLAPSE: {name} {now[name]:.2f}, {before[name]:.2f} at the start"
+            for name, passed in limits.items()
+            if passed
+        ]
+
+
+def report(line: dict, clock: dict, log, watch, bar, label: str, config: Config):
     """Write the line to log.jsonl and show it; clock: seconds of the step and of its parts."""
     parts = sum(clock[name] for name in ("data", "rollout", "judge_wait", "update"))
     clock["other"] = clock["step"] - parts
@@ -77,8 +116,12 @@ def report(line: dict, clock: dict, log, bar, label: str, config: Config):
     bar.set_postfix_str(numbers_that_matter(line))
     if log is None:
         return
-    log.write(json.dumps(line) + "\n")
+    numbers = {name: value if math.isfinite(value) else None for name, value in line.items()}
+    log.write(json.dumps(numbers) + "\n")
     log.flush()
+    notes = watch.see(line)
+    if line["not_finite"]:
+        notes.append("NOT FINITE: update skipped")
     done = line["step"] + 1
     if not config.rewards and (done % 100 == 0 or done == config.max_steps):
         bar.write(f"{label} step {done:4d} of {config.max_steps}  loss {line['loss']:.3f}")
@@ -90,8 +133,10 @@ def report(line: dict, clock: dict, log, bar, label: str, config: Config):
             f"step {done:4d}  loss {line['loss']:.3f}  reward {line['reward']:.3f}  "
             f"chosen: {', '.join(shares)}  skipped {line['skipped']:.0f}  "
             f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)  "
-            f"{clock['step']:.2f} s"
+            f"{clock['step']:.2f} s" + "".join(f"  {note}" for note in notes)
         )
+    elif notes:
+        bar.write(f"{label} step {done:4d}  {'  '.join(notes)}")
 
 
 def numbers_that_matter(line: dict) -> str:
@@ -130,5 +175,5 @@ def open_log(run: Path, step: int):
         with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")

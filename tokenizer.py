@@ -48,6 +48,9 @@ SIBLINGS = (  # files that belong to a tokenizer.json
     "chat_template.jinja",
 )
 LONG_SPACE = 100_000  # characters
+LARGEST_FILE = 256 << 20  # bytes of a tokenizer's file; the largest in use have about 35 MB
+LARGEST_ID = 2**24  # a table of that length is made
+LONGEST_TOKEN = 2**12  # bytes; working out how a token is merged takes the square of it
 
 
 def byte_symbols() -> list[str]:
@@ -378,24 +381,47 @@ def from_words(words: list[str]) -> Tokenizer:
 
 def from_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = json.loads(read_bounded(path))
+        check_ids(spec)
         eos, bos = end_and_start(spec, path.parent)
         tokenizer = convert(spec, eos, bos, path)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable tokenizer.json: {error!r}") from error
-    if tokenizer is None:
-        log.warning("%s can't run on tiktoken, so it runs on `tokenizers`, more slowly", path)
-        try:
+        if tokenizer is None:
+            log.warning("%s can't run on tiktoken, so it runs on `tokenizers`, more slowly", path)
             tokenizer = LibraryTokenizer(spec, eos, bos, path)
-        except ImportError:
-            raise ValueError(f"{path} needs a library: pip install tokenizers") from None
+    except ImportError:
+        raise ValueError(f"{path} needs a library: pip install tokenizers") from None
+    except Exception as error:  # the library raises bare ones
+        why = error if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(f"{path} is not a readable tokenizer.json: {why!s:.300}") from error
     return tokenizer
+
+
+def read_bounded(path: Path) -> bytes:
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} is larger than {LARGEST_FILE >> 20} MiB")
+    return path.read_bytes()
+
+
+def check_ids(spec: dict) -> None:
+    """Refuse ids that are no ids, or for which a table could not be held; ValueError."""
+    vocab = spec["model"]["vocab"]
+    entries = vocab.items() if isinstance(vocab, dict) else ()  # a list in a unigram model
+    found = [*entries, *((token["content"], token["id"]) for token in spec["added_tokens"])]
+    for token, number in found:
+        if not isinstance(token, str) or len(token) > LONGEST_TOKEN:
+            raise ValueError(f"{token!r:.80} is no token of at most {LONGEST_TOKEN} characters")
+        if type(number) is not int or not 0 <= number < LARGEST_ID:
+            raise ValueError(
+                f"the id of {token!r:.80} must be below {LARGEST_ID}, is {number!r:.80}"
+            )
+    if len({number for _, number in entries}) < len(entries):
+        raise ValueError("two tokens of its vocabulary have the same id")
 
 
 def end_and_start(spec: dict, folder: Path) -> tuple[str, str | None]:
     """Name of the token that ends a text, and of the one that the tokenizer puts before it."""
     config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    config = json.loads(read_bounded(config_file)) if config_file.exists() else {}
     eos, bos = config.get("eos_token"), config.get("bos_token")
     eos, bos = (t["content"] if isinstance(t, dict) else t for t in (eos, bos))
     names = [token["content"] for token in spec["added_tokens"]]
@@ -410,8 +436,8 @@ def end_and_start(spec: dict, folder: Path) -> tuple[str, str | None]:
 def from_llama3_model(path: Path) -> Tokenizer:
     """Lines of base64 token and rank, as Meta publishes Llama 3."""
     ranks = {}
-    for line in path.read_bytes().splitlines():
-        if not re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", line):
+    for line in read_bounded(path).splitlines():
+        if not re.fullmatch(rb"(?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/=]{4} \d{1,7}", line):
             raise ValueError(f"{path} is no Llama-3 tokenizer.model; is there a tokenizer.json?")
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)

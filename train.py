@@ -20,7 +20,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -43,23 +45,28 @@ from tqdm import tqdm
 import checkpoint
 from candidates import ask, make_pool, pack, rewards_of, unpack
 from chat import TeacherError, TeacherGone
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, write_text
 from cost import estimate
 from data import DataError, Stream
-from distributed import gather, rank, start, world_size
+from distributed import agreed, gather, rank, start, world_size
 from evaluate import evaluate, held_out_sets, table
 from hub import DownloadError
 from model import Llama, ModelError, load_model, preset, read_config
 from monitors import Monitors
 from plot import plot_run
-from runlog import describe, open_log, report, show_example
+from runlog import Collapse, describe, open_log, report, show_example
 from tasks import Rows, TaskStream, evaluate_task, held_out_stream
 from teachers import Interrupted, Teachers
 from tokenizer import load_tokenizer
 from update import make_optimizer, update
 from world import Dials, WorldSource, start_teacher
 
+BAD_STEPS = 5  # updates in a row that are not finite end a run
 EXIT_INTERRUPTED, EXIT_TEACHER_GONE = 130, 75  # 75: a temporary failure, the same command goes on
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient has not been finite for BAD_STEPS updates."""
 
 
 def train(policy, reference, source, teachers, config: Config, tokenizer, state, begin, label):
@@ -70,7 +77,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     """
     run, optimizer, queue = Path(config.out_dir), make_optimizer(policy, config), deque()
     run.mkdir(parents=True, exist_ok=True)
-    step, at = 0, begin
+    step, at, bad = 0, begin, 0
     if state is not None:
         step, at = state["step"], state["stream"]
         optimizer.load_state_dict(state["optimizer"])
@@ -82,20 +89,43 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     stream = open_stream(source, tokenizer, config, resumed)
 
     def save():
-        saved = {
+        nonlocal state
+        if state is not None and state["step"] == step:
+            return
+        state = {
             "step": step,
             "stream": at,
             "optimizer": optimizer.state_dict(),
             "queue": gather([pack(pool) for pool in queue]),
         }
         if rank() == 0:
-            checkpoint.save(run, step, policy, tokenizer, saved, config.keep)
-        return saved
+            os.fsync(log.fileno())
+            checkpoint.save(run, step, policy, tokenizer, state, config.keep)
+
+    def judged(clock):
+        """The loop's first half: -> the oldest pool in flight, its rewards and the verdicts."""
+        # 1. Prefixes, their candidates, and the questions about them.
+        while len(queue) <= config.overlap and step + len(queue) < config.max_steps:
+            teachers.check_stop()
+            asked = time.time()
+            batch = next(batches)
+            clock["data"] += time.time() - asked
+            pool = make_pool(policy, batch, teachers, config, tokenizer)
+            ask(pool, teachers, config, step + len(queue))
+            queue.append(pool)
+            for name, seconds in pool.seconds.items():
+                clock[name] += seconds
+        # 2. Rewards.
+        asked = time.time()
+        reward, scores = rewards_of(queue[0], teachers)
+        clock["judge_wait"] += time.time() - asked
+        return queue[0], reward, scores
 
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(iter(stream)))
         log = stack.enter_context(open_log(run, step) if rank() == 0 else contextlib.nullcontext())
         monitors = stack.enter_context(Monitors(config, step, active=rank() == 0))
+        watch = Collapse(run) if rank() == 0 else None
         bar = stack.enter_context(
             tqdm(
                 total=config.max_steps,
@@ -108,42 +138,44 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
         try:
             while step < config.max_steps:
                 clock = {"step": time.time(), "data": 0.0, "rollout": 0.0, "judge_wait": 0.0}
-                # 1. Prefixes, their candidates, and the questions about them.
-                while len(queue) <= config.overlap and step + len(queue) < config.max_steps:
-                    teachers.check_stop()
-                    asked = time.time()
-                    batch = next(batches)
-                    clock["data"] += time.time() - asked
-                    pool = make_pool(policy, batch, teachers, config, tokenizer)
-                    ask(pool, teachers, config, step + len(queue))
-                    queue.append(pool)
-                    for name, seconds in pool.seconds.items():
-                        clock[name] += seconds
-                # 2. Rewards.
-                pool, asked = queue[0], time.time()
-                reward, scores = rewards_of(pool, teachers)
-                judged = time.time()
-                clock["judge_wait"] += judged - asked
+                pool, reward, scores = agreed(lambda clock=clock: judged(clock))
                 # 3. The update.
+                began = time.time()
                 metrics, picked = update(policy, reference, optimizer, pool, reward, step, config)
-                clock["update"] = time.time() - judged
+                clock["update"] = time.time() - began
                 queue.popleft()
                 at = pool.batch.state
                 line = describe(step, pool, reward, scores, picked, metrics, teachers, config)
                 clock["step"] = time.time() - clock["step"]
-                report(line, clock, log, bar, label, config)
+                report(line, clock, log, watch, bar, label, config)
                 monitors.numbers(line)
                 if rank() == 0 and scores and step % config.example_every == 0:
                     monitors.text("examples", show_example(pool, reward, scores), step)
+                bad = bad + 1 if line["not_finite"] else 0
+                if bad:
+                    keep_bad_batch(run, step, bad, pool, reward, picked)
                 step += 1
                 # After the log: a run killed in between does the step, and its line, again.
                 if step % config.save_every == 0 and step < config.max_steps:
                     save()
         except (Interrupted, TeacherGone):
-            if world_size() == 1:  # several might not all get here: the last checkpoint serves
-                save()
+            save()
             raise
-        return save() if state is None or state["step"] < step else state
+        save()
+        return state
+
+
+def keep_bad_batch(run: Path, step: int, bad: int, pool, reward, picked: dict):
+    """Save what an update that was not finite learned from; stop at the BAD_STEPS-th in a row."""
+    folder = run / "bad_batches"
+    folder.mkdir(exist_ok=True)
+    saved = {"step": step, "pool": pack(pool), "reward": reward, "picked": picked}
+    torch.save(saved, folder / f"step_{step:06d}_process_{rank()}.pt")
+    if bad == BAD_STEPS:
+        raise Diverged(
+            f"{bad} updates in a row were not finite and were skipped, the last at step {step + 1}:"
+            f" look at {folder}, or go on with --init_from=resume and a lower --learning_rate"
+        )
 
 
 def open_stream(source, tokenizer, config: Config, state) -> Stream:
@@ -274,7 +306,12 @@ def settle(config: Config, resume: bool):
     held = lock(run)
     path = run / "config.json"
     if path.exists() and not resume:
-        same = json.loads(path.read_text(encoding="utf-8")) == dataclasses.asdict(config)
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == dataclasses.asdict(config)
+        except ValueError:
+            raise ConfigError(
+                f"{path} is damaged: restore or delete it, or choose --out_dir"
+            ) from None
         if same and not (run / "summary.json").exists():
             print(f"going on with the unfinished run in {run}")
         else:
@@ -286,15 +323,17 @@ def settle(config: Config, resume: bool):
             held.close()
             held = lock(run)
     configuration.write(config, path)
-    (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    write_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
     return held
 
 
 def environment() -> dict:
     """What a reader needs to repeat the run."""
     here = Path(__file__).parent
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
+    commit = ""
+    if git := shutil.which("git"):
+        command = [git, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
     return {
         "commit": commit,
         "python": sys.version.split()[0],
@@ -327,6 +366,13 @@ def main(argv: list[str]):
     if config.dry_run:
         print(dry_run(config))
         return
+    try:
+        run(config, resume)
+    except (OSError, sqlite3.Error) as e:  # a full disk, a folder that may not be written
+        raise CheckpointError(f"{config.out_dir}: {e} (what was saved before is untouched)") from e
+
+
+def run(config: Config, resume: bool):
     device = start(config.device)
     with contextlib.ExitStack() as stack:
         if rank() == 0:
@@ -345,13 +391,13 @@ def main(argv: list[str]):
             stack.callback(signal.signal, number, signal.signal(number, teachers.stop))
         summary = run_phases(config, device, teachers, tokenizer)
         if rank() == 0:
-            run = Path(config.out_dir)
-            (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            folder = Path(config.out_dir)
+            write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             if summary:
                 print(f"\n{table(summary)}\n")
                 if config.judge_url != "world" and not config.eval_judge_url:
                     print("warning: judged by the judge of the training; see --eval_judge_url")
-            print(f"run folder {run}, picture {plot_run(run)}")
+            print(f"run folder {folder}, picture {plot_run(folder)}")
 
 
 def launch() -> int:
@@ -360,13 +406,20 @@ def launch() -> int:
     try:
         main(sys.argv[1:])
         return 0
-    except Interrupted:
-        print("interrupted: the run is saved, the same command goes on with it", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except TeacherGone as e:
-        print(f"{e}\nthe run is saved, the same command goes on with it", file=sys.stderr)
-        return EXIT_TEACHER_GONE
-    except (ConfigError, DownloadError, ModelError, DataError, TeacherError, CheckpointError) as e:
+    except (Interrupted, TeacherGone) as e:
+        if rank() == 0:
+            why = e if isinstance(e, TeacherGone) else "interrupted"
+            print(f"{why}: the run is saved, the same command goes on with it", file=sys.stderr)
+        return EXIT_TEACHER_GONE if isinstance(e, TeacherGone) else EXIT_INTERRUPTED
+    except (
+        ConfigError,
+        DownloadError,
+        ModelError,
+        DataError,
+        TeacherError,
+        CheckpointError,
+        Diverged,
+    ) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     finally:

@@ -93,7 +93,8 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
     """One optimiser step on the pool, over all processes. -> metrics, and what `pick` picked.
 
     The loss is a mean over all kept prefixes (over all tokens for nll), however many processes and
-    micro-batches they are spread over; a process without any joins with zero gradients.
+    micro-batches they are spread over; a process without any joins with zero gradients. A loss or
+    gradient that is not finite leaves the policy as it was, and metrics["not_finite"] says so.
     """
     picked = pick(pool, reward, config)
     rows, C = picked["rows"], picked["columns"].shape[1]
@@ -104,7 +105,7 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
             count += int((pool.batch.prefix.shape[1] - 1 - pool.batch.pad[rows]).sum())
     total = all_sum({"count": (count, 0)})["count"][0]
     width = pool.batch.prefix.shape[1] + C * pool.tokens.shape[2]
-    metrics = {"loss": (0.0, 0)}
+    metrics = {"loss": (0.0, 0), "not_finite": (0.0, 1)}
     for part in micro_batches(rows, width, config.micro_batch_tokens):
         loss, extra = losses(policy, reference, pool, picked, part, reward, config)
         (loss / max(total, 1)).backward()
@@ -116,12 +117,16 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
         for p in policy.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip))
+    finite = math.isfinite(metrics["loss"][0]) and math.isfinite(norm)
+    if all_sum({"not_finite": (not finite, 0)})["not_finite"][0]:  # on any process: none moves
+        optimizer.zero_grad(set_to_none=True)
+        return metrics | {"not_finite": (1.0, 1), "grad_norm": (norm, 1)}, picked
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    metrics["grad_norm"] = (float(norm), 1)
+    metrics["grad_norm"] = (norm, 1)
     return metrics, picked
 
 

@@ -1,0 +1,310 @@
+"""Runs that are killed, interrupted or out of disk, and what the next start makes of them.
+
+The default kills five times. `NANOSIP_FULL=1 pytest tests/test_resume.py -s -k killed` kills 52
+times, over one and two processes and overlap 0 and 1, and prints in which phase.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_server import faulty_server
+from nursery import nursery
+from safetensors.torch import load_file
+
+import checkpoint
+import world
+from checkpoint import CheckpointError
+from model import Llama, ModelConfig
+from runlog import WINDOW, Collapse
+from tokenizer import from_words
+
+FULL = bool(os.environ.get("NANOSIP_FULL"))
+TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
+TINY += ["--chunk=8", "--max_seq=24", "--eval_prefixes=4", "--save_every=2"]
+
+
+def truth(request: dict) -> str:
+    return world.answer(request["messages"][0]["content"], request["seed"])
+
+
+def log_of(out) -> list[dict]:
+    """log.jsonl without what may differ between two equal runs: seconds, and what they divide."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    timed = ("seconds.", "rollout.tokens_per_second", "judge.")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+def table(out, query: str) -> list:
+    file = Path(out) / "judgments.sqlite"
+    if not file.exists():
+        return []
+    with contextlib.closing(sqlite3.connect(file, timeout=30)) as db:
+        try:
+            return db.execute(query).fetchall()
+        except sqlite3.OperationalError:  # killed before the table was made
+            return []
+
+
+def assert_same_run(a, b):
+    """Weights and log of every phase, and every pool: prefixes, candidates and rewards in order."""
+    for phase in ("base", "baseline", "."):
+        left, right = Path(a) / phase, Path(b) / phase
+        assert left.exists() == right.exists()
+        if left.exists():
+            assert log_of(left) == log_of(right)
+            ours, theirs = (load_file(x / "ckpt" / "model.safetensors") for x in (left, right))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    pools = "SELECT step, key, pool FROM pools ORDER BY step, key"
+    assert table(a, pools) == table(b, pools) != []
+
+
+PHASES = ["start", "base", "baseline", "method", "evaluation"]
+
+
+def phase(out: Path) -> str:
+    """How far a run has come, by what it left on the disk."""
+    if (out / "checkpoints" / "step_000006").exists():
+        return "evaluation"
+    names = {"method": out, "baseline": out / "baseline", "base": out / "base"}
+    return next((name for name, at in names.items() if (at / "log.jsonl").exists()), "start")
+
+
+class Runs:
+    """Starts runs of one kind with a teacher of their own, and keeps an uninterrupted one."""
+
+    def __init__(self, born, server, folder: Path):
+        self.born, self.server, self.folder, self.whole = born, server, folder, {}
+
+    def start(self, out, *flags, processes=1, overlap=0, **how):
+        url = [f"--judge_url={self.server.url}", f"--rewrite_url={self.server.url}"]
+        argv = [f"--out_dir={out}", *TINY, *url, f"--overlap={overlap}", *flags]
+        return self.born.start(argv, processes, **how)
+
+    def reference(self, processes=1, overlap=0) -> tuple[Path, float]:
+        """(folder, seconds) of the uninterrupted run."""
+        kind = (processes, overlap)
+        if kind not in self.whole:
+            out, began = self.folder / f"whole_{processes}_{overlap}", time.monotonic()
+            run = self.start(out, processes=processes, overlap=overlap)
+            assert run.wait() == 0, run.stdout + run.stderr
+            self.whole[kind] = out, time.monotonic() - began
+        return self.whole[kind]
+
+    def kill_and_go_on(self, out, rng, kills: int, longest: float, **kind) -> Counter:
+        """Start the run, kill it within `longest` seconds of reaching a random phase, again and
+        again until it ends or has been killed `kills` times; then let it end. -> kills by phase"""
+        fell, stored, seen, again = Counter(), set(), Counter(), 0
+        while True:
+            run, goal, until = self.start(out, **kind), rng.choice(PHASES), math.inf
+            while run.alive() and (fell.total() >= kills or time.monotonic() < until):
+                if until == math.inf and PHASES.index(phase(out)) >= PHASES.index(goal):
+                    until = time.monotonic() + rng.uniform(0, longest)
+                time.sleep(0.01)
+            fell.update([phase(out)] if run.alive() else [])
+            run.kill()
+            code = run.wait()
+            # Keys of the answers are hashes of the requests' bodies, by which the server counts.
+            again += sum(self.server.seen[key.hex()] - seen[key.hex()] for (key,) in stored)
+            stored = set(table(out, "SELECT key FROM answers"))
+            seen = self.server.seen.copy()
+            if code >= 0:
+                assert code == 0, run.stdout + run.stderr
+                assert again == 0, f"{again} answered questions were asked again"
+                return fell
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with nursery() as born, faulty_server(answer=truth) as server:
+        yield Runs(born, server, tmp_path_factory.mktemp("runs"))
+
+
+KINDS = [(1, 0, 13), (1, 1, 13), (2, 0, 13), (2, 1, 13)] if FULL else [(1, 0, 2), (2, 1, 3)]
+
+
+@pytest.mark.parametrize(("processes", "overlap", "kills"), KINDS)
+def test_killed_runs_end_as_if_they_had_not_been(runs, processes, overlap, kills, tmp_path):
+    kind = dict(processes=processes, overlap=overlap)
+    whole, seconds = runs.reference(**kind)
+    rng, fell, number = random.Random(f"{processes} {overlap}"), Counter(), 0
+    while fell.total() < kills:
+        out, number = tmp_path / f"killed{number}", number + 1
+        left = kills - fell.total()
+        fell += runs.kill_and_go_on(out, rng, left, 0.3 * seconds, **kind)
+        assert_same_run(whole, out)
+    print(f"\n{kind}: {number} runs, {fell.total()} kills: {dict(fell)}", flush=True)
+
+
+def test_a_signal_to_one_process_saves_and_stops_all(runs, tmp_path):
+    kind, out = dict(processes=2, overlap=1), tmp_path / "stopped"
+    whole, _ = runs.reference(**kind)
+    run = runs.start(out, **kind)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert run.alive()
+        time.sleep(0.01)
+    os.kill(run.pids[1], signal.SIGTERM)
+    began = time.monotonic()
+    assert run.wait() == 130 and time.monotonic() - began < 20
+    assert run.stderr.count("the same command goes on with it") == 1
+    run = runs.start(out, **kind)
+    assert run.wait() == 0 and "going on with the unfinished run" in run.stdout
+    assert_same_run(whole, out)
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
+    """The disk is full at the run's last checkpoint, then it is not."""
+    whole, out = runs.reference()[0], tmp_path / "full"
+    shutil.copytree(whole, out, symlinks=True)
+    (out / "summary.json").unlink()
+    settings = (out / "config.json").read_text()
+    (out / "config.json").write_text(settings.replace(str(whole), str(out)))
+    shutil.rmtree(out / "checkpoints" / "step_000006")
+    before = contents(out / "checkpoints" / "step_000004")
+    run = runs.start(out, file_limit=3 << 20)
+    assert run.wait() == 1 and "Traceback" not in run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: cannot write the checkpoint {out}/checkpoints/step_000006 ")
+    assert contents(out / "checkpoints" / "step_000004") == before
+    assert [x.name for x in (out / "checkpoints").iterdir()] == ["step_000004"]
+    assert runs.start(out).wait() == 0
+    assert_same_run(whole, out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(runs):
+    run = runs.start("/proc/run")  # not even root can write there
+    assert run.wait() == 1 and "Traceback" not in run.stderr
+    assert run.stderr.startswith("error: /proc/run: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [("401", "Incorrect API key"), ("400", "maximum context length is 4096 tokens")],
+)
+def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, message, tmp_path):
+    with faulty_server([status], 1.0, message=message) as server:
+        url = [f"--judge_url={server.url}", f"--rewrite_url={server.url}"]
+        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", *url]
+        run = runs.start(tmp_path / "out", *flags)
+        assert run.wait() == 1 and "Traceback" not in run.stderr
+    line = run.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: {server.url}/chat/completions answered {status}: ")
+    assert message in line
+
+
+def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(runs, tmp_path):
+    out = tmp_path / "out"
+    run = runs.start(out, "--base_learning_rate=1e30", processes=2)
+    assert run.wait() == 1 and "Traceback" not in run.stderr
+    assert "error: 5 updates in a row were not finite" in run.stderr
+    assert run.stdout.count("NOT FINITE: update skipped") == 5
+    lines = log_of(out / "base")
+    assert [line["not_finite"] for line in lines] == [0, 1, 1, 1, 1, 1]
+    assert all(line["loss"] is None or line["grad_norm"] is None for line in lines[1:])
+    kept = sorted((out / "base" / "bad_batches").iterdir())
+    assert len(kept) == 10  # of both processes
+    saved = torch.load(kept[0], weights_only=True)
+    assert saved["step"] == 1 and len(saved["pool"]["batch"]["prefix"]) == 4
+
+
+def test_collapse_is_announced_against_the_runs_own_start(tmp_path):
+    healthy = {"rollout.nll": 1.0, "rollout.length": 30.0, "rollout.repeated": 0.1}
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(healthy) + "\n" for _ in range(WINDOW)))
+    changed = {"rollout.nll": 0.1, "rollout.length": 5.0, "rollout.repeated": 0.9}
+    assert Collapse(tmp_path).see({"loss": 1.0}) == []
+    for name, value in changed.items():
+        watch = Collapse(tmp_path)  # as a resumed run would
+        assert watch.see(healthy | {name: 0.5 * healthy[name]}) == []
+        words = [watch.see(healthy | {name: value}) for _ in range(2 * WINDOW)]
+        assert words[0] == [] and len(words[-1]) == 1
+        assert words[-1][0].startswith(f"COLLAPSE: {name} {value:.2f}, ")
+
+
+# --- checkpoint.py alone
+
+
+@pytest.fixture(scope="module")
+def small():
+    tokenizer = from_words(["word"])
+    shape = ModelConfig(tokenizer.vocab_size, 1, 1, 1, 8, 8, 8)
+    return Llama(shape).initialise(0), tokenizer
+
+
+def saved_step(run):
+    policy, state = checkpoint.load(run, "cpu")
+    return state and state["step"]
+
+
+def test_a_save_that_dies_anywhere_leaves_one_checkpoint_or_the_other(small, tmp_path):
+    """Killed before its 1st, 2nd, ... change to the disk, until it gets through."""
+    for keep in (1, 2) if FULL else (1,):
+        for fatal in range(1, 100):
+            run = tmp_path / f"{keep}_{fatal}"
+            checkpoint.save(run, 2, *small, {"step": 2}, keep)
+            pid = os.fork()
+            if not pid:
+                count = 0
+
+                def die(event, _, fatal=fatal):
+                    nonlocal count
+                    if event in ("open", "os.rename", "os.symlink", "os.remove", "os.rmdir"):
+                        count += 1
+                        if count == fatal:
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+                sys.addaudithook(die)
+                checkpoint.save(run, 4, *small, {"step": 4}, keep)
+                os._exit(0)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            found = saved_step(run)
+            assert found == 4 if code == 0 else found in (2, 4)
+            checkpoint.save(run, 6, *small, {"step": 6}, keep)
+            assert saved_step(run) == 6 and (run / "ckpt" / "config.json").exists()
+            if code == 0:
+                break
+        assert fatal > 10
+
+
+def test_whatever_is_damaged_the_one_before_is_used(small, tmp_path, capsys):
+    for name in ("state.pt", "model.safetensors", "config.json"):
+        for how in (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"[]"):
+            run = tmp_path / "run"
+            for step in (2, 4):
+                checkpoint.save(run, step, *small, {"step": step}, keep=1 + (step == 4))
+            file = run / "checkpoints" / "step_000004" / name
+            file.write_bytes(how(file.read_bytes()))
+            assert saved_step(run) == 2
+            printed = capsys.readouterr().out
+            assert printed.count("\n") == 1 and "step_000004 is damaged" in printed
+            checkpoint.save(run, 3, *small, {"step": 3}, keep=1)  # the damaged one gives way
+            assert saved_step(run) == 3 and not file.exists()
+            shutil.rmtree(run)
+
+
+def test_a_failed_write_leaves_no_half_checkpoint(small, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 2, *small, {"step": 2}, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "flush", full)
+    with pytest.raises(CheckpointError, match="step_000004 .*No space left"):
+        checkpoint.save(tmp_path, 4, *small, {"step": 4}, 1)
+    assert os.listdir(tmp_path / "checkpoints") == ["step_000002"] and saved_step(tmp_path) == 2
