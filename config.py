@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import runpy
 import sys
 import types
@@ -257,6 +258,11 @@ def check(config: Config) -> Config:
         config.chunk > 0 and config.max_seq >= 2 * config.chunk,
         f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
     )
+    for name in ("judge_url", "rewrite_url", "eval_judge_url"):  # they go into files of the run
+        keyless = not any(sign in getattr(config, name) for sign in "@?")
+        need(keyless, f"{name}: a key goes into OPENAI_API_KEY, not into the URL")
+    password = re.search(r"https?://[^/,]*@", config.data)
+    need(not password, "data: a password in a URL would be written into the run's files")
     name = config.comparisons.partition(":")[0]
     need(
         name in ("all", "pivot", "race") or name.isdigit(),

@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_server import faulty_server
-from nursery import nursery
 from safetensors.torch import load_file
 
 import checkpoint
@@ -127,8 +126,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    with nursery() as born, faulty_server(answer=truth) as server:
+def runs(born, tmp_path_factory):
+    with faulty_server(answer=truth) as server:
         yield Runs(born, server, tmp_path_factory.mktemp("runs"))
 
 
@@ -169,20 +168,22 @@ def contents(folder: Path) -> dict:
 
 
 def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
-    """The disk is full at the run's last checkpoint, then it is not."""
+    """The last checkpoint is damaged, the disk is full when it is written again, then it is not."""
     whole, out = runs.reference()[0], tmp_path / "full"
     shutil.copytree(whole, out, symlinks=True)
     (out / "summary.json").unlink()
     settings = (out / "config.json").read_text()
     (out / "config.json").write_text(settings.replace(str(whole), str(out)))
-    shutil.rmtree(out / "checkpoints" / "step_000006")
+    damaged = out / "checkpoints" / "step_000006" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
     before = contents(out / "checkpoints" / "step_000004")
     run = runs.start(out, file_limit=3 << 20)
     assert run.wait() == 1 and "Traceback" not in run.stderr
+    assert f"checkpoint {damaged.parent} is damaged" in run.stdout
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: cannot write the checkpoint {out}/checkpoints/step_000006 ")
     assert contents(out / "checkpoints" / "step_000004") == before
-    assert [x.name for x in (out / "checkpoints").iterdir()] == ["step_000004"]
+    assert not list((out / "checkpoints").glob(".writing*"))
     assert runs.start(out).wait() == 0
     assert_same_run(whole, out)
 
