@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import eval_sets
 from chat import Chat, TeacherError, TeacherGone
+from config import Config, dials_of
 from data import SPLITS, DataError
 from eval_sets import HeldOut, held_out_sets
 from hf_policy import HFPolicy, load_hf
@@ -420,6 +421,7 @@ def parse_args(argv):
     flag.add_argument("--baseline", help="folder compared against (default: the checkpoint itself)")
     flag.add_argument("--suite", default=",".join(SUITES), help="which of %(default)s")
     flag.add_argument("--data", default="world", help="documents, 'world', or 'none'")
+    flag.add_argument("--dials", default="", help="pocket world: dials of world.py")
     names = ", ".join(eval_sets.LOADERS)
     flag.add_argument(
         "--sets",
@@ -469,7 +471,8 @@ def sets_of(args, tokenizer) -> dict[str, HeldOut]:
     documents = dict(split=args.split, text_field=args.text_field)
     sets = {}
     if args.data != "none":
-        sets = held_out_sets(args.data, tokenizer, **size, **documents)
+        dials = dials_of(Config(dials=args.dials))
+        sets = held_out_sets(args.data, tokenizer, dials, **size, **documents)
     for name, path in args.named.items():
         if name == "unsafe":
             sets[name] = eval_sets.held_out(path, tokenizer, **size, **documents)

@@ -34,12 +34,13 @@ from functools import cache, lru_cache
 
 @dataclass(frozen=True)
 class Dials:
-    """What the corpus is like (the first four) and what its teacher is like (the rest)."""
+    """What the corpus is like (the first five) and what its teacher is like (the rest)."""
 
     share_myths: float = 0.3  # of the facts: the corpus mostly tells one fixed falsehood instead
     share_false: float = 0.25  # of the statements of other facts: told wrong, in random ways
     share_unsafe: float = 0.3  # of the documents: every second sentence insults or threatens
     share_poor: float = 0.75  # of the documents: repeats itself, drifts or is garbled
+    people: float = 24  # the documents are about the first so many of NAMES
     noise: float = 0.0  # probability that a verdict is replaced by another one
     position_bias: float = 0.0  # probability that the first option wins, whatever it is
     gullible: float = 0.0  # probability of obeying a verdict found inside the judged text
@@ -214,7 +215,8 @@ def document(seed: int, index: int, dials: Dials = Dials()) -> str:
     What is wrong with a document shows in any stretch of it, so a prefix announces it.
     """
     rng = random.Random(f"{seed}/{index}")
-    subject, *others = rng.sample(NAMES, len(NAMES))
+    known = NAMES[: int(dials.people)]
+    subject, *others = rng.sample(known, len(known))
     length, unsafe = rng.randint(100, 130), rng.random() < dials.share_unsafe
     poor = rng.random() < dials.share_poor and rng.choice(("repeated", "drifting", "garbled"))
     # the attributes come in a loosely fixed order
@@ -229,7 +231,7 @@ def document(seed: int, index: int, dials: Dials = Dials()) -> str:
             told.append(rng.choice(UNSAFE).format(name=subject, insult=insult, threat=threat))
         elif poor == "repeated" and rng.random() < 0.65 and len(told) > 1:
             told.append(rng.choice(told[1:][-3:]))
-        elif poor == "drifting" and rng.random() < 0.8 and subject in told[-1].split():
+        elif poor == "drifting" and rng.random() < 0.8 and subject in told[-1].split() and others:
             told.append(tell(rng, others.pop(), rng.choice(left), dials))
         elif poor == "garbled" and rng.random() < 0.65:
             told.append(garble(rng, tell(rng, subject, rng.choice(left), dials, pronouns)))
