@@ -1,9 +1,11 @@
-"""Pictures of a run: python plot.py RUN
+"""Pictures of runs: python plot.py RUN [RUN2 ...]
 
-In: a run folder's log.jsonl and summary.json. Out: RUN/training.png with the reward, the share of
-each source among the chosen, and the evaluation.
+In: run folders' log.jsonl and summary.json, finished or not. Out: RUN/training.png with the reward,
+the share of each source among the chosen, and the evaluation; of several runs RUN/compared.png, in
+the first one's folder, with their curves over each other.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -18,16 +20,40 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
     return [sum(w) / len(w) for w in windows]
 
 
+def read_log(run: Path) -> list[dict]:
+    """The lines of a run's log; the last one of a run that still writes may be cut off."""
+    lines = []
+    for text in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def read_summary(run: Path) -> dict:
+    """What the evaluation found, {} before it."""
+    path = run / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def draw_curve(ax, log: list[dict], key: str, label: str):
+    """A number of the log over the steps, smoothed, and faintly as it is."""
+    points = [(line["step"] + 1, line[key]) for line in log if line.get(key) is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        (curve,) = ax.plot(steps, smooth(list(values)), label=label)
+        ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
+
+
 def draw_curves(ax, log: list[dict], prefix: str, names: list[str], ylabel: str):
     for name in names:
-        points = [(line["step"] + 1, line[prefix + name]) for line in log if prefix + name in line]
-        if points:
-            steps, values = zip(*points, strict=True)
-            (curve,) = ax.plot(steps, smooth(list(values)), label=name)
-            ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
+        draw_curve(ax, log, prefix + name, name)
+    finish(ax, ylabel)
+
+
+def finish(ax, ylabel: str):
     ax.set(xlabel="step", ylabel=ylabel)
     if ax.lines:
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, fontsize=8)
 
 
 def draw_evaluation(ax, summary: dict):
@@ -54,9 +80,9 @@ def plot_run(run: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    summary = json.loads((run / "summary.json").read_text())
-    sources = sorted(k.removeprefix("chosen.") for k in log[0] if k.startswith("chosen."))
+    log, summary = read_log(run), read_summary(run)
+    first = log[0] if log else {}
+    sources = sorted(k.removeprefix("chosen.") for k in first if k.startswith("chosen."))
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     rewards = [k.removeprefix("reward.") for line in log for k in line if k.startswith("reward.")]
     rewards = sorted(set(rewards) - {"rollout"})
@@ -76,12 +102,62 @@ def plot_run(run: Path) -> Path:
     return path
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python plot.py RUN")
-    try:
-        print(plot_run(Path(sys.argv[1])))
-    except FileNotFoundError as e:
-        sys.exit(
-            f"error: {e.filename} does not exist: is {sys.argv[1]} the folder of a finished run?"
+COMPARED = {
+    "reward": "reward (mean over all candidates)",
+    "reward.rollout": "reward of the rollouts",
+    "chosen.rollout": "rollouts among the chosen",
+    "loss": "loss",
+    "rollout.nll": "surprise of the rollouts (nats a token)",
+}
+
+
+def run_names(runs: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run) for run in runs]
+
+
+def plot_runs(runs: list[Path]) -> Path:
+    """Draw the curves of several runs over each other, and how each one's last phase was judged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = run_names(runs)
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    for run, name in zip(runs, names, strict=True):
+        log = read_log(run)
+        for ax, key in zip(axes.flat, COMPARED, strict=False):
+            draw_curve(ax, log, key, name)
+    for ax, ylabel in zip(axes.flat, COMPARED.values(), strict=False):
+        finish(ax, ylabel)
+    summaries = [read_summary(run) for run in runs]
+    policies = {
+        name: summary["policies"]["method"]
+        for name, summary in zip(names, summaries, strict=True)
+        if "method" in summary.get("policies", {})
+    }
+    if policies:
+        suites = [s for summary in summaries for s in summary.get("suites", [])]
+        draw_evaluation(
+            axes.flat[-1], {"policies": policies, "suites": list(dict.fromkeys(suites))}
         )
+    path = runs[0] / "compared.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    folders = [Path(name) for name in sys.argv[1:]]
+    if not folders or sys.argv[1].startswith("-"):
+        sys.exit("usage: python plot.py RUN [RUN2 ...]")
+    try:
+        print(plot_run(folders[0]) if len(folders) == 1 else plot_runs(folders))
+    except (FileNotFoundError, NotADirectoryError) as e:
+        sys.exit(f"error: {e.filename} does not exist: is that the folder of a run?")

@@ -41,15 +41,16 @@ def same_end(recorded, replayed):
     return best[np.nanargmax(recorded)] / best.sum()
 
 
-def replay(run, rewards, comparisons):
-    """One row of the table: a dict."""
+def recorded_judge(run, rewards=None, comparisons=None):
+    """The judge of a finished run, with its recorded answers; close its `chat` after use."""
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    store = Path(run) / "judgments.sqlite"
-    chat = Recorded("http://nowhere.invalid/v1", config["judge_model"], cache=store)
-    judge = Judge(
-        chat,
+    comparisons = str(comparisons or config["comparisons"])
+    return Judge(
+        Recorded(
+            "http://nowhere.invalid/v1", config["judge_model"], cache=Path(run) / "judgments.sqlite"
+        ),
         rewards=rewards or config["rewards"],
-        comparisons=comparisons,
+        comparisons=int(comparisons) if comparisons.isdigit() else comparisons,
         samples=config["judge_samples"],
         temperature=config["judge_temperature"],
         top_p=config["judge_top_p"],
@@ -58,9 +59,14 @@ def replay(run, rewards, comparisons):
         retries=config["judge_retries"],
         seed=config["seed"],
     )
+
+
+def replay(run, rewards, comparisons):
+    """One row of the table: a dict."""
+    judge = recorded_judge(run, rewards, comparisons)
     asked = absent = 0
     same_best, same_worst, chosen = [], [], Counter()
-    for step, pools in pools_by_step(store):
+    for step, pools in pools_by_step(Path(run) / "judgments.sqlite"):
         keys, prefixes, references, candidates, sources, before = map(
             list, zip(*pools, strict=True)
         )
@@ -72,7 +78,7 @@ def replay(run, rewards, comparisons):
                 same_best.append(same_end(old, new))
                 same_worst.append(same_end(-old, -new))
                 chosen[sources[0][np.nanargmax(new)]] += 1
-    chat.close()
+    judge.chat.close()
     return {
         "questions": asked,
         "answered": 1 - absent / max(asked, 1),

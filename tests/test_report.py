@@ -1,0 +1,82 @@
+"""The pictures of runs and the page of one, which hostile text of models cannot take over."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import plot
+import report
+from chat import Chat
+from config import Config
+from teachers import make_judge
+from world import start_teacher
+
+ATTACKS = [
+    "</script><script>document.title='taken'</script>",
+    "<img src=x onerror=\"document.title='taken'\"> & <!-- <script>",
+    " mirela keeps a parrot .",
+    None,
+]
+SOURCES = ["suffix", "rollout", "rollout", "rewrite"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three steps and one pool each, judged by the pocket world's teacher."""
+    folder = tmp_path_factory.mktemp("runs") / "<b>run"
+    folder.mkdir()
+    config = Config(candidates="suffix,rollouts,rewrite")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with start_teacher() as url:
+        chat = Chat(url, config.judge_model, cache=folder / "judgments.sqlite")
+        judge = make_judge(chat, config, store=folder / "judgments.sqlite")
+        for step in range(3):
+            prefix = ATTACKS[1] + f" step {step}"
+            judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, [step]).result()
+        chat.close()
+    lines = [{"step": i, "reward": 1.0 + i, "loss": None, "chosen.rollout": 0.5} for i in range(3)]
+    log = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "rew'
+    (folder / "log.jsonl").write_text(log)
+    return folder
+
+
+def test_the_page_holds_what_was_judged_and_no_markup_of_models(run):
+    text = report.write_report(run, 2).read_text(encoding="utf-8")
+    pools = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    assert [pool["step"] for pool in pools] == [1, 3]  # spread over the run
+    best, *_, failed = pools[0]["candidates"]
+    assert failed["text"] is None and failed["reward"] is None and best["best"]
+    assert {v["kind"] for v in best["verdicts"]} == {"quality", "safety", "factuality"}
+    assert all(v["answer"] for v in best["verdicts"])
+    assert text.count("<script") == 2 and "onerror" in text and "<img src=x" not in text
+    assert "<b>run" not in text and "://" not in text.partition('id="data"')[0]
+
+
+def test_in_a_browser(run):
+    browser = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    if browser is None:
+        pytest.skip("apt install chromium")
+    page = report.write_report(run, 200)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    dom = done.stdout
+    title = re.search("<title>(.*)</title>", dom)[1]
+    assert title.startswith("&lt;b&gt;run: dpo")
+    assert len(re.findall('<div class="candidate ', dom)) == 4  # the last step's, by default
+    assert "&lt;img src=x onerror=" in dom and "step 2" in dom and "<img src=" not in dom
+
+
+def test_curves_of_several_runs(run, tmp_path):
+    """Runs that have not finished, of the same name in two folders, and one that is not there."""
+    other = shutil.copytree(run, tmp_path / run.name)
+    assert plot.plot_runs([run, other]).stat().st_size > 10_000
+    assert plot.run_names([run, other]) == [f"{p.parent.name}/{run.name}" for p in (run, other)]
+    command = [sys.executable, plot.__file__, str(run), str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
