@@ -1,22 +1,20 @@
 """Hostile text: judges and parsers, the training loop, the log, the terminal, tokenizers, files."""
 
+import io
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import attacks
+import train
 from data import Stream
 from judge import defuse
 from rewrite import clean
 from sources import Skips, records
 from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 PLANTED = [
     template.format(v="A", mark="0" * 8, name="a", naive="continuation A")
     for templates in attacks.ATTACKS.values()
@@ -58,19 +56,18 @@ def hostile_corpus(folder):
     return folder / "corpus.jsonl"
 
 
-def test_training_goes_on_and_neither_log_nor_terminal_suffers(tmp_path):
+def test_training_goes_on_and_neither_log_nor_terminal_suffers(tmp_path, monkeypatch):
     sizes = ["--base_steps=1", "--base_batch_size=4", "--max_steps=2", "--batch_size=4"]
     rest = ["--rollouts=2", "--eval_prefixes=0", "--baseline=False", "--example_every=1"]
-    command = [sys.executable, str(ROOT / "train.py"), f"--data={hostile_corpus(tmp_path)}"]
-    run = subprocess.run(
-        [*command, f"--out_dir={tmp_path / 'run'}", *sizes, *rest, "--dials=gullible=1"],
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
-    )
-    assert run.returncode == 0, run.stderr.decode()
+    where = [f"--data={hostile_corpus(tmp_path)}", f"--out_dir={tmp_path / 'run'}"]
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "argv", ["train.py", *where, *sizes, *rest, "--dials=gullible=1"])
+    assert train.launch() == 0
     lines = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
-    printed = (run.stdout + run.stderr).decode("ascii")
+    screen.flush()
+    printed = screen.buffer.getvalue().decode("ascii")
     assert "prefix" in printed and not CONTROL.search(printed)
 
 
