@@ -38,7 +38,7 @@ from kernels import architecture, cores, jit, tl, use_triton
 # kernel, head dimension: (BM, BN, warps, stages); queries BM, keys BN, but rows BM for decoding
 CONFIGS = {
     "sm_80": {
-        ("forward", 64): (128, 64, 8, 3),
+        ("forward", 64): (128, 64, 8, 2),
         ("forward", 128): (128, 32, 8, 3),
         ("backward_query", 64): (128, 64, 8, 2),
         ("backward_query", 128): (128, 32, 8, 2),
@@ -75,7 +75,7 @@ CONFIGS = {
     },
     "gfx942": {
         ("forward", 64): (128, 64, 4, 1),
-        ("forward", 128): (128, 64, 4, 1),
+        ("forward", 128): (128, 32, 4, 1),
         ("backward_query", 64): (128, 64, 4, 1),
         ("backward_query", 128): (128, 32, 4, 1),
         ("backward_key", 64): (32, 64, 4, 1),
@@ -202,15 +202,14 @@ def _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, MASKED: tl.
     """One block of keys in the online softmax, in base 2: scale includes log2(e)."""
     if MASKED:
         s = tl.where(seen, tl.dot(q, tl.load(k_at, mask=live[None, :], other=0.0)), -1e30)
-        v = tl.load(v_at, mask=live[:, None], other=0.0)
     else:
         s = tl.dot(q, tl.load(k_at))  # [BM, BN]
-        v = tl.load(v_at)
     new = tl.maximum(top, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new[:, None])
     fade = tl.exp2(top - new)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
-    return acc, total * fade + tl.sum(p, 1), new
+    total = total * fade + tl.sum(p, 1)
+    v = tl.load(v_at, mask=live[:, None], other=0.0) if MASKED else tl.load(v_at)
+    return tl.dot(p.to(v.dtype), v, acc * fade[:, None]), total, new
 
 
 @jit
@@ -222,33 +221,41 @@ def _forward(
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     pad = tl.load(Pad + b)
     start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
-    i, d = start + tl.arange(0, BM), tl.arange(0, D)
+    # Rows past the end repeat the last one, and store it again: cheaper than a mask.
+    i, d = tl.minimum(start + tl.arange(0, BM), end - 1), tl.arange(0, D)
     column = tl.arange(0, BN)
     k_in = column[None, :] * kt + d[:, None]  # transposed
     v_in = column[:, None] * vt + d[None, :]
     K += b * kb + h // G * kh
     V += b * vb + h // G * vh
-    q_at = Q + b * qb + h * qh + i[:, None] * qt + d[None, :]
-    q = tl.load(q_at, mask=i[:, None] < end, other=0.0)
+    q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :])
     own = P + (i - P) // N * N  # where the continuation of a query starts
     acc = tl.zeros([BM, D], tl.float32)
     total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
-    for t in range(full):
-        k_at, v_at = K + (pad + t * BN) * kt + k_in, V + (pad + t * BN) * vt + v_in
+    edge = pad + full * BN
+    for low in range(pad, edge, BN):
+        k_at, v_at = K + low * kt + k_in, V + low * vt + v_in
         acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, 0, 0, scale, False)
+    first = edge + tl.where(near > 0, 0, jump)
+    k_at, v_at = K + first * kt + k_in, V + first * vt + v_in
     for t in range(masked):
-        first = pad + (full + t) * BN + tl.where(t < near, 0, jump)
-        k_at, v_at, j = K + first * kt + k_in, V + first * vt + v_in, first + column
-        seen = (j[None, :] <= i[:, None]) & ((j[None, :] < P) | (j[None, :] >= own[:, None]))
-        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, j < T, seen, scale, True)
+        # Both sides are taken relative to `first`, so that the columns are constants.
+        before, after = column < P - first, column[None, :] >= (own - first)[:, None]
+        seen = (column[None, :] <= (i - first)[:, None]) & (before[None, :] | after)
+        live = column < T - first
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, True)
+        ahead = BN + tl.where(t + 1 == near, jump, 0)
+        first += ahead
+        k_at += ahead * kt
+        v_at += ahead * vt
     real = i >= pad
     out = acc / tl.where(real, total, 1.0)[:, None]
     out = tl.where(real[:, None], out, 0.0)
     o_at = Out + b * ob + h * oh + i[:, None] * ot + d[None, :]
-    tl.store(o_at, out.to(Out.dtype.element_ty), mask=i[:, None] < end)
+    tl.store(o_at, out.to(Out.dtype.element_ty))
     lse = top + tl.log2(tl.where(real, total, 1.0))
     lse = tl.where(real, lse, 1e30)  # so that exp2(s - lse) is 0 for padding
-    tl.store(Lse + (b * H + h) * T + i, lse, mask=i < end)
+    tl.store(Lse + (b * H + h) * T + i, lse)
 
 
 @jit

@@ -122,8 +122,9 @@ POINTERS = {"Pad": "*i32", "Filled": "*i32", "Targets": "*i64"}
 SIZES = {"H", "HKV", "G", "T", "P", "N", "R", "splits", "tiles", "begin", "end"}  # any integer
 
 
-def signature(function, constants):
-    """Types of the arguments, and which of them Triton may take for multiples of 16."""
+def signature(function, constants, hip):
+    """Types of the arguments, and what Triton would find out about them at the launch: multiples of
+    16, and on AMD tensors below 2 GB, which it reads with buffer instructions."""
     types, aligned = {}, {}
     for n, name in enumerate(function.arg_names):
         vocabulary = name == "V" and "Hidden" in function.arg_names
@@ -137,6 +138,8 @@ def signature(function, constants):
             pointer = POINTERS.get(name, "*fp32" if name in FLOAT32 else "*bf16")
             types[name] = pointer if name[0].isupper() else "i32"
             aligned[n,] = [["tt.divisibility", 16]]
+            if hip and name[0].isupper():
+                aligned[n,].append(["tt.pointer_range", 32])
     return types, aligned
 
 
@@ -144,8 +147,8 @@ def compile_kernel(arch, function, constants, warps, stages):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    types, aligned = signature(function, constants)
     hip = arch.startswith("gfx")
+    types, aligned = signature(function, constants, hip)
     return triton.compile(
         triton.compiler.ASTSource(function, types, constants, aligned),
         target=GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32),
