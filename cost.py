@@ -7,9 +7,8 @@ prompt's characters / 4 plus the texts at full length, an answer is ANSWER_TOKEN
 are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk aside.
 """
 
-from pathlib import Path
-
 from config import Config, names
+from judge import load_prompts
 from model import ModelConfig
 
 ANSWER_TOKENS = 80  # a short reasoning and a verdict
@@ -37,6 +36,10 @@ def comparisons(config: Config) -> int:
 def questions(config: Config) -> dict[str, int]:
     """Questions a step by kind; malformed answers, asked again, come on top."""
     B, C = config.batch_size, pool_size(config)
+    if config.task == "judge":
+        return {}
+    if config.task == "rewriter":  # rewrites of unsafe suffixes, which are half of the rows
+        return dict.fromkeys(("quality", "safety"), B * C * config.judge_samples // 2)
     out = {}
     for kind in (name.partition(":")[0] for name in names(config.rewards)):
         each = comparisons(config) if kind == "quality" else C
@@ -50,10 +53,9 @@ def tokens(config: Config) -> tuple[int, int]:
     """Teacher tokens a step: (read, written)."""
     N, P = config.chunk, config.max_seq - config.chunk
     texts = {"quality": P + 2 * N, "safety": N, "factuality": P + 2 * N, "rewrite": P + N}
-    read = written = 0
+    read, written, templates = 0, 0, load_prompts(config.prompts)
     for kind, count in questions(config).items():
-        template = (Path(config.prompts) / f"{kind}.txt").read_text(encoding="utf-8")
-        read += count * (len(template) // 4 + texts[kind])
+        read += count * (len(templates[kind]) // 4 + texts[kind])
         written += count * (N if kind == "rewrite" else ANSWER_TOKENS)
     return read, written
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import config as configuration
 import train
 import world
+from cost import questions
 from judge import load_prompts
 from sources import DataError
 from tasks import Rows, TaskRewards, TaskStream, overlap
@@ -155,3 +157,13 @@ def test_cold_start_and_grpo_run_in_the_loop(task, tmp_path):
     summary = json.loads((tmp_path / "grpo" / "summary.json").read_text())
     assert summary["policies"].keys() == {"base", "method"}
     assert (tmp_path / "grpo" / "training.png").exists() and len(summary["rows"]) == 8
+
+
+@pytest.mark.parametrize("name", ["teacher_judge", "teacher_rewriter"])
+def test_the_papers_settings_and_what_they_ask(name):
+    config, _ = configuration.parse([f"configs/{name}.py"])
+    answers = config.batch_size * config.rollouts
+    assert answers == 256 * 16 and (config.temperature, config.top_p) == (0.6, 0.6)
+    # only rewrites of unsafe suffixes, half of all, are judged: five times, in two kinds
+    expected = {} if config.task == "judge" else dict(quality=5 * 2048, safety=5 * 2048)
+    assert questions(config) == expected
