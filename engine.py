@@ -13,14 +13,18 @@ Prompts are kept with their keys and values, the latest PROMPT_BYTES of them: n 
 prompt, a repeated prompt and the common head of different prompts are computed once.
 """
 
+import json
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Llama, rope_tables
+from model import Llama, load_model, rope_tables
 from rollout import sample
+from tokenizer import load_tokenizer
 
 PROMPT_BYTES = 1 << 28  # keys and values of prompts kept for reuse
 BLOCK = 16  # prompts share heads of a multiple of this many tokens
@@ -34,7 +38,7 @@ class Row:
     """One answer: what to sample, and what has been sampled."""
 
     prompt: tuple[int, ...]
-    uniform: list[float]  # the random number behind each token; as many as tokens allowed
+    uniform: np.ndarray  # the random number behind each token; as many as tokens allowed
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
@@ -44,7 +48,7 @@ class Row:
     logprobs: list = field(default_factory=list)  # of each: (log p, [(id, log p), ...])
     prompt_logprobs: list = field(default_factory=list)  # from the second token on
     sampled: int = 0  # tokens, the ending one included
-    finish: str | None = None  # "stop" or "length"
+    finish: str | None = None  # "stop", "length" or, set by whoever sees it fail, "error"
     gone: bool = False  # set by whoever no longer wants it
 
 
@@ -166,8 +170,8 @@ class Engine:
             if not (row := self.waiting.popleft()).gone:
                 new.append(row)
         computed = self.prefill(new)
-        done = [row for row in new if not row.uniform]  # it only wanted its prompt scored
-        new = [row for row in new if row.uniform]
+        done = [row for row in new if not len(row.uniform)]  # it only wanted its prompt scored
+        new = [row for row in new if len(row.uniform)]
         if new:
             self.reserve(len(self.rows) + len(new), max(len(row.prompt) for row in new))
         for row in new:
@@ -261,7 +265,7 @@ class Engine:
             alike[row.temperature, row.top_p].append(i)
         for (temperature, top_p), group in alike.items():
             logits = self.logits[group]
-            u = torch.tensor([self.rows[i].uniform[self.rows[i].sampled] for i in group])
+            u = torch.tensor([float(self.rows[i].uniform[self.rows[i].sampled]) for i in group])
             tokens, _ = sample(logits, u.to(self.device), temperature, top_p)
             for j, (i, token) in enumerate(zip(group, tokens.tolist(), strict=True)):
                 row = self.rows[i]
@@ -295,3 +299,43 @@ class Engine:
             self.rows[i], self.starts[i] = row, start
             self.cache[:, :, i, :, start : self.now] = self.cache[:, :, last, :, start : self.now]
             self.logits[i] = self.logits[last]
+
+
+# --- Around it -----------------------------------------------------------------------------------
+
+
+def load_engine(folder: str, size: int, device: str = "cpu"):
+    """(Engine, tokenizer) of a folder; ValueError says what is wrong with it."""
+    # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, device, dtype).requires_grad_(False)
+    ends = {tokenizer.eos, *end_tokens(Path(folder))}
+    return Engine(model, ends, tokenizer.decode, size), tokenizer
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The ids that end an answer by config.json and generation_config.json."""
+    found = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += eos if isinstance(eos, list) else [eos]
+    return [i for i in found if type(i) is int]
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    """A text as a prompt: at least one token, and the one that the tokenizer puts first."""
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return start + tokenizer.encode(text) or [tokenizer.eos]
+
+
+def certain(text: str, stops: tuple[str, ...], final: bool) -> str:
+    """Up to the first stop string; before the end also without what the next token may change:
+    half a character, half a stop string."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    if found or final:
+        return text[: min(found, default=None)]
+    text = text.rstrip("\ufffd")
+    halves = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(halves, default=0)]

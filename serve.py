@@ -22,9 +22,7 @@ import hmac
 import json
 import logging
 import os
-import re
 import secrets
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,12 +30,11 @@ from pathlib import Path
 import torch
 from aiohttp import web
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine import Engine, Row
-from model import load_model
-from rollout import uniforms
-from tokenizer import load_tokenizer
+from engine import Row, certain, load_engine, plain
+from rollout import packed_weights, uniforms
+from template import Template
+from world import running
 
 MAX_BODY = 4 << 20  # bytes of a request
 MAX_ANSWERS = 4096  # answers being computed or waiting, over all requests
@@ -77,70 +74,7 @@ class Refusal(Exception):
         return web.json_response(self.body, status=self.status, headers=headers)
 
 
-# --- The prompt ----------------------------------------------------------------------------------
-
-
-class Template:
-    """The chat template of a folder: messages to token ids."""
-
-    def __init__(self, folder: Path, tokenizer):
-        self.tokenizer, self.source = tokenizer, None
-        own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        source = own.read_text(encoding="utf-8") if own.exists() else settings.get("chat_template")
-        if isinstance(source, list):  # several by name
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
-        if source is None:
-            return
-        # transformers' environment
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-        environment.globals["strftime_now"] = time.strftime
-        environment.globals["raise_exception"] = self.complain
-        tokens = ((name, settings.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
-        self.names = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in tokens
-            if token
-        }
-        self.source = environment.from_string(source)
-        longest_first = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
-        self.special = re.compile(f"({'|'.join(longest_first)})")
-
-    @staticmethod
-    def complain(message):
-        raise TemplateError(message)
-
-    def encode(self, messages: list[dict]) -> list[int]:
-        if self.source is None:
-            return plain(self.tokenizer, "\n".join(message["content"] for message in messages))
-        # A character that occurs nowhere breaks up what looks like a special token.
-        said = "".join(message["content"] for message in messages)
-        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in said)
-        messages = [
-            message | {"content": self.special.sub(lambda m: m[0][0] + mark + m[0][1:], text)}
-            for message in messages
-            for text in [message["content"]]
-        ]
-        try:
-            text = self.source.render(messages=messages, add_generation_prompt=True, **self.names)
-        except Exception as error:  # whatever a template may do
-            what = f"the folder's chat template refuses these messages: {error}"
-            raise Refusal(400, what, param="messages") from None
-        ids = []
-        for i, piece in enumerate(self.special.split(text)):
-            if i % 2:
-                ids.append(self.tokenizer.specials[piece])
-            elif piece:
-                ids += self.tokenizer.encode(piece.replace(mark, ""))
-        return ids
-
-
-def plain(tokenizer, text: str) -> list[int]:
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return start + tokenizer.encode(text) or [tokenizer.eos]
+# --- The request ---------------------------------------------------------------------------------
 
 
 def messages_of(body: dict) -> list[dict]:
@@ -192,9 +126,6 @@ def is_ids(found, vocabulary: int) -> bool:
     return whole and min(found) >= 0 and max(found) < vocabulary
 
 
-# --- The request ---------------------------------------------------------------------------------
-
-
 def number(body: dict, name: str, default, low, high, kind=int):
     value = body.get(name)
     if value is None:
@@ -231,7 +162,7 @@ class Request:
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created, n = int(time.time()), number(body, "n", 1, 1, 128)
         if chat:
-            self.prompts = [server.template.encode(messages_of(body))]
+            self.prompts = [server.encode(messages_of(body))]
             wants = flag(body, "logprobs")
             top = number(body, "top_logprobs", 0, 0, MAX_TOP) if wants else None
         else:
@@ -259,7 +190,7 @@ class Request:
             raise Refusal(400, what, "context_length_exceeded", limit)
         if (count := n * len(self.prompts)) > MAX_ANSWERS:
             raise Refusal(400, f"{count} answers in one request, the most is {MAX_ANSWERS}")
-        u = uniforms(seed, torch.arange(len(self.prompts)), n, tokens).flatten(0, 1).tolist()
+        u = uniforms(seed, torch.arange(len(self.prompts)), n, tokens).flatten(0, 1).numpy()
         self.rows = [Row(tuple(self.prompts[i // n]), u[i], **sampling) for i in range(len(u))]
 
 
@@ -279,15 +210,16 @@ class Server:
     """Requests to the engine, and its answers in OpenAI's shapes."""
 
     def __init__(self, folder: str, size: int, device: str):
-        # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.tokenizer, self.name = load_tokenizer(folder), folder
-        self.template = Template(Path(folder), self.tokenizer)
-        model = load_model(folder, device, dtype).requires_grad_(False)
-        ends = {self.tokenizer.eos, *end_tokens(Path(folder))}
-        self.engine = Engine(model, ends, self.tokenizer.decode, size)
+        self.engine, self.tokenizer = load_engine(folder, size, device)
+        self.template, self.name = Template(Path(folder), self.tokenizer), folder
         self.names = {i: name for name, i in self.tokenizer.specials.items()}
         self.requests, self.wake = {}, asyncio.Event()  # of every row in the engine, by its id()
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        try:
+            return self.template.encode(messages)
+        except TemplateError as error:
+            raise Refusal(400, str(error), param="messages") from None
 
     async def work(self):
         """Steps of the engine, in a thread of their own, as long as somebody waits."""
@@ -439,30 +371,9 @@ class Server:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes_of(i))
 
 
-def certain(text: str, stops: tuple[str, ...], final: bool) -> str:
-    """Up to the first stop string; before the end also without what the next token may change:
-    half a character, half a stop string."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    if found or final:
-        return text[: min(found, default=None)]
-    text = text.rstrip("\ufffd")
-    halves = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return text[: len(text) - max(halves, default=0)]
-
-
 def usage(request: Request) -> dict:
     read, written = sum(map(len, request.prompts)), sum(row.sampled for row in request.rows)
     return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """The ids that end an answer by config.json and generation_config.json."""
-    found = []
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        if path.exists():
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found += eos if isinstance(eos, list) else [eos]
-    return [i for i in found if type(i) is int]
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
@@ -483,6 +394,8 @@ def application(server: Server, key: str) -> web.Application:
             return await handler(http)
         except Refusal as refusal:
             return refusal.response()
+        except ConnectionError:  # the client has left
+            raise
         except web.HTTPException as error:  # no such path, wrong method, body too large
             code = error.reason.lower().replace(" ", "_")
             return Refusal(error.status, f"{error.reason}: {http.path[:100]}", code).response()
@@ -543,7 +456,6 @@ async def serve(folder: str, host: str, port: int, batch: int, device: str, pare
     if host not in ("127.0.0.1", "::1", "localhost") and not key:
         raise ValueError(f"--host {host} is reached by others: set NANOSIP_API_KEY first")
     server = Server(folder, batch, device)
-    working = asyncio.create_task(server.work())
     runner = web.AppRunner(
         application(server, key), access_log=None, handler_cancellation=True, shutdown_timeout=1.0
     )
@@ -551,31 +463,18 @@ async def serve(folder: str, host: str, port: int, batch: int, device: str, pare
     await web.TCPSite(runner, host, port, backlog=2048).start()
     host, port = runner.addresses[0][:2]
     print(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1", flush=True)
-    while parent is None or os.getppid() == parent:
-        await asyncio.sleep(0.5)
+    with packed_weights(server.engine.model):
+        working = asyncio.create_task(server.work())
+        while parent is None or os.getppid() == parent:
+            await asyncio.sleep(0.5)
     working.cancel()
     await runner.cleanup()
 
 
-@contextlib.contextmanager
 def start_server(folder, batch: int = 64):
-    """A server of the folder in a process of its own, which ends with this one; gives its URL."""
+    """Context manager: a server of the folder in a process of its own; gives its base URL."""
     command = [sys.executable, os.path.abspath(__file__), str(folder), f"--batch={batch}"]
-    command += ["--port=0", f"--parent={os.getpid()}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        url = process.stdout.readline().decode().strip()
-        if not url:
-            raise RuntimeError(f"the server did not start: {' '.join(command)}")
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+    return running([*command, "--port=0", f"--parent={os.getpid()}"])
 
 
 def main():
@@ -586,10 +485,13 @@ def main():
     parser.add_argument("--batch", type=int, default=64, help="answers sampled at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parent", type=int, help="stop when this parent process is gone")
+    options = parser.parse_args()
+    if options.batch < 1:
+        parser.error("--batch is at least 1")
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            asyncio.run(serve(**vars(parser.parse_args())))
-        except (ValueError, OSError) as error:  # of the folder, or of the port
+            asyncio.run(serve(**vars(options)))
+        except (ValueError, OSError, RuntimeError) as error:  # of folder, port or device
             sys.exit(f"serve.py: {error}")
 
 

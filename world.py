@@ -725,17 +725,22 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
     await runner.cleanup()
 
 
-@contextlib.contextmanager
 def start_teacher(**dials):
-    """A teacher in a process of its own, which ends with this one; gives its base URL."""
+    """Context manager: a teacher in a process of its own; gives its base URL."""
     Dials(**dials)  # refuses unknown dials here
     flags = [f"--{name}={value}" for name, value in dials.items()]
     command = [sys.executable, os.path.abspath(__file__), "serve", f"--parent={os.getpid()}"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, start_new_session=True)
+    return running([*command, *flags])
+
+
+@contextlib.contextmanager
+def running(command: list[str]):
+    """A server in a process of its own, which ends with this one; gives the URL it prints first."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     try:
         url = process.stdout.readline().decode().strip()
         if not url:
-            raise RuntimeError(f"the pocket world's teacher did not start: {' '.join(command)}")
+            raise RuntimeError(f"the server did not start: {' '.join(command)}")
         yield url
     finally:
         process.terminate()

@@ -14,9 +14,10 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sample
 import serve
 from chat import Chat
-from engine import Engine, Row
+from engine import Engine, Row, extend, load_engine, plain
 from model import Llama, ModelConfig, load_model, save_model
 from rollout import rollout, uniforms
 from tokenizer import WORLD_PATTERN, Tokenizer, load_tokenizer
@@ -115,7 +116,7 @@ def rows_of(count, size, **how):
     rows = []
     for i in range(count):
         whole = heads[i % 3][: 16 + 5 * i % 55] + heads[i % 2][: i % 9 + 1]
-        u = uniforms(i, torch.tensor([0]), 1, size)[0, 0].tolist()
+        u = uniforms(i, torch.tensor([0]), 1, size)[0, 0].numpy()
         rows.append(Row(tuple(whole), u[: 1 + (7 * i) % size], **how))
     return rows
 
@@ -123,7 +124,7 @@ def rows_of(count, size, **how):
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
 def test_answers_equal_the_samplers_whatever_the_batch(folder, how):
     model, eos = load_model(folder), load_tokenizer(folder).eos
-    rows = rows_of(18, 60, **how)
+    rows = rows_of(14, 40, **how)
     engine = Engine(model, {eos}, None, size=7)
     for i, row in enumerate(rows):  # they join at different moments, and some leave early
         engine.waiting.append(row)
@@ -143,7 +144,7 @@ def test_answers_equal_the_samplers_whatever_the_batch(folder, how):
 def test_prompts_that_begin_alike_are_computed_once(folder, monkeypatch):
     fed = []
 
-    def counted(model, cache, start, tokens, extend=serve.Engine.__init__.__globals__["extend"]):
+    def counted(model, cache, start, tokens, extend=extend):
         fed.append(tokens.numel())
         return extend(model, cache, start, tokens)
 
@@ -189,7 +190,7 @@ def test_text_that_spells_a_special_token_stays_text(running_server):
         special["<|im_start|>"]
     ]
     assert evil in server.tokenizer.decode(got)
-    assert serve.plain(server.tokenizer, evil) == server.tokenizer.encode(evil)
+    assert plain(server.tokenizer, evil) == server.tokenizer.encode(evil)
 
 
 def test_without_a_template_a_chat_is_a_plain_prompt(tmp_path):
@@ -432,7 +433,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["/chat/completions", "/completions"]), bodies)
 def test_no_body_breaks_it(url, path, body):
     data = json.dumps({"max_tokens": 5} | body).encode()
@@ -453,3 +454,27 @@ def test_a_server_of_ones_own(folder, monkeypatch):
     monkeypatch.delenv("NANOSIP_API_KEY", raising=False)
     with pytest.raises(ValueError, match="NANOSIP_API_KEY"):
         asyncio.run(serve.serve(folder, "0.0.0.0", 0, 4, "cpu", None))
+
+
+def test_sample_shows_checkpoints_side_by_side(folder, tmp_path, monkeypatch, capsys):
+    other = make_folder(tmp_path, template=None)
+    monkeypatch.setenv("COLUMNS", "90")
+    ask = ["sample.py", folder, other, "w1 w2", "--tokens=30", "--n=2", "--judge_url=world"]
+    monkeypatch.setattr("sys.argv", ask)
+    sample.main()
+    said = capsys.readouterr().out
+    assert said.count("-----") and said.count(f"{folder}: ") == 2 == said.count(f"{other}: ")
+    assert said.count("better: ") == 2
+    halves = [(line[:45].strip(), line[45:].strip()) for line in said.split("\n\n")[0].splitlines()]
+    assert all(left == right for left, right in halves[2:]) and len(halves) > 2  # the same weights
+    monkeypatch.setattr("sys.argv", ["sample.py", folder, "w1", "--tokens=20", "--seed=3"])
+    sample.main()
+    engine, tokenizer = load_engine(folder, 1)
+    row = Row(tuple(plain(tokenizer, "w1")), uniforms(3, torch.tensor([0]), 1, 20)[0, 0].numpy())
+    engine.waiting.append(row)
+    while engine.load:
+        engine.step()
+    assert capsys.readouterr().out == tokenizer.decode(row.ids) + "\n\n"
+    monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "none"), "w1"])
+    with pytest.raises(SystemExit, match="sample.py: no tokenizer"):
+        sample.main()
