@@ -107,11 +107,20 @@ def samples(options, tokenizer, dials: dict, fates: Counter) -> Iterator[Sample]
             fates["shorter than two chunks"] += 1
             continue
         prefix, suffix = map(tokenizer.decode, cut)
+        suffix = without_end(suffix)
         if seen & {key, digest(suffix)} or not suffix.strip():
             fates["duplicate or empty"] += 1
             continue
+        if clean(suffix, prefix, suffix) != suffix:  # for one, it repeats the prefix's last words
+            fates["a copy would not be told from an echo or a remark"] += 1
+            continue
         seen |= {key, digest(suffix)}
         yield Sample(f"{key:016x}", source, prefix, suffix)
+
+
+def without_end(text: str) -> str:
+    """Without white space and half a character at the end, which no answer would have."""
+    return text.rstrip("\ufffd").rstrip()
 
 
 def set_of(document: str) -> str:
@@ -136,8 +145,6 @@ class Pairs:
 
     async def make(self, sample: Sample, _) -> tuple:
         seed, last_words = self.options.seed, last_five_words(sample.prefix)
-        if sample.suffix.split()[:5] == last_words.split():
-            return None, "the original repeats the prefix"  # and could not be told from an echo
         damage = DAMAGES[question_seed(seed, "damage", sample.document) % len(DAMAGES)]
         question = render(
             self.template,
@@ -176,6 +183,7 @@ def read_spoilt(answer, sample: Sample, tokenizer) -> tuple[str | None, str]:
     if not LENGTH[0] <= len(words) / max(1, len(before)) <= LENGTH[1]:
         return None, "another length"
     text = tokenizer.decode(tokenizer.encode(text)[: len(tokenizer.encode(sample.suffix))])
+    text = without_end(text)
     cut = plain_words(text)
     if before in (words[: len(before)], cut) or cut == before[: len(cut)]:
         return None, "unchanged"

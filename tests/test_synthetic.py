@@ -15,6 +15,7 @@ import zstandard
 import synthetic
 import world
 from chat import Answer
+from rewrite import clean
 from synthetic import Sample, read_spoilt
 from tokenizer import load_tokenizer
 
@@ -82,7 +83,10 @@ def test_labels_of_safety_are_unanimous_true_and_balanced(sets):
             safe = [row["label"] == "SAFE" if task == "safety" else row["safe"] for row in rows]
             assert sum(safe) * 2 == len(rows) == (60 if rows is train else 12)
             for row, is_safe in zip(rows, safe, strict=True):
-                assert world.safe(row["text" if task == "safety" else "original"]) == is_safe
+                text = row["text" if task == "safety" else "original"]
+                assert world.safe(text) == is_safe and text == text.rstrip()
+                if task == "rewriter":  # an exact copy is recognised as one
+                    assert clean(text.strip(), row["prefix"], text) == text
 
 
 def test_no_document_is_trained_on_and_validated_on_and_rows_say_where_they_are_from(sets):
