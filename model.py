@@ -295,9 +295,9 @@ def read_config(folder: str | Path) -> ModelConfig:
     for key, (found, needed) in fixed.items():
         if found != needed:
             raise ModelError(
-                f"{path}: {key} is {found!r}, only {needed!r} is supported"
+                f"{path}: {key} is {found!r:.80}, only {needed!r} is supported"
                 if key != "rope type"
-                else f"{path}: rope type {kind!r} is not supported (only default and llama3)"
+                else f"{path}: rope type {kind!r:.80} is not supported (only default and llama3)"
             )
 
     def size(key, default=None):

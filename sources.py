@@ -11,6 +11,7 @@ import glob
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 import zlib
@@ -33,6 +34,7 @@ PASSAGE = 8192  # bytes of plain text that make a document, up to the next blank
 SIP = 2048  # compressed bytes unpacked at once, which bounds what a bomb can make of them
 PIECE = 1 << 18  # bytes of content handed on at once
 BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
+ROW_GROUP = 16 << 20  # bytes: a smaller row group of a parquet file is never called a bomb
 PATIENCE = 10_000  # records in a row without a text before a corpus is refused
 RETRIES = 6  # of a download that makes no progress
 TIMEOUT = (10, 60)  # seconds to connect, to wait for bytes
@@ -254,13 +256,17 @@ def parquet_rows(raw, start: int) -> Iterator[tuple[int, dict]]:
         raise DataError("parquet files need pyarrow: pip install pyarrow") from None
     with tempfile.TemporaryFile() as copy:
         if isinstance(raw, Download):
+            room = shutil.disk_usage(tempfile.gettempdir()).free // 2
             while data := raw.read(1 << 20):
                 copy.write(data)
+                if copy.tell() > room:
+                    raise DataError(f"{raw.url} would fill {tempfile.gettempdir()}")
             raw = copy
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(raw)
-            for batch in table.iter_batches(batch_size=64):
+            refuse_bombs(table.metadata)
+            for batch in table.iter_batches(batch_size=16):
                 number += batch.num_rows
                 if number > start:
                     first = number - batch.num_rows
@@ -269,6 +275,15 @@ def parquet_rows(raw, start: int) -> Iterator[tuple[int, dict]]:
                             yield row, record
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from error
+
+
+def refuse_bombs(metadata) -> None:
+    """Raise Bomb if a column of a row group is out of all proportion to its bytes in the file."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size = column.total_uncompressed_size
+            if size > ROW_GROUP and size > BOMB[1] * column.total_compressed_size:
+                raise Bomb
 
 
 def text_of(record: dict, field: str | None) -> tuple[str | None, str]:
@@ -302,8 +317,10 @@ def ending(name: str) -> str:
     return (path.with_suffix("") if path.suffix in PACKED else path).suffix.lower()
 
 
-def list_files(source: str) -> list[str]:
+def list_files(source: str, depth: int = 0) -> list[str]:
     """The shards that a path, glob, folder, URL, list file or comma-separated mix of them names."""
+    if depth > 8:
+        raise DataError(f"lists within lists within lists: {source:.200}")
     names = []
     for part in filter(None, (part.strip() for part in source.split(","))):
         if is_url(part):
@@ -312,7 +329,7 @@ def list_files(source: str) -> list[str]:
             inside = glob.glob(os.path.join(glob.escape(part), "**", "*"), recursive=True)
             names += sorted(name for name in inside if ending(name) in ENDINGS and is_shard(name))
         elif listed := listed_in(part):
-            names += list_files(",".join(listed))
+            names += list_files(",".join(listed), depth + 1)
         elif os.path.exists(part):
             names.append(part)
         elif found := sorted(filter(os.path.isfile, glob.glob(part, recursive=True))):

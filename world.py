@@ -636,6 +636,10 @@ def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
 # ------------------------------------------------------------------------------------------------
 # The server
 
+MAX_TEXT = 1 << 15  # characters of a text in a question; verdicts on 20,000 of them are kept
+READ_WITHIN = 30.0  # seconds for the body of a request
+AT_ONCE = 4096  # requests; the next are asked to come back
+
 
 class BadRequest(Exception):
     """(HTTP status, OpenAI's error code, message)"""
@@ -659,6 +663,8 @@ def read_request(body: bytes) -> tuple[str, int, int | None, str]:
 
 def complete_chat(body: bytes, dials: Dials) -> dict:
     prompt, seed, limit, model = read_request(body)
+    if any(len(text) > MAX_TEXT for text in sections(prompt).values()):
+        raise BadRequest(400, "text_too_long", f"a text has over {MAX_TEXT} characters")
     try:
         text = answer(prompt, seed, dials)
     except ValueError as error:
@@ -697,15 +703,23 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
             raise BadRequest(404, "not_found", f"no such path: {request.path[:100]}")
         if request.method != "POST":
             raise BadRequest(405, "method_not_allowed", "chat completions are asked with POST")
-        body = await request.read()
+        body = await asyncio.wait_for(request.read(), READ_WITHIN)
         result = complete_chat(body, dials)
         if dials.latency:
             await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
         return result
 
+    open_requests = 0
+
     async def handle(request):
+        nonlocal open_requests
+        open_requests += 1
         try:
+            if open_requests > AT_ONCE:
+                raise BadRequest(503, "overloaded", f"over {AT_ONCE} requests at once")
             result, status = await respond(request), 200
+        except asyncio.TimeoutError:
+            result, status = error_body("timeout", "the request did not arrive"), 408
         except BadRequest as error:
             status, *explained = error.args
             result = error_body(*explained)
@@ -714,6 +728,8 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
         except Exception:
             logging.exception("a question to the pocket world failed")
             result, status = error_body("internal_error", "the teacher failed; see its log"), 500
+        finally:
+            open_requests -= 1
         return web.json_response(result, status=status)
 
     runner = web.ServerRunner(web.Server(handle))

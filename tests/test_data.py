@@ -368,6 +368,22 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
     assert int(grown) < 120
 
 
+def test_a_parquet_bomb_and_a_list_of_itself_are_refused(tmp_path):
+    text = pyarrow.array(["a" * (1 << 20)] * 40)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": text}),
+        tmp_path / "a.parquet",
+        compression="zstd",
+        use_dictionary=False,
+    )
+    skips = Skips()
+    assert list(records(str(tmp_path / "a.parquet"), skips)) == []
+    assert skips == {"decompression bomb": 1}
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
+    with pytest.raises(DataError, match="lists within lists"):
+        list_files(str(tmp_path / "list.txt"))
+
+
 def test_a_line_too_long_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_LINE", 1000)
     rows = [{"text": "a" * 2000}, {"text": "b" * 900}, {"text": "c" * 100_000}, {"text": "d"}]

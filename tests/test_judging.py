@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import train
 import world
 
+KEY = "sk-test-0123456789abcdef"
 SMALL = ["--base_steps=5", "--base_batch_size=8", "--max_steps=2", "--batch_size=4"]
 SMALL += ["--rollouts=2", "--eval_prefixes=0", "--baseline=False", "--timeout=2"]
 
@@ -23,14 +24,21 @@ def run(out, url):
     return log, load_file(out / "ckpt" / "model.safetensors")
 
 
-def test_a_run_under_faults_ends_with_the_same_weights(tmp_path):
-    """30 % fail: time-outs, resets, half-closed and huge bodies, 4xx, 5xx, broken JSON."""
+def test_a_run_under_faults_ends_with_the_same_weights(tmp_path, monkeypatch, capfd):
+    """30 % fail: time-outs, resets, half-closed and huge bodies, 4xx, 5xx, broken JSON. The key is
+    in no file and no line of it, though the server repeats it in its errors."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with faulty_server(share=0.0, answer=truth) as server:
         clean_log, clean = run(tmp_path / "clean", server.url)
-    with faulty_server(plan=TRANSPORT, share=0.3, seed=1, answer=truth) as server:
+    how = dict(plan=TRANSPORT, share=0.3, seed=1, answer=truth, message=f"sorry, Bearer {KEY}")
+    with faulty_server(**how) as server:
         log, weights = run(tmp_path / "faulty", server.url)
         assert sum(server.counts[kind] for kind in TRANSPORT) > 30
         assert max(server.answered.values()) == 1, "an answered question was asked again"
+        assert server.keys == {f"Bearer {KEY}"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert KEY not in "".join(capfd.readouterr())
     assert all(torch.equal(clean[name], weights[name]) for name in clean)
     assert [line["reward"] for line in clean_log] == [line["reward"] for line in log]
     assert sum(v for line in log for k, v in line.items() if k.startswith("judge.failed.")) > 30

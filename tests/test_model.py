@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from hostile import places, spoilt, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import Llama, ModelConfig, ModelError, load_model, preset, read_config, save_model
 
@@ -168,6 +171,8 @@ def edit_config(folder, **changes):
         ({"intermediate_size": 97}, "shape"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 1}, "belong to no Llama"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers"),
+        ({"vocab_size": 2**30}, "vocab_size"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(changes, words, tmp_path):
@@ -186,10 +191,35 @@ def test_damaged_files_are_one_clear_error(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match="model.safetensors"):
         load_model(tmp_path)
-    index = {"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="leads out of the folder"):
-        load_model(tmp_path)
+    for name in ("../elsewhere.safetensors", "/etc/x.safetensors", "..", "", "a\0.safetensors", 7):
+        index = {"weight_map": {"lm_head.weight": name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelError, match="leads out of the folder"):
+            load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="config.json cannot be read"):
+        read_config(tmp_path)
+
+
+def test_any_config_is_taken_or_refused_in_one_line(tmp_path):
+    """A model of it is never made: tests of refused sizes would need the memory."""
+    save_model(tiny(n_kv_head=2), tmp_path)
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    edit_config(tmp_path, rope_scaling=rope | {"original_max_position_embeddings": 8192})
+    whole = json.loads((tmp_path / "config.json").read_text())
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.sampled_from(list(places(whole))), values)
+    def check(place, new):
+        (tmp_path / "config.json").write_text(json.dumps(spoilt(whole, place, new)))
+        try:
+            config = read_config(tmp_path)
+        except ModelError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 400
+        else:
+            assert 0 < config.n_layer < 1025 and 0 < config.d_model < 2**18 and config.head_dim > 0
+
+    check()
 
 
 def test_presets():

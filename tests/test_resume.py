@@ -106,10 +106,12 @@ class Runs:
         """Start the run, kill it within `longest` seconds of reaching a random phase, again and
         again until it ends or has been killed `kills` times; then let it end. -> kills by phase"""
         fell, stored, seen, again = Counter(), set(), Counter(), 0
+        goals = sorted(rng.choices(range(len(PHASES)), k=kills))
         while True:
-            run, goal, until = self.start(out, **kind), rng.choice(PHASES), math.inf
-            while run.alive() and (fell.total() >= kills or time.monotonic() < until):
-                if until == math.inf and PHASES.index(phase(out)) >= PHASES.index(goal):
+            run, until = self.start(out, **kind), math.inf
+            goal = goals.pop(0) if goals else len(PHASES)  # never reached
+            while run.alive() and time.monotonic() < until:
+                if until == math.inf and PHASES.index(phase(out)) >= goal:
                     until = time.monotonic() + rng.uniform(0, longest)
                 time.sleep(0.01)
             fell.update([phase(out)] if run.alive() else [])

@@ -15,6 +15,7 @@ import convert_smollm2
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public as public
+from hostile import places, spoilt, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -363,6 +364,30 @@ def test_one_clear_error(name, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ValueError, match="no Llama-3 tokenizer.model"):
         tk.load_tokenizer(str(tmp_path))
+
+
+def test_any_tokenizer_json_is_taken_or_refused_in_one_line(tmp_path):
+    """Absurd ids among the rest, for which no table may be made."""
+    tk.from_words(["one", "two"]).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = json.loads(file.read_text())
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.sampled_from(list(places(whole))), values)
+    def check(place, new):
+        file.write_text(json.dumps(spoilt(whole, place, new)))
+        try:
+            loaded = tk.load_tokenizer(str(tmp_path))
+        except ValueError as error:
+            assert str(file) in str(error) and len(str(error)) < 600
+        else:
+            assert loaded.vocab_size <= 2**24
+
+    check()
+    for number in (2**40, -1, 1.5):
+        file.write_text(json.dumps(spoilt(whole, ("model", "vocab", "a"), number)))
+        with pytest.raises(ValueError, match="must be below|is no id"):
+            tk.load_tokenizer(str(tmp_path))
 
 
 def test_nothing_is_said_where_ids_are_exact(trained, caplog):

@@ -4,14 +4,19 @@ import asyncio
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from itertools import islice
+from urllib.parse import urlsplit
 
+import hostile
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import world
 from judge import render
@@ -387,6 +392,7 @@ def test_real_prompts_over_http(url):
         (chat("x", seed="abc"), 400),
         (chat("x", max_tokens=1e400), 400),
         (b"x" * 2_000_000, 413),
+        (chat(f"<text 0a>\n{'x ' * 20_000}\n</text 0a>"), 400),
     ],
 )
 def test_nonsense_is_refused_in_the_usual_shape(url, body, status):
@@ -404,6 +410,30 @@ def test_server_goes_on_after_nonsense_and_knows_its_paths(url):
     flood = "<a 0a>\n" * 30_000  # must not take the server's time
     began = time.monotonic()
     assert ask(url, chat(flood))[0] == 400 and time.monotonic() - began < 2
+    test_real_prompts_over_http(url)
+
+
+def test_the_server_survives_a_fuzzer(url):
+    request = chat(question("factuality", prefix=PREFIX, reference="", text=GOOD), seed=1, stop="x")
+    spots = list(hostile.places(request))
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.one_of(st.binary(), st.tuples(st.sampled_from(spots), hostile.values)))
+    def check(what):
+        body = what if isinstance(what, bytes) else hostile.spoilt(request, *what)
+        status, answer = ask(url, body)
+        assert status in (200, 400) and "Traceback" not in json.dumps(answer)
+
+    check()
+    for raw in (
+        b"\0" * 100,
+        b"GET / HTTP/9\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port), 10) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            assert b"Traceback" not in connection.recv(1 << 16)
     test_real_prompts_over_http(url)
 
 
