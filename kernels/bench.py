@@ -60,6 +60,16 @@ def seconds(run, device):
     return min(times)
 
 
+def replayed(run):
+    """`run` captured in a CUDA graph, as a sampler would: launches cost more than a decode step."""
+    graph = torch.cuda.CUDAGraph()
+    run()  # compiled before the capture
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def peak_bytes(run, device):
     """Most memory held at once on top of what is held before; nan where it cannot be known."""
     if device == "cuda":
@@ -97,7 +107,13 @@ def measure(section, peers, work, ceiling, unit, device, **extra):
     """One row a peer; `peers` maps names to functions, ours first; `work` in FLOP or bytes."""
     ours = None
     for name, run in peers.items():
-        took = seconds(run, device)
+        try:
+            took = seconds(run, device)
+        except Exception as e:  # a peer that this card or its version cannot run costs its row only
+            if name == "ours":
+                raise
+            yield dict(section=section, peer=f"{name}: {type(e).__name__}")
+            continue
         ours = ours or took
         rate = work / took / (1e12 if unit == "TFLOP/s" else 1e9)
         yield dict(
@@ -143,8 +159,10 @@ def attention(s: Sizes, C, device, dtype, ceiling):
         flash = functools.partial(flash_attn_func, causal=True)
         peers["flash-attn, rows apart"] = flash, [x.transpose(1, 2) for x in (qa, ka, va)]
 
-    exact = prefix_attention_torch(*(x[:1].double() for x in (q, k, v)), pad[:1], s.P, s.N)
-    error = worst(ours(q, k, v)[:1], exact)
+    double = [x[:1].detach().double().requires_grad_() for x in (q, k, v)]
+    exact = prefix_attention_torch(*double, pad[:1], s.P, s.N)
+    out = ours(q, k, v)
+    error = worst(out[:1], exact)
     pairs = s.P * (s.P + 1) // 2 + C * (s.N * s.P + s.N * (s.N + 1) // 2)
     flop = 4 * s.B * s.H * s.D * pairs  # what the geometry needs, whoever computes it
     runs = {peer: functools.partial(run, *inputs) for peer, (run, inputs) in peers.items()}
@@ -154,13 +172,17 @@ def attention(s: Sizes, C, device, dtype, ceiling):
         )
 
     def backward(run, inputs):
-        out = run(*inputs)
-        grad = torch.randn_like(out)
-        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        @functools.cache
+        def forward():  # in the first turn, which is not timed
+            out = run(*inputs)
+            return out, torch.randn_like(out)
 
-    exact = torch.autograd.grad(exact.square().sum(), (q, k, v))
-    found = torch.autograd.grad(ours(q, k, v)[:1].square().sum(), (q, k, v))
-    error = max(worst(a[:1], b[:1].double()) for a, b in zip(found, exact, strict=True))
+        return lambda: torch.autograd.grad(forward()[0], inputs, forward()[1], retain_graph=True)
+
+    upstream = torch.randn_like(out)
+    exact = torch.autograd.grad(exact, double, upstream[:1].double())
+    found = torch.autograd.grad(out, (q, k, v), upstream)
+    error = max(worst(a[:1], b) for a, b in zip(found, exact, strict=True))
     runs = {peer: backward(run, inputs) for peer, (run, inputs) in peers.items()}
     yield from measure(
         f"attention C={C} backward", runs, flop * 5 // 2, ceiling, "TFLOP/s", device, error=error
@@ -192,6 +214,8 @@ def decoding(s: Sizes, device, dtype, ceiling):
     exact = decode_attention_torch(*inputs[:3], pad[:1], *inputs[3:], s.N)
     error = worst(peers["ours"]()[:1], exact)
     size = sum(x.numel() * x.element_size() for x in (*prefix, *cont))  # each cache read once
+    if device == "cuda":
+        peers = {name: replayed(run) for name, run in peers.items()}
     with torch.no_grad():
         yield from measure("decode", peers, size, ceiling, "GB/s", device, error=error)
 
@@ -232,7 +256,8 @@ def logprob(s: Sizes, device, dtype, ceiling):
     runs = {peer: both(function) for peer, function in functions.items()}
     gradients = (hidden.numel() + weight.numel()) * weight.element_size()  # every peer holds them
     for row in measure("logprob both ways", runs, flop, ceiling, "TFLOP/s", device, error=error):
-        row["peak_mb"] = (peak_bytes(runs[row["peer"]], device) - gradients) / 2**20
+        if row["peer"] in runs:
+            row["peak_mb"] = (peak_bytes(runs[row["peer"]], device) - gradients) / 2**20
         yield row
 
 

@@ -127,6 +127,15 @@ def test_bench_runs():
     assert len(errors) == 8 and max(errors) < 1e-5
 
 
+def test_bench_outlives_a_peer():
+    """A peer that fails loses its own row, and a failure of ours is not hidden."""
+    peers = {"ours": lambda: None, "broken": lambda: 1 / 0, "last": lambda: None}
+    names = [row["peer"] for row in bench.measure("x", peers, 1, 1, "GB/s", "cpu")]
+    assert names == ["ours", "broken: ZeroDivisionError", "last"]
+    with pytest.raises(ZeroDivisionError):
+        list(bench.measure("x", {"ours": peers["broken"]}, 1, 1, "GB/s", "cpu"))
+
+
 def test_triton_is_optional():
     code = (
         "import sys; sys.modules['triton'] = None\n"
