@@ -124,7 +124,7 @@ def rows_of(count, size, **how):
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
 def test_answers_equal_the_samplers_whatever_the_batch(folder, how):
     model, eos = load_model(folder), load_tokenizer(folder).eos
-    rows = rows_of(14, 40, **how)
+    rows = rows_of(16, 60, **how)
     engine = Engine(model, {eos}, None, size=7)
     for i, row in enumerate(rows):  # they join at different moments, and some leave early
         engine.waiting.append(row)
