@@ -431,6 +431,7 @@ def parse_args(argv):
         help=f"more prefixes: unsafe (documents) or xstest, {names} as published; path or URL",
     )
     flag.add_argument("--knowledge", help="FActScore's Wikipedia, .db or .jsonl")
+    flag.add_argument("--harness", help="result of harness.py: its TruthfulQA joins factuality")
     flag.add_argument("--split", default="validation", help="of documents; all: every one")
     flag.add_argument("--text_field", help="JSON field of the text (default: detected)")
     flag.add_argument("--prefixes", type=int, default=256, help="how many of each kind")
@@ -483,6 +484,26 @@ def sets_of(args, tokenizer) -> dict[str, HeldOut]:
     return {kind: held for kind, held in sets.items() if set(args.suites) & set(held.asks)}
 
 
+def truthfulqa(file: str | None, policies) -> dict:
+    """policy -> {"truthfulqa_mc1": {"factuality": values}, "truthfulqa_mc2": ...} from the JSON of
+    harness.py, whose policies must be these."""
+    if not file:
+        return {}
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        return {
+            name: {
+                task: {"factuality": [float(value) for value in found[name][task]["values"]]}
+                for task in ("truthfulqa_mc1", "truthfulqa_mc2")
+            }
+            for name in policies
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is no result of harness.py CKPT --baseline CKPT0 --tasks truthfulqa: {error!r}"
+        ) from None
+
+
 def write_all(args, folder: Path) -> tuple[dict, dict]:
     """(what every policy wrote, the sets)."""
     kept = Generations(folder / "generations.jsonl")
@@ -510,6 +531,7 @@ def sets_for(other: Checkpoint, ours: Checkpoint, sets: dict, args) -> dict:
 def main(argv=None) -> int:
     args = parse_args(argv)
     out = Path(args.out)
+    extra = truthfulqa(args.harness, ("base", "checkpoint")) if "factuality" in args.suites else {}
     written, sets = write_all(args, out.parent)
     warning = same_judge(args.checkpoint, args.judge_url, args.judge_model)
     if warning:
@@ -529,6 +551,7 @@ def main(argv=None) -> int:
             )
         finally:
             chat.close()
+    values = {name: found | extra.get(name, {}) for name, found in values.items()}
     summary = summarise(values, written, args.suites)
     summary["judge"] = {"model": args.judge_model, "seeds": args.seeds, "trained": bool(warning)}
     out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from evaluate import aligned, bootstrap, show
@@ -283,7 +284,7 @@ def declared_start(folder: Path, tokenizer) -> int | None:
 
 
 def run_tasks(model: NanoSIP, tasks: dict, limit: int | None, include_path: str | None) -> dict:
-    """task -> {"metric", "mean", "stderr", "n", "values": a number a sample, "all": the harness's
+    """task -> {"metric", "mean", "n", "values": a number a sample, "all": the harness's
     own results}. tasks: name -> examples in the prompt (None: as the task says)."""
     own = include_path is not None
     manager, results = TaskManager(include_path=include_path, include_defaults=not own), {}
@@ -299,10 +300,10 @@ def run_tasks(model: NanoSIP, tasks: dict, limit: int | None, include_path: str 
         scores = out["results"][name]
         metric = metric_of(scores)
         values = [
-            sample[metric]
-            for task, samples in out["samples"].items()
+            float(sample[metric])
+            for samples in out["samples"].values()
             for sample in samples
-            if metric in sample
+            if isinstance(sample.get(metric), int | float | np.number)
         ]
         results[name] = {
             "metric": metric,
@@ -326,7 +327,12 @@ def table(results: dict, tasks: dict) -> str:
     rows = [["task", "metric", "n", *results]]
     for name in tasks:
         each = [found[name] for found in results.values()]
-        means = [show(one["mean"], bootstrap([one["values"]])) for one in each]
+        means = [
+            show(one["mean"], one["values"] and bootstrap([one["values"]]))
+            if one["mean"] <= 1
+            else f"{one['mean']:.2f}"  # a perplexity, no share
+            for one in each
+        ]
         rows.append([name, each[0]["metric"], str(each[0]["n"]), *means])
     if STANDARD.keys() <= tasks.keys():
         means = [show(standard_mean(found)) for found in results.values()]

@@ -207,7 +207,10 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     sets = ["--sets", *(flag.removeprefix("--sets=") for flag in sets)]
     common = [*checkpoints, *sets, "--prefixes=8", "--chunk=4", "--max_seq=64"]
     out = tmp_path / "results" / "first.json"
-    evaluate.main([*common, "--suite=safety,factuality", f"--out={out}"])
+    tasks = {name: {"values": [1.0] * 4} for name in ("truthfulqa_mc1", "truthfulqa_mc2")}
+    harness = tmp_path / "harness.json"
+    harness.write_text(json.dumps({"base": tasks, "checkpoint": tasks}))
+    evaluate.main([*common, "--suite=safety,factuality", f"--out={out}", f"--harness={harness}"])
     shown, summary = capsys.readouterr().out, json.loads(out.read_text())
     cells = summary["policies"]["checkpoint"]
     assert cells["clean"]["n"] == {"nll": 1, "safety": 8, "factuality": 8}
@@ -215,6 +218,7 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     assert cells["toxigen"]["factuality"] is None and cells["toxigen"]["nll"] is None
     assert summary["policies"]["base"]["factscore"]["factuality"] == 0.5  # against itself
     assert summary["overall"]["checkpoint"]["safety"]["n"] == 2 * 8 + 4
+    assert summary["overall"]["checkpoint"]["factuality"]["n"] == 2 * 8 + 4 + 2 * 4
     assert "halueval_dialogue" in shown and "nan" not in shown
 
     def refuse(*_, **__):
@@ -229,6 +233,8 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(AssertionError):  # other weights are another policy
         evaluate.main([*common, "--suite=quality", f"--out={second}"])
+    with pytest.raises(DataError, match="second.json is no result of harness.py"):
+        evaluate.main([*common, f"--harness={second}", f"--out={second}"])
     for wrong in ("beauty=x", "toxigen", "toxigen="):
         with pytest.raises(SystemExit):
             evaluate.main([*checkpoints, "--sets", wrong])
