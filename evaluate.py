@@ -35,6 +35,7 @@ from config import Config, dials_of
 from data import SPLITS, DataError
 from eval_sets import HeldOut, held_out_sets
 from hf_policy import HFPolicy, load_hf
+from hub import local_folder
 from judge import VERDICTS, Judge
 from model import ModelError, load_model
 from rollout import rollout
@@ -111,7 +112,7 @@ class Checkpoint:
     def content(self) -> str:
         """A hash of the weights, their shape and the tokenizer."""
         digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(Path(self.folder).iterdir()):
+        for path in sorted(local_folder(self.folder).iterdir()):
             if path.name in ("config.json", "tokenizer.json", "tokenizer.model") or (
                 path.suffix == ".safetensors"
             ):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from evaluate import aligned, bootstrap, show
+from hub import local_folder
 from model import ModelError, load_model
 from rollout import rollout
 from tokenizer import load_tokenizer
@@ -125,7 +126,7 @@ class NanoSIP(TemplateLM):
         self.tokenizer = load_tokenizer(folder)
         self.max_length, self.positions = self.model.config.max_seq, positions
         self._device, self.computed = torch.device(device), 0
-        self.start = declared_start(Path(folder), self.tokenizer)
+        self.start = declared_start(local_folder(folder, weights=False), self.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -148,10 +149,11 @@ class NanoSIP(TemplateLM):
         """requests: (key, context tokens, continuation tokens) -> (log-likelihood, whether greedy
         decoding gives the continuation) of each. A context too long is cut at the left."""
         asked = {}  # feed -> what is predicted along it: (number, targets)
+        found = [(0.0, True)] * len(requests)  # of nothing, where both merged into one token
         for number, (_, context, continuation) in enumerate(requests):
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
-            asked.setdefault(tokens[:-1], []).append((number, tokens[-len(continuation) :]))
-        found = [None] * len(requests)
+            if continuation:
+                asked.setdefault(tokens[:-1], []).append((number, tokens[-len(continuation) :]))
         for batch in batches_of(rows_of(asked, self.positions), self.positions):
             hidden = self.hidden(batch)
             for row, (values, prefix) in zip(batch, hidden, strict=True):

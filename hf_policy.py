@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hub import local_folder
 from model import ModelError
 
 
@@ -49,7 +50,8 @@ def real(tokens, pad):
 def load_hf(folder: str | Path, device, refusal: ModelError) -> HFPolicy:
     """The folder's model in float32. `refusal`: why it is no Llama, raised again if transformers
     does not help."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    folder = local_folder(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:

@@ -82,6 +82,7 @@ def test_greedy_is_said_of_greedy_continuations(pair):
     text = model.generate([context], [], 6, {})[0]
     asked = [(None, context, model.tok_encode(text)), (None, context, context)]
     assert [greedy for _, greedy in model._loglikelihood_tokens(asked)] == [True, False]
+    assert model._loglikelihood_tokens([(None, context, [])]) == [(0.0, True)]
 
 
 def test_rows_share_what_sequences_begin_with():
