@@ -9,18 +9,22 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tables import COLUMNS
+
 WORDS = {True: "reproduced", None: "partly reproduced", False: "not reproduced"}
 OWN_WORDS = {True: "holds", None: "holds in part", False: "does not hold"}
 
 
 class Missing(Exception):
-    """A row has no finished run."""
+    """A row has runs that are not finished."""
 
 
 class Study(dict):
+    seeds = (0, 1, 2)  # of every row
+
     def values_of(self, row: str, column: str) -> list[float]:
         """Of the seeds in order."""
-        if not self.get(row):
+        if set(self.get(row, ())) != set(self.seeds):
             raise Missing(row)
         return [record[column] for _, record in sorted(self[row].items())]
 
@@ -71,7 +75,7 @@ def not_lower(name: str, a: list[float], b: list[float], digits: int = 1) -> Par
 def share(name: str, part: list[float], whole: list[float], most: float) -> Part:
     """That a gain is at most a share of another."""
     a, b = statistics.mean(part), statistics.mean(whole)
-    return Part(a <= most * b, f"{name} {a:+.1f}, at most {most:g} of {b:+.1f} asked")
+    return Part(a <= most * b, f"{name} {a:+.1f} (asked: at most {most:g} of {b:+.1f})")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -101,7 +105,7 @@ def next_token(study):
         whole = statistics.mean(study.gain(row, column))
         for corpus in ("slimpajama", "redpajama"):
             gain = statistics.mean(study.gain(f"table1_pretrain_{corpus}", column))
-            evidence = f"{column} {gain:+.1f} on {corpus} (the method: {whole:+.1f})"
+            evidence = f"{COLUMNS[column]} {gain:+.1f} on {corpus} (the method: {whole:+.1f})"
             parts.append(Part(abs(gain) < whole / 5, evidence))
     return parts
 
@@ -146,7 +150,7 @@ def fine_tuning(study):
     return [
         Part(
             max(collapsed) < 25,
-            f"quality after SFT on own rollouts {figures(collapsed)}, below 25 asked",
+            f"quality after SFT on own rollouts {figures(collapsed)} (asked: below 25)",
         ),
         versus(
             "safety after SFT on rewrites",
@@ -165,7 +169,7 @@ def fine_tuning(study):
 def dpo_over_rf_nll(study):
     dpo, rf = "table6_dpo_rewrite_rollout", "table6_rf_nll_rollout_rewrite"
     return [
-        versus(f"{c}, DPO against RF-NLL", study.values_of(dpo, c), study.values_of(rf, c))
+        versus(f"{COLUMNS[c]}, DPO against RF-NLL", study.values_of(dpo, c), study.values_of(rf, c))
         for c in ("quality_clean", "quality_unsafe")
     ]
 
@@ -239,7 +243,7 @@ def no_judge(study):
     """Little: less than half of what DPO with the judge gains."""
     row, dpo = "table6_dpo_rewrite_over_rollout", "table6_dpo_suffix_16_rollouts"
     return [
-        share(column, study.gain(row, column), study.gain(dpo, column), 0.5)
+        share(COLUMNS[column], study.gain(row, column), study.gain(dpo, column), 0.5)
         for column in ("quality_clean", "safety")
     ]
 
@@ -380,7 +384,7 @@ def verdict(finding: Finding, study: Study) -> tuple[str, str]:
     try:
         parts = finding.check(study)
     except Missing as row:
-        return "not run", f"{row} has no finished run"
+        return "not run", f"{row}: not finished"
     held = [part.holds for part in parts]
     words = OWN_WORDS if finding in BEYOND else WORDS
     word = words[True if all(held) else None if any(held) else False]

@@ -40,6 +40,7 @@ spread is the standard deviation over seeds.
 def study_of(out: Path, seeds: list[int]) -> Study:
     """Records of all rows by "config --key=value"."""
     study = Study()
+    study.seeds = seeds
     for rows in TABLES.values():
         for row in rows:
             if row.config:
