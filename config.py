@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,8 +129,8 @@ class Config:
     price_out: float = key(0.0, "price of a million tokens written by the teachers")
 
 
-TASKS = ("pretrain", "judge", "rewriter")
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
+TASKS = ("pretrain", "judge", "rewriter")
 SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
 REWARDS = ("quality", "safety", "factuality")
@@ -147,8 +148,8 @@ def convert(name: str, value, kind: type, where: str):
         elif kind is float and not isinstance(value, bool):
             return float(value)
         elif kind is int and not isinstance(value, bool):
-            number = int(value) if isinstance(value, int | str) and "e" not in str(value) else None
-            number = float(value) if number is None else number
+            whole = isinstance(value, int | str) and "e" not in str(value)
+            number = int(value) if whole else float(value)
             if number == int(number):
                 return int(number)
         elif kind is str and isinstance(value, str | int | float):
@@ -161,7 +162,7 @@ def convert(name: str, value, kind: type, where: str):
 
 
 def apply(values: dict, changes: dict, where: str):
-    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
+    kinds = typing.get_type_hints(Config)
     for name, value in changes.items():
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1, cutoff=0)[0]
@@ -307,7 +308,9 @@ def help_text() -> str:
     for f in dataclasses.fields(Config):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]
-        lines.append(f"  --{f.name}={f.default!s:<26} {f.type.__name__:<6} {f.metadata['meaning']}")
+        lines.append(
+            f"  --{f.name}={f.default!s:<26} {type(f.default).__name__:<6} {f.metadata['meaning']}"
+        )
     return "\n".join(lines)
 
 

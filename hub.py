@@ -118,12 +118,11 @@ def fetch(url: str, name: str, folder: Path, optional: bool = False) -> bool:
             if answer.status_code in (403, 404) and optional:
                 return False
             if answer.status_code != 416:  # 416: it was whole already
-                answer.raise_for_status()
+                if answer.status_code >= 400:
+                    raise DownloadError(f"{where}: the server answers {answer.status_code}")
                 with part.open("ab" if answer.status_code == 206 else "wb") as out:
                     for block in answer.iter_content(1 << 16):
                         out.write(block)
-    except requests.HTTPError as e:
-        raise DownloadError(f"{where}: the server answers {e.response.status_code}") from None
     except (requests.RequestException, OSError) as e:
         raise DownloadError(
             f"{where} cannot be read ({type(e).__name__}): run it again to go on with it"

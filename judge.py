@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import REWARDS
 from schedules import schedule
 
 # What each verdict is worth: to the first option of a pair, or to the text itself.
@@ -221,8 +222,8 @@ def parse_rewards(rewards):
     weights = {}
     for item in rewards.split(",") if isinstance(rewards, str) else rewards:
         kind, _, weight = item.strip().partition(":")
-        if kind not in ("quality", "safety", "factuality"):
-            raise ValueError(f"rewards: {kind!r} is not one of quality, safety, factuality")
+        if kind not in REWARDS:
+            raise ValueError(f"rewards: {kind!r} is not one of {', '.join(REWARDS)}")
         weights[kind] = float(weight or 1)
     return weights
 

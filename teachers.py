@@ -93,7 +93,8 @@ class Teachers:
             now["tokens_out"] += each["tokens_out"]
             now.update({f"failed.{kind}": n for kind, n in each["failed"].items()})
         before, self.seen = self.seen, now
-        out = {f"judge.{name}": (now[name] - before[name], 0) for name in now}
+        counts = {f"judge.{name}": now[name] - before[name] for name in now}
+        out: dict[str, tuple[float, int]] = {name: (count, 0) for name, count in counts.items()}
         out["judge.tokens"] = (sum(out[f"judge.tokens_{way}"][0] for way in ("in", "out")), 0)
         for name in ("latency_p50", "latency_p99"):
             out[f"judge.{name}"] = (stats[0][name] or 0.0, 1)

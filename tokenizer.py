@@ -166,7 +166,7 @@ class Tokenizer:
         added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
         byte_level["trim_offsets"] = True
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        split: dict = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
         split["invert"] = False
         template = bos_template(self.bos_name, self.bos) if self.bos_name else None
         return {
@@ -310,13 +310,13 @@ def split_pattern(spec: dict) -> str | None:
     return None
 
 
-def covers_all_text(pattern: str | None) -> bool:
+def covers_all_text(pattern: str) -> bool:
     """tiktoken drops what a pattern doesn't match; elsewhere that is a piece of its own."""
     single = {bytes([byte]): byte for byte in range(256)}
     probe = "Ab ab'S  12\n3456\t_-!? \r\n\n é日本 ½\u3000\u200d👍\0\x85 "
     try:
         only = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=single, special_tokens={})
-    except (TypeError, ValueError):  # no pattern, or one that tiktoken can't read
+    except ValueError:  # one that tiktoken can't read
         return False
     return bytes(only.encode_ordinary(probe)) == probe.encode()
 
@@ -327,7 +327,7 @@ def convert(spec: dict, eos: str, bos: str | None, source: Path) -> Tokenizer | 
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if model["type"] != "BPE" or any(model.get(name) for name in options):
         return None
-    if spec.get("normalizer") or not covers_all_text(pattern):
+    if spec.get("normalizer") or pattern is None or not covers_all_text(pattern):
         return None
     if not all(token["special"] for token in spec["added_tokens"]):
         return None
@@ -384,16 +384,16 @@ def from_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
         spec = json.loads(read_bounded(path))
         check_ids(spec)
         eos, bos = end_and_start(spec, path.parent)
-        tokenizer = convert(spec, eos, bos, path)
-        if tokenizer is None:
+        converted = convert(spec, eos, bos, path)
+        if converted is None:
             log.warning("%s can't run on tiktoken, so it runs on `tokenizers`, more slowly", path)
-            tokenizer = LibraryTokenizer(spec, eos, bos, path)
+            return LibraryTokenizer(spec, eos, bos, path)
+        return converted
     except ImportError:
         raise ValueError(f"{path} needs a library: pip install tokenizers") from None
     except Exception as error:  # the library raises bare ones
         why = error if isinstance(error, ValueError | OSError) else repr(error)
         raise ValueError(f"{path} is not a readable tokenizer.json: {why!s:.300}") from error
-    return tokenizer
 
 
 def read_bounded(path: Path) -> bytes:
@@ -426,7 +426,7 @@ def end_and_start(spec: dict, folder: Path) -> tuple[str, str | None]:
     eos, bos = (t["content"] if isinstance(t, dict) else t for t in (eos, bos))
     names = [token["content"] for token in spec["added_tokens"]]
     eos = eos or next((name for name in END_OF_TEXT if name in names), None)
-    if eos not in names:
+    if eos is None or eos not in names:
         raise ValueError(f"{folder}: can't tell which of {names[:9]} ends a text (eos_token)")
     template = json.dumps(spec.get("post_processor"))
     templated = f'"SpecialToken": {{"id": {json.dumps(bos)}' in template
