@@ -386,7 +386,8 @@ def application(server: Server, key: str) -> web.Application:
     async def guard(http: web.Request, handler):
         """Whatever goes wrong becomes an error in OpenAI's shape; nothing takes forever."""
         loop = asyncio.get_running_loop()
-        abort = loop.call_later(1.1 * MAX_SECONDS, http.transport.abort)
+        end = lambda: http.transport and http.transport.abort()  # noqa: E731
+        abort = loop.call_later(1.1 * MAX_SECONDS, end)
         try:
             shown = http.headers.get("Authorization", "").encode(errors="replace")
             if key and not hmac.compare_digest(shown, f"Bearer {key}".encode()):

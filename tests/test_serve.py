@@ -122,7 +122,10 @@ def rows_of(count, size, **how):
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
-def test_answers_equal_the_samplers_whatever_the_batch(folder, how):
+def test_answers_equal_the_samplers_whatever_the_batch(folder, how, monkeypatch):
+    # limits so small that the cache grows, prompts are dropped and long ones are cut into pieces
+    for name, limit in dict(PROMPT_BYTES=100_000, ROOM=5, CHUNK=7, ADMITTED=200).items():
+        monkeypatch.setattr(f"engine.{name}", limit)
     model, eos = load_model(folder), load_tokenizer(folder).eos
     rows = rows_of(16, 60, **how)
     engine = Engine(model, {eos}, None, size=7)
@@ -139,6 +142,9 @@ def test_answers_equal_the_samplers_whatever_the_batch(folder, how):
         tokens = alone.tokens[0, 0, : alone.lengths[0, 0]].tolist()
         assert tokens == row.ids + [eos] * (row.sampled - len(row.ids))
     assert {row.finish for row in rows} == {"stop", "length"}
+    kept = engine.prompts.kept
+    assert sum(kv.nbytes for kv, _ in kept.values()) == engine.prompts.bytes <= 100_000
+    assert set(engine.prompts.heads.values()) <= set(kept)
 
 
 def test_prompts_that_begin_alike_are_computed_once(folder, monkeypatch):
