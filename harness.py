@@ -375,5 +375,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ModelError, ValueError, OSError, KeyError) as e:
+    except ModelError as e:
+        sys.exit(f"error: {e}")
+    except (ValueError, OSError, KeyError) as e:
         sys.exit(f"error: {e} (tasks load their data sets from the hub, or by --include_path)")
