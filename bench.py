@@ -13,10 +13,13 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from model import Llama, ModelConfig, save_model
+from objectives import dpo_loss
 from rollout import rollout
 
 ROUNDS = 3
@@ -29,79 +32,199 @@ def llama_30m() -> Llama:
 
 
 def in_turns(sides: dict, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each callable; the sides take turns, the first round only warms up."""
+    """Median seconds of each callable; the sides take turns, the first round only warms up.
+
+    With a single thread these are seconds of CPU, which other programs disturb less.
+    """
+    cpu = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.process_time if cpu else time.perf_counter
     seconds = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, run in sides.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-@torch.no_grad()
-def sampler():
-    """K = 16 rollouts of 64 tokens for each of 4 prefixes: ours and transformers' generate."""
+def peer_of(ours: Llama):
+    """The same weights in transformers."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    ours, B, K, N = llama_30m(), 4, 16, 64
     with tempfile.TemporaryDirectory() as folder:
         save_model(ours, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def roofline(config: ModelConfig, P: int, K: int, N: int, rate: float, bandwidth: float) -> float:
+    """Least seconds for K rollouts of one prefix in float32: every stage at the machine's matrix
+    product rate (FLOP/s), or at its bandwidth (bytes/s) where that takes longer."""
+    c = config
+    layers = c.n_layer * (
+        2 * c.d_model * c.head_dim * (c.n_head + c.n_kv_head) + 3 * c.d_model * c.d_ff
+    )
+    per_key, head = 4 * c.n_layer * c.n_head * c.head_dim, c.vocab_size * c.d_model
+    kv = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim  # bytes a token
+    seconds = (2 * layers * P + per_key * P * P / 2 + 2 * head) / rate
+    for t in range(1, N):
+        work = K * (2 * (layers + head) + per_key * (P + t))
+        read = 4 * (layers + head) + kv * (P + K * t)
+        seconds += max(work / rate, read / bandwidth)
+    return seconds
+
+
+@torch.no_grad()
+def sampler():
+    """16 rollouts of 64 tokens of one prefix: ours, transformers' generate, and the roofline."""
+    ours, K, N = llama_30m(), 16, 64
+    theirs, square, stream = peer_of(ours), torch.randn(1024, 1024), torch.randn(64, 2**20)
+    pad, index = torch.zeros(1, dtype=torch.int32), torch.arange(1)
+
+    def generate(prefix, cache, length=N):
+        how = dict(do_sample=True, top_k=0, max_new_tokens=length, num_return_sequences=K)
+        how |= dict(pad_token_id=0, eos_token_id=None, cache_implementation=cache)
+        theirs.generate(prefix, attention_mask=torch.ones_like(prefix), **how)
+
     for P in (256, 1024):
-        prefix = torch.randint(8000, (B, P), generator=torch.Generator().manual_seed(P))
-        pad, index = torch.zeros(B, dtype=torch.int32), torch.arange(B)
-        how = dict(do_sample=True, top_k=0, max_new_tokens=N, num_return_sequences=K)
-        how |= dict(pad_token_id=0, eos_token_id=None)
-
-        def generate(cache, prefix=prefix, how=how):
-            theirs.generate(
-                prefix, attention_mask=torch.ones_like(prefix), cache_implementation=cache, **how
-            )
-
-        def our_rollout(prefix=prefix, pad=pad, index=index):
-            rollout(ours, prefix, pad, K, N, eos=-1, seed=0, index=index)
-
+        prefix = torch.randint(8000, (1, P), generator=torch.Generator().manual_seed(P))
+        caches = {"default": None, "static": "static"}
+        peers = {
+            f"transformers, {name} cache": partial(generate, prefix, cache)
+            for name, cache in caches.items()
+        }
+        if P > 256:  # the slower of its two caches would take minutes
+            quick = in_turns({n: partial(run, length=3) for n, run in peers.items()}, rounds=1)
+            peers = {name: peers[name] for name in (min(quick, key=quick.get),)}
         seconds = in_turns(
             {
-                "ours": our_rollout,
-                "transformers, default cache": lambda run=generate: run(None),
-                "transformers, static cache": lambda run=generate: run("static"),
+                "ours": partial(rollout, ours, prefix, pad, K, N, eos=-1, seed=0, index=index),
+                "product": lambda: [torch.mm(square, square) for _ in range(10)],
+                "stream": stream.sum,
             }
+            | peers
         )
+        rate, bandwidth = (
+            2 * 1024**3 / seconds.pop("product"),
+            stream.nbytes / seconds.pop("stream"),
+        )
+        least = roofline(ours.config, P, K, N, rate, bandwidth)
         for side, value in seconds.items():
             yield {
                 "what": f"sampler P={P} K={K} N={N}",
                 "side": side,
-                "tokens_per_second": B * K * N / value,
+                "tokens_per_second": K * N / value,
                 "ours_is_faster_by": value / seconds["ours"],
+                "share_of_roofline": least / value,
             }
+        yield {
+            "what": f"roofline P={P}",
+            "gflops": rate / 1e9,
+            "gb_per_second": bandwidth / 1e9,
+            "seconds": least,
+        }
+
+
+def peak_bytes(run) -> int:
+    """Most memory that tensors made by run() hold at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    now = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
+    """TRL's DPOTrainer on the same weights: its loss on its padded pairs, and the gradients."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = Tokenizer(models.WordLevel({"x": 0, "<e>": 1}, unk_token="x"))
+    text = dict(prompt=["x"], chosen=["x"], rejected=["x"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            peer_of(policy),
+            ref_model=peer_of(reference),
+            args=DPOConfig(folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True),
+            train_dataset=Dataset.from_dict(text),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=words, eos_token="<e>", pad_token="<e>"
+            ),
+        )
+    model = trainer.model.train()
+    inputs = {
+        "input_ids": pair,
+        "attention_mask": torch.ones_like(pair),
+        "completion_mask": (torch.arange(pair.shape[1]) >= P).long().expand_as(pair),
+    }
+
+    def run() -> float:
+        loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        model.zero_grad()
+        return loss.item()
+
+    return run
 
 
 def update():
-    """One DPO pair or a GRPO group of 16: the prefix shared, and as separate rows."""
-    policy = llama_30m()
-    for P, N, C in ((1920, 128, 2), (960, 64, 16)):
-        prefix = torch.randint(8000, (1, P))
-        continuations, pad = torch.randint(8000, (1, C, N)), torch.zeros(1, dtype=torch.int32)
+    """A DPO pair (policy and reference) and a GRPO group of 16: forward and backward."""
+    shape = ModelConfig(8192, n_layer=4, n_head=8, n_kv_head=4, d_model=512, d_ff=1408, head_dim=64)
+    policy, reference = Llama(shape).initialise(0), Llama(shape).initialise(1)
+    pad, rng = torch.zeros(1, dtype=torch.int32), torch.Generator().manual_seed(0)
 
-        def shared(prefix=prefix, pad=pad, continuations=continuations):
-            policy.logprobs(prefix, pad, continuations).sum().backward()
+    def tokens(*shape):
+        return torch.randint(8000, shape, generator=rng)
 
-        def separate(prefix=prefix, pad=pad, continuations=continuations):
-            rows = continuations[0][:, None]
-            copies = len(rows)
-            policy.logprobs(prefix.expand(copies, -1), pad.expand(copies), rows).sum().backward()
+    def dpo(prefix, continuations) -> float:
+        B = len(prefix)
+        layout = prefix, pad.expand(B), continuations
+        with torch.no_grad():
+            anchor = reference.logprobs(*layout).sum(dim=2)
+        scores = policy.logprobs(*layout).sum(dim=2)
+        loss = dpo_loss(scores.view(-1, 2), anchor.view(-1, 2), 0.1).sum()
+        loss.backward()
+        policy.zero_grad()
+        return loss.item()
 
-        seconds = in_turns({"ours": shared, "separate rows": separate})
+    def grpo(prefix, continuations, rows: int):
+        for i in range(0, len(prefix), rows):
+            part = continuations[i : i + rows]
+            policy.logprobs(prefix[i : i + rows], pad.expand(len(part)), part).sum().backward()
+        policy.zero_grad()
+
+    prefix, pair = tokens(1, 1920), tokens(1, 2, 128)
+    separate = prefix.expand(2, -1), pair.transpose(0, 1)
+    pairs = {
+        "ours": partial(dpo, prefix, pair),
+        "TRL": trl_dpo(policy, reference, torch.cat((separate[0], separate[1][:, 0]), 1), 1920),
+        "ours, a row each": partial(dpo, *separate),
+    }
+    values = [run() for run in pairs.values()]
+    assert max(values) - min(values) < 1e-3, values  # the same loss
+    prefix, group = tokens(1, 960), tokens(1, 16, 64)
+    separate = prefix.expand(16, -1), group.transpose(0, 1)
+    groups = {
+        "ours": partial(grpo, prefix, group, 1),
+        "ours, a row each": partial(grpo, *separate, 4),
+    }
+    for what, sides in {"DPO P=1920 N=128": pairs, "GRPO of 16 P=960 N=64": groups}.items():
+        seconds = in_turns(sides, rounds=2)
+        peaks = {side: peak_bytes(run) for side, run in sides.items()}
         for side, value in seconds.items():
             yield {
-                "what": f"update P={P} N={N} C={C}",
+                "what": what,
                 "side": side,
                 "seconds": value,
                 "ours_is_faster_by": value / seconds["ours"],
+                "peak_mb": peaks[side] / 1e6,
+                "ours_needs_less_by": peaks[side] / peaks["ours"],
             }
 
 
