@@ -13,6 +13,7 @@ import torch
 from config import Config, names
 from data import Batch
 from rollout import rollout
+from shard import whole_model
 
 
 @dataclass
@@ -54,7 +55,7 @@ def rollouts(policy, batch: Batch, config: Config, tokenizer) -> Part:
     device = next(policy.parameters()).device
     with autocast(config, device):
         drawn = rollout(
-            policy,
+            whole_model(policy, device),
             batch.prefix.to(device),
             batch.pad.to(device),
             config.rollouts,

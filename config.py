@@ -94,6 +94,12 @@ class Config:
     warmup_steps: int = key(5, "linear warm-up")
     weight_decay: float = key(0.1, "AdamW, on matrices only")
     grad_clip: float = key(1.0, "largest gradient norm")
+    shard: bool = key(
+        False, "torchrun: spread weights, gradients and optimiser over the processes (FSDP2)"
+    )
+    recompute: bool = key(
+        False, "keep a layer's input alone for the backward pass and compute the rest again"
+    )
     micro_batch_tokens: int = key(65536, "tokens of one forward pass; larger batches are split")
 
     judge_url: str = key("world", "OpenAI-compatible base URL(s) up to /v1, or 'world'", "Teachers")

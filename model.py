@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hub import local_folder
 from kernels.attention import prefix_attention
@@ -179,6 +180,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # activations, in the backward pass: less memory, a third more time
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -212,7 +214,11 @@ class Llama(nn.Module):
 
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, partial(attend, layer=i))
+            inputs = x, cos, sin, partial(attend, layer=i)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs)
         return self.model.norm(x)
 
     def logprobs(self, prefix, pad, continuations, lengths=None, temperature: float = 1.0):

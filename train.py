@@ -55,6 +55,7 @@ from model import Llama, ModelError, load_model, preset, read_config
 from monitors import Monitors
 from plot import plot_run
 from runlog import Collapse, describe, open_log, report, show_example
+from shard import load_optimizer, shard, whole, whole_model
 from tasks import Rows, TaskStream, evaluate_task, held_out_stream
 from teachers import Interrupted, Teachers
 from tokenizer import load_tokenizer
@@ -80,7 +81,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     step, at, bad = 0, begin, 0
     if state is not None:
         step, at = state["step"], state["stream"]
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         if len(state["queue"]) == world_size():  # else the batches in flight are sampled again
             for saved in state["queue"][rank()]:
                 queue.append(unpack(saved))
@@ -95,12 +96,13 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
         state = {
             "step": step,
             "stream": at,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": whole(optimizer.state_dict()),
             "queue": gather([pack(pool) for pool in queue]),
         }
+        weights = whole_model(policy)
         if rank() == 0:
             os.fsync(log.fileno())
-            checkpoint.save(run, step, policy, tokenizer, state, config.keep)
+            checkpoint.save(run, step, weights, tokenizer, state, config.keep)
 
     def judged(clock):
         """The loop's first half: -> the oldest pool in flight, its rewards and the verdicts."""
@@ -264,7 +266,9 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
             count=config.eval_prefixes,
             text_field=None if config.text_field == "auto" else config.text_field,
         )
-    policy, begin, policies = initial_policy(config, tokenizer, device), None, {}
+    spread = config.shard and world_size() > 1
+    home = torch.device("cpu") if spread else device  # of weights in one piece
+    policy, begin, policies = initial_policy(config, tokenizer, home), None, {}
     if "base" not in phases(config):
         policies["base"] = policy
     if rank() == 0:
@@ -273,12 +277,16 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         ]
         print(f"training {', '.join(plan)} in {config.out_dir}, then the evaluation", flush=True)
     for label, phase in phases(config).items():
-        trained, state = checkpoint.load(Path(phase.out_dir), device)
-        trained = copy.deepcopy(policy) if trained is None else trained
-        state = train(trained, policy, source, teachers, phase, tokenizer, state, begin, label)
-        policies[label] = trained
+        trained, state = checkpoint.load(Path(phase.out_dir), home)
+        trained, reference = copy.deepcopy(policy) if trained is None else trained, policy
+        trained.recompute = config.recompute
+        if spread:
+            trained, reference = (shard(m, device) for m in (trained, copy.deepcopy(policy)))
+        state = train(trained, reference, source, teachers, phase, tokenizer, state, begin, label)
+        policies[label] = trained = whole_model(trained)
         if label == "base":
             policy, begin = trained, state["stream"]
+    policies = {label: trained.to(device) for label, trained in policies.items()}
     if questions and rank() == 0:
         return evaluate_task(
             policies, questions, teachers.task, tokenizer, config.eval_prefixes, teachers.wait

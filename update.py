@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from candidates import Pool, autocast
 from config import Config
-from distributed import all_sum
+from distributed import all_sum, gather
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
 from rollout import uniforms
+from shard import is_sharded, whole
 
 
 def whole_documents(prefix, pad, continuation, lengths):
@@ -89,6 +90,18 @@ def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, con
     }
 
 
+def idle(policy, reference, config: Config):
+    """A loss of 0 that gathers what `losses` gathers: the processes of a sharded policy compute as
+    many micro-batches each, whoever has the rows."""
+    one = torch.zeros(1, 1, dtype=torch.int64, device=next(policy.parameters()).device)
+    layout = one, one[0], one[None]
+    logp = policy.logprobs(*layout)
+    if config.objective == "dpo":
+        with torch.no_grad():
+            reference.logprobs(*layout)
+    return logp.sum() * 0
+
+
 def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: Config):
     """One optimiser step on the pool, over all processes. -> metrics, and what `pick` picked.
 
@@ -106,18 +119,24 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
     total = all_sum({"count": (count, 0)})["count"][0]
     width = pool.batch.prefix.shape[1] + C * pool.tokens.shape[2]
     metrics = {"loss": (0.0, 0), "not_finite": (0.0, 1)}
-    for part in micro_batches(rows, width, config.micro_batch_tokens):
-        loss, extra = losses(policy, reference, pool, picked, part, reward, config)
+    parts = micro_batches(rows, width, config.micro_batch_tokens)
+    turns = max(gather(len(parts))) if is_sharded(policy) else len(parts)
+    for turn in range(turns):
+        if turn < len(parts):
+            loss, extra = losses(policy, reference, pool, picked, parts[turn], reward, config)
+        else:
+            loss, extra = idle(policy, reference, config), {}
         (loss / max(total, 1)).backward()
         for name, value in {"loss": loss.detach(), **extra}.items():
             metrics[name] = (metrics.get(name, (0.0, 0))[0] + float(value), count)
     if total == 0:
         return metrics, picked
-    if dist.is_initialized():
+    if dist.is_initialized() and not is_sharded(policy):
         for p in policy.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip))
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+    norm = float(whole(norm))
     finite = math.isfinite(metrics["loss"][0]) and math.isfinite(norm)
     if all_sum({"not_finite": (not finite, 0)})["not_finite"][0]:  # on any process: none moves
         optimizer.zero_grad(set_to_none=True)

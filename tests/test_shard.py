@@ -1,0 +1,73 @@
+"""A policy spread over two processes (FSDP2) learns what one process learns."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from candidates import Pool
+from config import Config
+from data import Batch
+from model import Llama, ModelConfig
+from shard import is_sharded, load_optimizer, shard, whole, whole_model
+from update import make_optimizer, update
+
+SHAPE = ModelConfig(
+    40, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8, tie_embeddings=True
+)
+
+
+def pool(rows: list):
+    """Some of three prefixes with four candidates each, and their rewards."""
+    rng, rows = torch.Generator().manual_seed(0), torch.tensor(rows, dtype=torch.int64)
+    prefix = torch.randint(40, (3, 9), generator=rng)[rows]
+    tokens = torch.randint(40, (3, 4, 5), generator=rng)[rows]
+    reward, n = torch.rand(3, 4, generator=rng).double()[rows], len(rows)
+    pad = torch.zeros(n, dtype=torch.int32)
+    batch = Batch(prefix, pad, tokens[:, 0], rows, [""] * n, [""] * n, {})
+    return Pool(batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], [], {}), reward
+
+
+def learn(policy, reference, turns: list):
+    """An update for each list of rows, with the optimiser saved and loaded in between."""
+    config = Config(micro_batch_tokens=20, max_steps=4, warmup_steps=1, learning_rate=1e-2)
+    state, norms = None, []
+    for step, rows in enumerate(turns):
+        optimizer = make_optimizer(policy, config)
+        if state is not None:
+            load_optimizer(optimizer, state)
+        metrics, _ = update(policy, reference, optimizer, *pool(rows), step, config)
+        state = whole(optimizer.state_dict())
+        norms.append(metrics["grad_norm"][0])
+        whole_model(policy)  # as sampling does, between updates
+    weights = {name: p.detach() for name, p in whole_model(policy).named_parameters()}
+    return weights, state["state"], norms
+
+
+def models():
+    return Llama(SHAPE).initialise(0), Llama(SHAPE).initialise(1)
+
+
+def process(rank: int, folder: str):
+    where = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    policy, reference = (shard(model, torch.device("cpu")) for model in models())
+    assert is_sharded(policy)
+    policy.recompute = True
+    # Remainders, and a process that has no row at all: one, then the other.
+    result = learn(policy, reference, ([[0, 1, 2], [0], []] if rank == 0 else [[], [1, 2], [1]]))
+    if rank == 0:
+        torch.save(result, f"{folder}/result")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(process, (str(tmp_path),), nprocs=2)
+    spread = torch.load(tmp_path / "result")
+    policy, reference = models()
+    one = learn(policy, reference, [[0, 1, 2], [0, 1, 2], [1]])
+    for found, expected in zip(spread[0].items(), one[0].items(), strict=True):
+        assert found[0] == expected[0] and torch.allclose(found[1], expected[1], atol=1e-5)
+    for i, moments in one[1].items():
+        for name, value in moments.items():
+            assert torch.allclose(spread[1][i][name], value, atol=1e-5)
+    assert torch.allclose(torch.tensor(spread[2]), torch.tensor(one[2]), atol=1e-5)
