@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hub import local_folder
 from model import Llama, load_model, rope_tables
 from rollout import sample
 from tokenizer import load_tokenizer
@@ -310,7 +311,7 @@ def load_engine(folder: str, size: int, device: str = "cpu"):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, dtype).requires_grad_(False)
-    ends = {tokenizer.eos, *end_tokens(Path(folder))}
+    ends = {tokenizer.eos, *end_tokens(local_folder(folder, weights=False))}
     return Engine(model, ends, tokenizer.decode, size), tokenizer
 
 

@@ -25,13 +25,13 @@ import os
 import secrets
 import sys
 import time
-from pathlib import Path
 
 import torch
 from aiohttp import web
 from jinja2 import TemplateError
 
 from engine import Row, certain, load_engine, plain
+from hub import local_folder
 from rollout import packed_weights, uniforms
 from template import Template
 from world import running
@@ -211,7 +211,8 @@ class Server:
 
     def __init__(self, folder: str, size: int, device: str):
         self.engine, self.tokenizer = load_engine(folder, size, device)
-        self.template, self.name = Template(Path(folder), self.tokenizer), folder
+        self.template = Template(local_folder(folder, weights=False), self.tokenizer)
+        self.name = folder
         self.names = {i: name for name, i in self.tokenizer.specials.items()}
         self.requests, self.wake = {}, asyncio.Event()  # of every row in the engine, by its id()
 
