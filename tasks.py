@@ -13,6 +13,7 @@ A row may hold an "answer", which objective=nll with candidates=suffix learns fr
 import asyncio
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from evaluate import continue_batch, summarise
 from judge import VERDICTS, Scores, load_prompts, parse, render
 from rewrite import clean, last_five_words
 from sources import DataError, Skips, list_files, records
+from template import Template
 
 # The texts of a row that its prompt shows.
 SHOWN = {"quality": ("prefix", "a", "b"), "safety": ("text",), "rewrite": ("prefix", "original")}
@@ -79,15 +81,17 @@ def answer_of(row: dict) -> str:
 
 
 class TaskStream(Stream):
-    """Batches of prompts: prefix = the prompt, suffix = the supervised answer, ended by eos."""
+    """Batches of prompts: prefix = the prompt as serve.py lays it out by the chat template of
+    `folder`, suffix = the supervised answer, ended by eos."""
 
-    def __init__(self, *args, prompts: str, **how):
-        super().__init__(*args, **how)
-        self.prompts = load_prompts(prompts)
+    def __init__(self, source, tokenizer, *, prompts: str, folder: str, **how):
+        super().__init__(source, tokenizer, **how)
+        self.prompts, self.template = load_prompts(prompts), Template(Path(folder), tokenizer)
 
     def sample(self, text: str, epoch: int, mine: bool):
         row = json.loads(text)
-        ids = self.tokenizer.encode(prompt_of(row, self.prompts))
+        prompt = {"role": "user", "content": prompt_of(row, self.prompts)}
+        ids = self.template.encode([prompt])
         answer = [*self.tokenizer.encode(answer_of(row)), self.tokenizer.eos]
         if len(ids) > self.max_seq - self.chunk or len(answer) > self.chunk:
             self.skipped["a prompt above max_seq - chunk or an answer above chunk tokens"] += 1
@@ -210,6 +214,7 @@ def held_out_stream(config: Config, tokenizer) -> TaskStream:
         batch_size=min(64, config.eval_prefixes),
         epochs=1,
         prompts=config.prompts,
+        folder=config.init_from,
     )
 
 
