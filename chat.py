@@ -185,7 +185,7 @@ class Chat:
         *,
         concurrency: int = 1024,  # requests in flight, over all endpoints
         timeout: float = 120.0,  # seconds for one attempt
-        retries: int = 8,  # repeats of a question while other questions are answered
+        retries: int = 12,  # repeats of a question while other questions are answered
         give_up_after: float = 600.0,  # seconds without any answer until TeacherGone
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
@@ -296,7 +296,9 @@ class Chat:
             if attempt >= self._retries and self._heard > began:
                 self._counts["dropped"] += 1
                 return Answer(None, kind, 0, 0)
-            backoff = random.uniform(0, min(8.0, 0.25 * 2 ** min(attempt, 6)))
+            # A server that answered just now is well, and a step waits for its last answer.
+            longest = 1.0 if time.monotonic() - self._heard < 5.0 else 8.0
+            backoff = random.uniform(0, min(longest, 0.25 * 2 ** min(attempt, 6)))
             await asyncio.sleep(min(backoff, self._patience()))
             self._counts["retries"] += 1
         if answer.text is None:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from distributed import rank
 from model import load_model, save_model
@@ -58,7 +59,7 @@ def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Pat
         link.symlink_to(final.relative_to(run), target_is_directory=True)
         os.replace(link, run / "ckpt")
         flush(run)
-    except (OSError, RuntimeError) as e:  # safetensors and torch report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as e:  # how each library reports a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         why = str(e).partition("\n")[0]
         raise CheckpointError(f"cannot write the checkpoint {final} (disk full?): {why}") from e

@@ -50,8 +50,9 @@ class Run:
         self.signal(signal.SIGKILL)
 
     def alive(self) -> bool:
-        """Whether the first process has not ended; it stays a zombie until `wait`."""
-        return Path(f"/proc/{self.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        """Whether any of the processes has not ended; they stay zombies until `wait`."""
+        states = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in self.pids)
+        return any(state.split()[0] != "Z" for state in states)
 
     def wait(self) -> int:
         """-> the exit code, of the first process that failed if one did; minus a signal."""
