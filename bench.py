@@ -1,6 +1,6 @@
 """Ours beside what one would use instead: same weights, same tokens, one machine, one run.
 
-    python bench.py [sampler update kernels chat data]      all five, or the named sections
+    python bench.py [sampler update scaling kernels chat data]      all, or the named sections
 
 Out: a line a measurement, and bench.json. Ratios are of medians over rounds in which the sides take
 turns, since machines are noisy. Peers (transformers, openai, datasets, flash-attn, Liger)
@@ -13,11 +13,14 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from config import Config
+from cost import flops
 from model import Llama, ModelConfig, save_model
 from objectives import dpo_loss
 from rollout import rollout
@@ -106,7 +109,7 @@ def sampler():
             | peers
         )
         rate, bandwidth = (
-            2 * 1024**3 / seconds.pop("product"),
+            20 * 1024**3 / seconds.pop("product"),
             stream.nbytes / seconds.pop("stream"),
         )
         least = roofline(ours.config, P, K, N, rate, bandwidth)
@@ -151,7 +154,14 @@ def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
         trainer = DPOTrainer(
             peer_of(policy),
             ref_model=peer_of(reference),
-            args=DPOConfig(folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True),
+            args=DPOConfig(
+                folder,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to=[],
+                disable_tqdm=True,
+            ),
             train_dataset=Dataset.from_dict(text),
             processing_class=PreTrainedTokenizerFast(
                 tokenizer_object=words, eos_token="<e>", pad_token="<e>"
@@ -208,13 +218,13 @@ def update():
     }
     values = [run() for run in pairs.values()]
     assert max(values) - min(values) < 1e-3, values  # the same loss
-    prefix, group = tokens(1, 960), tokens(1, 16, 64)
+    prefix, group = tokens(1, 480), tokens(1, 16, 32)
     separate = prefix.expand(16, -1), group.transpose(0, 1)
     groups = {
         "ours": partial(grpo, prefix, group, 1),
         "ours, a row each": partial(grpo, *separate, 4),
     }
-    for what, sides in {"DPO P=1920 N=128": pairs, "GRPO of 16 P=960 N=64": groups}.items():
+    for what, sides in {"DPO P=1920 N=128": pairs, "GRPO of 16 P=480 N=32": groups}.items():
         seconds = in_turns(sides, rounds=2)
         peaks = {side: peak_bytes(run) for side, run in sides.items()}
         for side, value in seconds.items():
@@ -226,6 +236,34 @@ def update():
                 "peak_mb": peaks[side] / 1e6,
                 "ours_needs_less_by": peaks[side] / peaks["ours"],
             }
+
+
+def scaling():
+    """How the policy's part of a step grows with K, N and P, beside the FLOPs of cost.py."""
+    shape = ModelConfig(2048, n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704, head_dim=64)
+    policy, pad, index = Llama(shape).initialise(0), torch.zeros(4, dtype=torch.int32), range(4)
+
+    def step(K: int, N: int, P: int):
+        prefix = torch.randint(2000, (4, P))
+        how = dict(eos=-1, seed=0, index=torch.tensor(index))
+        drawn = rollout(policy, prefix, pad, K, N, **how)
+        with torch.no_grad():
+            policy.logprobs(prefix, pad, drawn.tokens[:, :2])  # the reference
+        policy.logprobs(prefix, pad, drawn.tokens[:, :2]).sum().backward()
+        policy.zero_grad()
+
+    sizes = [(4, 32, 256), (8, 32, 256), (16, 32, 256), (4, 64, 256), (4, 128, 256)]
+    sizes += [(4, 32, 512), (4, 32, 1024)]
+    seconds = in_turns({size: partial(step, *size) for size in sizes}, rounds=2)
+    config = Config(batch_size=4, candidates="rollouts")
+    for (K, N, P), value in seconds.items():
+        sized = replace(config, rollouts=K, chunk=N, max_seq=P + N)
+        yield {
+            "what": f"scaling K={K} N={N} P={P}",
+            "seconds": value,
+            "times_the_first": value / seconds[sizes[0]],
+            "gflop": sum(flops(sized, shape).values()) / 1e9,
+        }
 
 
 def kernels():
@@ -247,7 +285,7 @@ def data():
     yield from data_rows()
 
 
-SECTIONS = {f.__name__: f for f in (sampler, update, kernels, chat, data)}
+SECTIONS = {f.__name__: f for f in (sampler, update, scaling, kernels, chat, data)}
 
 
 def main(argv: list[str]):

@@ -88,7 +88,8 @@ def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
 
 def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     """Bytes on one GPU: float32 weights, gradients and Adam's two moments; the reference; the
-    sampler's cache for this process's prefixes; activations of one micro-batch."""
+    sampler's cache for this process's prefixes; activations of one micro-batch. shard=True spreads
+    the first two and samples from a whole copy of the weights."""
     size, count = (2 if bf16 else 4), parameters(shape)
     N, P = config.chunk, config.max_seq - config.chunk
     cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size
@@ -96,12 +97,17 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     row = P + learned * N
     rows = max(1, config.micro_batch_tokens // row)
     per_token = shape.n_layer * (16 * shape.d_model + 4 * shape.d_ff) * size
+    if config.recompute:  # the input of every layer, and one layer in full
+        per_token = per_token / shape.n_layer + shape.n_layer * shape.d_model * size
+    share = config.gpus if config.shard else 1
     out = {
-        "weights, gradients, optimiser": 16.0 * count,
-        "reference": 4.0 * count if config.objective == "dpo" else 0.0,
+        "weights, gradients, optimiser": 16.0 * count / share,
+        "reference": 4.0 * count / share if config.objective == "dpo" else 0.0,
         "activations of a micro-batch": float(min(rows, config.batch_size) * row * per_token),
     }
     if "rollouts" in names(config.candidates):
+        if config.shard:
+            out["whole weights while sampling"] = 4.0 * count
         prefixes = -(-config.batch_size // config.gpus)
         out["cache of prefixes and rollouts"] = float(prefixes * cache * (P + config.rollouts * N))
     return out
