@@ -56,7 +56,8 @@ def linear_logprob(hidden, weight, targets, temperature: float = 1.0, entropy: b
     if use_triton(hidden) and len(targets):
         logp, ent, _ = _logprob(hidden, weight.to(hidden.dtype), targets, temperature, entropy)
     else:
-        logp, ent = _Chunked.apply(hidden, weight, targets, temperature, entropy)
+        with torch.autocast(hidden.device.type, enabled=False):  # float32 means float32
+            logp, ent = _Chunked.apply(hidden, weight, targets, temperature, entropy)
     return (logp, ent) if entropy else logp
 
 

@@ -152,3 +152,14 @@ def test_kernels_in_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_logprob_is_float32_under_autocast():
+    """--dtype=bfloat16 without a GPU: bfloat16 hidden states, float32 weights and arithmetic."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 8, generator=rng).bfloat16()
+    weight = torch.randn(11, 8, generator=rng)
+    targets = torch.tensor([0, 3, -100, 10, 5, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_logprob(hidden, weight, targets)
+    assert torch.equal(found, linear_logprob(hidden, weight, targets))
