@@ -82,17 +82,19 @@ def answer_of(row: dict) -> str:
 
 class TaskStream(Stream):
     """Batches of prompts: prefix = the prompt as serve.py lays it out by the chat template of
-    `folder`, suffix = the supervised answer, ended by eos."""
+    `folder`, suffix = the supervised answer, ended by eos; eos alone unless `supervised`."""
 
-    def __init__(self, source, tokenizer, *, prompts: str, folder: str, **how):
+    def __init__(self, source, tokenizer, *, prompts, folder: str, supervised: bool, **how):
         super().__init__(source, tokenizer, **how)
+        self.supervised = supervised
         self.prompts, self.template = load_prompts(prompts), Template(Path(folder), tokenizer)
 
     def sample(self, text: str, epoch: int, mine: bool):
         row = json.loads(text)
         prompt = {"role": "user", "content": prompt_of(row, self.prompts)}
         ids = self.template.encode([prompt])
-        answer = [*self.tokenizer.encode(answer_of(row)), self.tokenizer.eos]
+        answer = self.tokenizer.encode(answer_of(row)) if self.supervised else []
+        answer = [*answer, self.tokenizer.eos]
         if len(ids) > self.max_seq - self.chunk or len(answer) > self.chunk:
             self.skipped["a prompt above max_seq - chunk or an answer above chunk tokens"] += 1
             return None
@@ -215,6 +217,7 @@ def held_out_stream(config: Config, tokenizer) -> TaskStream:
         epochs=1,
         prompts=config.prompts,
         folder=config.init_from,
+        supervised=False,
     )
 
 

@@ -184,7 +184,9 @@ def open_stream(source, tokenizer, config: Config, state) -> Stream:
     """The batches of this process: of documents, or of a teacher's prompts."""
     kind = Stream
     if config.task != "pretrain":
-        kind = functools.partial(TaskStream, prompts=config.prompts, folder=config.init_from)
+        how = dict(prompts=config.prompts, folder=config.init_from)
+        how["supervised"] = "suffix" in config.candidates
+        kind = functools.partial(TaskStream, **how)
     return kind(
         source,
         tokenizer,

@@ -43,7 +43,8 @@ def write(path, rows):
 
 def stream(path, task="judge", **how):
     tokenizer = load_tokenizer("world")
-    how = dict(chunk=40, max_seq=192, batch_size=6, prompts=TINY, folder="scratch", window=50) | how
+    base = dict(chunk=40, max_seq=192, batch_size=6, prompts=TINY, folder="scratch", window=50)
+    how = base | dict(supervised=True) | how
     return TaskStream(Rows(str(path), task), tokenizer, **how), tokenizer
 
 
