@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from config import Config
-from data import OTHERS, Stream
+from data import OTHERS, Stream, digest
 from evaluate import continue_batch, summarise
 from judge import VERDICTS, Scores, load_prompts, parse, render
 from rewrite import clean, last_five_words
@@ -46,6 +46,7 @@ class Rows:
                 self.rows.append(json.dumps(check(row, f"{name}:{line}")))
         if not self.rows:
             raise DataError(f"{source} holds no rows")
+        self.rows.sort(key=digest)  # mixes the files: a window of the stream's shuffle may be small
 
     def documents(self, start: dict | None):
         for number in range(start["row"] if start else 0, len(self.rows)):
