@@ -47,7 +47,7 @@ NEXT_TOKEN = SUPERVISED | dict(
 COLD = SUPERVISED | dict(batch_size=32, learning_rate=1e-3)
 GRPO = dict(objective="grpo", candidates="rollouts", rollouts=16, batch_size=32, save_every=100)
 # An answer of the judge is a word in letters, that of the rewriter a passage of 32 words.
-JUDGE_COLD = dict(chunk=8, max_seq=192, max_steps=50)
+JUDGE_COLD = dict(chunk=8, max_seq=192, max_steps=100)
 JUDGE = dict(chunk=8, max_seq=192, max_steps=300, learning_rate=5e-4)
 REWRITER_COLD = dict(chunk=40, max_seq=192, max_steps=300)
 REWRITER = dict(chunk=40, max_seq=192, max_steps=150, learning_rate=2e-4)
