@@ -31,6 +31,7 @@ def rollouts_rows(reward: str, largest: str, **paper) -> list[Row]:
     return [Row(f"{reward}, K = {K[1:]}", files[K], figures) for K, figures in paper.items()]
 
 
+WEAK_REWRITER = "share_unsafe=1,rewriter_knowledge=0.25,rewriter_flaws=0.75"
 TABLES = {
     "table1": [
         Row("base", "", (50.0, 50.0, 50.1, 42.3, 76.9)),
@@ -148,6 +149,16 @@ TABLES = {
         Row("overlap 0", "rollouts_quality_4"),
         Row("overlap 1", "rollouts_quality_4", (), {"overlap": 1}),
         Row("overlap 2", "rollouts_quality_4", (), {"overlap": 2}),
+    ],
+    # The rewriter knows a quarter of the facts, not three, and leaves three faults of four, not one.
+    "rewriter": [
+        Row(f"{label}, {name} rewriter", config, (), changes)
+        for name, changes in (("usual", {}), ("weak", {"dials": WEAK_REWRITER}))
+        for label, config in (
+            ("SFT (rewrite)", "table6_sft_rewrite"),
+            ("RF-NLL (rollout, rewrite)", "table6_rf_nll_rollout_rewrite"),
+            ("DPO (rewrite, 1 rollout)", "table6_dpo_rewrite_rollout"),
+        )
     ],
     # Which schedule names the best and the worst: under a judge that errs, on the world's own mix.
     "schedules": [

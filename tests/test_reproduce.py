@@ -110,7 +110,7 @@ def test_verdicts():
     assert word == "reproduced" and "81.0 against 50.0 (+31.0, spread 1.0)" in evidence
     del study["table1_quality"]
     assert verdict(FINDINGS[0], study)[0] == "not run"
-    assert verdict(BEYOND[3], study)[0] == "holds"
+    assert verdict(BEYOND[-1], study)[0] == "holds"
 
 
 def test_page_without_and_with_runs():
