@@ -150,7 +150,7 @@ def fine_tuning(study):
     return [
         Part(
             max(collapsed) < 25,
-            f"quality after SFT on own rollouts {figures(collapsed)} (asked: below 25 in every seed)",
+            f"quality after SFT on own rollouts {figures(collapsed)} (asked: below 25 in each)",
         ),
         versus(
             "safety after SFT on rewrites",

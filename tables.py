@@ -150,7 +150,7 @@ TABLES = {
         Row("overlap 1", "rollouts_quality_4", (), {"overlap": 1}),
         Row("overlap 2", "rollouts_quality_4", (), {"overlap": 2}),
     ],
-    # The rewriter knows a quarter of the facts, not three, and leaves three faults of four, not one.
+    # The rewriter knows a quarter of the facts, not three; leaves three faults of four, not one.
     "rewriter": [
         Row(f"{label}, {name} rewriter", config, (), changes)
         for name, changes in (("usual", {}), ("weak", {"dials": WEAK_REWRITER}))
