@@ -24,7 +24,8 @@ from pathlib import Path
 
 from serve import start_server
 from sources import Skips, records
-from world import Dials, document, examine, quality, read_prefix, rewrite, safe
+from tokenizer import from_words
+from world import Dials, document, examine, quality, read_prefix, rewrite, safe, vocabulary
 
 HERE = Path(__file__).parent
 PROMPTS = HERE / "prompts" / "tiny"  # letters and line ends: a small model reads few tokens
@@ -46,11 +47,11 @@ NEXT_TOKEN = SUPERVISED | dict(
 )
 COLD = SUPERVISED | dict(batch_size=32, learning_rate=1e-3)
 GRPO = dict(objective="grpo", candidates="rollouts", rollouts=16, batch_size=32, save_every=100)
-# An answer of the judge is a word in letters, that of the rewriter a passage of 32 words.
-JUDGE_COLD = dict(chunk=8, max_seq=192, max_steps=100)
-JUDGE = dict(chunk=8, max_seq=192, max_steps=300, learning_rate=5e-4)
-REWRITER_COLD = dict(chunk=40, max_seq=192, max_steps=300)
-REWRITER = dict(chunk=40, max_seq=192, max_steps=150, learning_rate=2e-4)
+# An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
+JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=30)
+JUDGE = dict(chunk=2, max_seq=160, max_steps=400, learning_rate=5e-4)
+REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=300)
+REWRITER = dict(chunk=36, max_seq=160, max_steps=150, learning_rate=2e-4)
 POLICY = dict(
     dials=f"people={PEOPLE}",
     max_seq=64,  # prefixes of 32 tokens, so that the judge's prompts stay short
@@ -138,9 +139,10 @@ def circle(out: Path, seed: int) -> dict:
     sets, base = out / "sets", out / "base"
     if not (sets / "rewriter.cold.jsonl").exists():
         write_lessons(out / "lessons.jsonl", seed)
+        from_words([*vocabulary(), "SAFE", "UNSAFE"]).save(out / "words")  # a verdict is a token
         write_sets(sets, seed)
     common = dict(seed=seed, prompts=PROMPTS, baseline=False)
-    lessons = dict(data=out / "lessons.jsonl", tokenizer="world", model="world-teacher")
+    lessons = dict(data=out / "lessons.jsonl", tokenizer=out / "words", model="world-teacher")
     seconds = {"lessons": train(base, base_steps=0, **common, **lessons, **NEXT_TOKEN)}
 
     def files(*tasks, which="train.jsonl.zst"):
