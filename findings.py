@@ -45,7 +45,7 @@ class Part:
 @dataclass(frozen=True)
 class Finding:
     claim: str
-    tables: str  # python reproduce.py TABLES
+    tables: str  # python reproduce.py TABLES, or "circle": python circle.py
     check: Callable | str  # Study -> [Part], or why it cannot be tested in miniature
 
 
@@ -248,15 +248,32 @@ def no_judge(study):
     ]
 
 
-def from_circle(key: str):
-    """What the training of the teachers found: OUT/circle.json, {key: [{holds, evidence}]}."""
+def of_circle(study, measure: str) -> list[float]:
+    """A figure of circle.py in %, of all seeds."""
+    found = study.get("circle", {})
+    if {int(seed) for seed in found} != set(study.seeds):
+        raise Missing("circle.py")
+    return [100 * found[seed][measure] for seed in sorted(found)]
 
-    def check(study):
-        if key not in study.get("circle", {}):
-            raise Missing("the training of judge and rewriter")
-        return [Part(**part) for part in study["circle"][key]]
 
-    return check
+def near_chance(name: str, values: list[float]) -> Part:
+    holds = all(40 <= value <= 60 for value in values)
+    return Part(holds, f"{name} {figures(values)} (asked: 40 to 60 in each seed)")
+
+
+def most(name: str, values: list[float]) -> Part:
+    return Part(min(values) > 90, f"{name} {figures(values)} (asked: above 90 in each seed)")
+
+
+def judge_training(study):
+    """On held-out pairs, a text and its spoilt version in both orders."""
+    cold, trained = (of_circle(study, f"judge.quality.{when}") for when in ("cold", "grpo"))
+    return [near_chance("accuracy after the cold start", cold), most("after GRPO", trained)]
+
+
+def rewriter_training(study):
+    copied, safe = (of_circle(study, f"rewriter.{what}.grpo") for what in ("copied", "safe"))
+    return [most("exact copies of safe text", copied), most("safe rewrites of unsafe text", safe)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -361,11 +378,13 @@ FINDINGS = [
     Finding("A weaker judge gives a weaker policy", "judge", weaker_judge),
     Finding(
         "Untrained judges are near chance on corrupted pairs; GRPO lifts them over 90 %",
-        "",
-        from_circle("13"),
+        "circle",
+        judge_training,
     ),
     Finding(
-        "The rewriter learns to copy safe text and to rewrite unsafe text", "", from_circle("14")
+        "The rewriter learns to copy safe text and to rewrite unsafe text",
+        "circle",
+        rewriter_training,
     ),
     Finding(
         "Factuality prompts order by strictness, v1 to v5, and a reference raises agreement",

@@ -45,7 +45,7 @@ def study_of(out: Path, seeds: list[int]) -> Study:
         for row in rows:
             if row.config:
                 study[row_name(row)] = records(out, row, seeds)
-    circle = out / "circle.json"
+    circle = out.parent / "circle" / "circle.json"
     study["circle"] = json.loads(circle.read_text()) if circle.exists() else {}
     return study
 
@@ -236,7 +236,8 @@ def verdicts(findings, study: Study, numbered: bool) -> str:
     lines = ["| | finding | verdict | figures | command |", "| --- | --- | --- | --- | --- |"]
     for number, finding in enumerate(findings, 1):
         word, evidence = verdict(finding, study)
-        command = f"`python reproduce.py {finding.tables}`" if finding.tables else ""
+        script = "circle.py" if finding.tables == "circle" else f"reproduce.py {finding.tables}"
+        command = f"`python {script}`" if finding.tables else ""
         first = number if numbered else "+"
         lines.append(f"| {first} | {finding.claim} | **{word}** | {evidence} | {command} |")
     return "\n".join(lines)
