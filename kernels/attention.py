@@ -233,17 +233,18 @@ def _forward(
     acc = tl.zeros([BM, D], tl.float32)
     total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
     edge = pad + full * BN
-    for low in range(pad, edge, BN):
-        k_at, v_at = K + low * kt + k_in, V + low * vt + v_in
-        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, 0, 0, scale, False)
+    K += pad * kt
+    V += pad * vt
+    for _ in range(full):
+        acc, total, top = _softmax_step(acc, total, top, q, K + k_in, V + v_in, 0, 0, scale, False)
+        K += BN * kt
+        V += BN * vt
     first = edge + tl.where(near > 0, 0, jump)
-    k_at, v_at = K + first * kt + k_in, V + first * vt + v_in
+    k_at, v_at = K + (first - edge) * kt + k_in, V + (first - edge) * vt + v_in  # K is at `edge`
     for t in range(masked):
-        # Both sides are taken relative to `first`, so that the columns are constants.
-        before, after = column < P - first, column[None, :] >= (own - first)[:, None]
-        seen = (column[None, :] <= (i - first)[:, None]) & (before[None, :] | after)
-        live = column < T - first
-        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, True)
+        j = first + column
+        seen = (j[None, :] <= i[:, None]) & ((j[None, :] < P) | (j[None, :] >= own[:, None]))
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, j < T, seen, scale, True)
         ahead = BN + tl.where(t + 1 == near, jump, 0)
         first += ahead
         k_at += ahead * kt

@@ -14,8 +14,11 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-WORDS = ["forward 64", "plain 64", "forward 128", "plain 128", "backward_key 128"]
-EXTRA = {"sm_80": ["backward_query 128", "decode", "logprob backward entropy"]}
+WORDS = ["forward 128", "plain 128", "backward_key 128"]
+EXTRA = {
+    "sm_80": ["backward_query 128", "decode", "logprob backward entropy"],
+    "gfx942": ["forward 64", "plain 64"],
+}
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -42,10 +45,10 @@ def test_configurations(arch):
         if row["expected"]:
             assert row["loops"][0][0] == row["expected"], row
     for D in (64, 128):  # the plain causal kernel at the same tiles
+        if f"plain {D}" not in rows:
+            continue
         ours, plain = (rows[f"{kernel} {D}"] for kernel in ("forward", "plain"))
         (matrix, other), (plain_matrix, plain_other) = ours["loops"][0], plain["loops"][0]
         assert matrix == plain_matrix and other <= plain_other
-        if (arch, D) == ("gfx942", 64):  # 8 registers more, of which as many waves fit
-            assert ours["occupancy"] >= plain["occupancy"]
-        else:
-            assert ours["registers"] <= plain["registers"]
+        assert ours["registers"] <= plain["registers"]
+        assert ours["occupancy"] >= plain["occupancy"]
