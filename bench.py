@@ -1,6 +1,6 @@
 """Ours beside what one would use instead: same weights, same tokens, one machine, one run.
 
-    python bench.py [sampler update scaling kernels chat data]      all, or the named sections
+    python bench.py [sampler update step scaling kernels chat data]      all, or the named sections
 
 Out: a line a measurement, and bench.json. Ratios are of medians over rounds in which the sides take
 turns, since machines are noisy. Peers (transformers, openai, datasets, flash-attn, Liger)
@@ -8,22 +8,30 @@ are needed here only; a section whose peer is not installed says so. On a GPU `k
 Triton kernels, on a CPU the PyTorch definitions.
 """
 
+import copy
 import json
 import statistics
 import sys
 import tempfile
 import time
+import zlib
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from candidates import make_pool
 from config import Config
 from cost import flops
-from model import Llama, ModelConfig, save_model
+from data import Batch
+from model import Llama, ModelConfig, preset, save_model
 from objectives import dpo_loss
 from rollout import rollout
+from update import make_optimizer
+from update import update as update_policy
 
 ROUNDS = 3
 
@@ -34,13 +42,14 @@ def llama_30m() -> Llama:
     return Llama(shape).initialise(0)
 
 
-def in_turns(sides: dict, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each callable; the sides take turns, the first round only warms up.
-
-    With a single thread these are seconds of CPU, which other programs disturb less.
-    """
+def clock() -> float:
+    """Seconds; with a single thread those of CPU, which other programs disturb less."""
     cpu = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    clock = time.process_time if cpu else time.perf_counter
+    return time.process_time() if cpu else time.perf_counter()
+
+
+def in_turns(sides: dict, rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each callable; the sides take turns, the first round only warms up."""
     seconds = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, run in sides.items():
@@ -238,6 +247,135 @@ def update():
             }
 
 
+def crc(text: str) -> float:
+    """A reward that costs nothing and never ties."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def timed(spent: Counter, phase: str, run):
+    """run, with its seconds added to spent[phase]."""
+
+    def call(*args, **kwargs):
+        began = clock()
+        result = run(*args, **kwargs)
+        spent[phase] += clock() - began
+        return result
+
+    return call
+
+
+def our_step(policy: Llama, words, prompts: list, N: int, K: int, spent: Counter):
+    """train.py's step with `crc` for a judge."""
+    B, P = len(prompts), len(prompts[0].split())
+    config = Config(
+        candidates="rollouts", rollouts=K, chunk=N, max_seq=P + N, batch_size=B, learning_rate=1e-5
+    )
+    policy, reference = copy.deepcopy(policy), policy
+    optimizer, tokenizer = (
+        make_optimizer(policy, config),
+        SimpleNamespace(eos=1, decode=words.decode),
+    )
+
+    def rollouts():
+        prefix = torch.tensor([words.encode(prompt).ids for prompt in prompts])
+        pad, suffix = torch.zeros(B, dtype=torch.int32), torch.zeros(B, N, dtype=torch.int64)
+        batch = Batch(prefix, pad, suffix, torch.arange(B), prompts, [], {})
+        return make_pool(policy, batch, None, config, tokenizer)
+
+    def rewards(pool):
+        return torch.tensor([[crc(text) for text in row] for row in pool.texts])
+
+    rollouts, rewards = timed(spent, "rollouts", rollouts), timed(spent, "rewards", rewards)
+
+    def run():
+        pool = rollouts()
+        update_policy(policy, reference, optimizer, pool, rewards(pool), 5, config)
+
+    return timed(spent, "step", run)
+
+
+def trl_step(policy: Llama, words, prompts: list, N: int, spent: Counter):
+    """TRL's OnlineDPOTrainer on the same weights: sampling, reward function, loss, optimiser."""
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    def reward(completions, **_):
+        return [crc(text) for text in completions]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = OnlineDPOTrainer(
+            peer_of(policy),
+            ref_model=peer_of(policy),
+            reward_funcs=timed(spent, "rewards", reward),
+            args=OnlineDPOConfig(
+                folder,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,  # it would sample without a cache
+                max_new_tokens=N,
+                max_length=len(prompts[0].split()) + N,
+                temperature=1.0,
+                learning_rate=1e-5,
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=words, eos_token="w1", pad_token="w1"
+            ),
+        )
+    trainer._generate = timed(spent, "rollouts", trainer._generate)
+    optimizer = trainer.create_optimizer()
+
+    def run():
+        trainer.training_step(trainer.model, {"prompt": prompts})
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(spent, "step", run)
+
+
+def step():
+    """A whole step of DPO on two rollouts a prefix, and the share of its phases; ours with 16, too.
+
+    The reward is a Python function in both, so that a judge's speed plays no part.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    for name, V, B, P, N, rounds in (
+        ("world", 846, 32, 64, 32, 5),
+        ("smollm2-135m", 49152, 2, 128, 32, 2),
+    ):
+        policy = Llama(preset(name, V)).initialise(0)
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        ids = torch.randint(2, V, (B, P), generator=torch.Generator().manual_seed(0)).tolist()
+        prompts = [" ".join(f"w{i}" for i in row) for row in ids]
+        spent = {side: Counter() for side in ("ours", "TRL", "ours, 16 rollouts")}
+        given = policy, words, prompts, N
+        seconds = in_turns(
+            {
+                "ours": our_step(*given, 2, spent["ours"]),
+                "TRL": trl_step(*given, spent["TRL"]),
+                "ours, 16 rollouts": our_step(*given, 16, spent["ours, 16 rollouts"]),
+            },
+            rounds,
+        )
+        for side, value in seconds.items():
+            whole, shares = spent[side]["step"], spent[side]
+            yield {
+                "what": f"step of {name} B={B} P={P} N={N} K=2",
+                "side": side,
+                "seconds": value,
+                "ours_is_faster_by": value / seconds["ours"],
+                "rollouts": shares["rollouts"] / whole,
+                "rewards": shares["rewards"] / whole,
+                "update": 1 - (shares["rollouts"] + shares["rewards"]) / whole,
+            }
+
+
 def scaling():
     """How the policy's part of a step grows with K, N and P, beside the FLOPs of cost.py."""
     shape = ModelConfig(2048, n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704, head_dim=64)
@@ -285,7 +423,7 @@ def data():
     yield from data_rows()
 
 
-SECTIONS = {f.__name__: f for f in (sampler, update, scaling, kernels, chat, data)}
+SECTIONS = {f.__name__: f for f in (sampler, update, step, scaling, kernels, chat, data)}
 
 
 def main(argv: list[str]):

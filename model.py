@@ -165,7 +165,11 @@ class Block(nn.Module):
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
         x = x + self.self_attn.o_proj(attended)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return x + self.mlp(self.post_attention_layernorm(x))
+        for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
+            part += self.mlp(self.post_attention_layernorm(part))
+        return x
 
 
 class Decoder(nn.Module):

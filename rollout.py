@@ -93,6 +93,7 @@ def packed_weights(model: Llama):
     cpu, dtype = model.lm_head.weight.device.type == "cpu", autocast_dtype(model)
     x86 = cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and x86]
+    linears = [m for m in linears if m.weight.numel() >= 1 << 17]  # else the call costs more
     for linear in linears:
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 64)
         linear.forward = lambda x, packed=packed: torch.ops.mkldnn._linear_pointwise(
