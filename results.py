@@ -25,7 +25,7 @@ INTRO = """\
 # Results
 
 The paper's findings, tested in miniature: a 0.4M-parameter policy on the pocket world, {seeds}
-seeds, 40 steps of 16 prefixes (from scratch: 300 of 32). A row is the paper's configuration of that
+seeds, 40 steps of 16 prefixes (from scratch: 200 of 32). A row is the paper's configuration of that
 row with only the scale changed, and the scale is the same for all rows; the rule for each verdict
 ([findings.py](findings.py)) was written down before the runs. The judge is exact unless a row says
 otherwise, and the judge of the evaluation always is. So this tests the method's mechanics, not how
