@@ -13,7 +13,6 @@ import torch
 from config import Config, names
 from data import Batch
 from rollout import rollout
-from shard import whole_model
 
 
 @dataclass
@@ -55,7 +54,7 @@ def rollouts(policy, batch: Batch, config: Config, tokenizer) -> Part:
     device = next(policy.parameters()).device
     with autocast(config, device):
         drawn = rollout(
-            whole_model(policy, device),
+            policy,
             batch.prefix.to(device),
             batch.pad.to(device),
             config.rollouts,

@@ -78,7 +78,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
     """
     run, optimizer, queue = Path(config.out_dir), make_optimizer(policy, config), deque()
     run.mkdir(parents=True, exist_ok=True)
-    step, at, bad = 0, begin, 0
+    step, at, bad, device = 0, begin, 0, next(policy.parameters()).device
     if state is not None:
         step, at = state["step"], state["stream"]
         load_optimizer(optimizer, state["optimizer"])
@@ -104,15 +104,18 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
             os.fsync(log.fileno())
             checkpoint.save(run, step, weights, tokenizer, state, config.keep)
 
-    def judged(clock):
-        """The loop's first half: -> the oldest pool in flight, its rewards and the verdicts."""
+    def judged(sampler, clock):
+        """The loop's first half: -> the oldest pool in flight, its rewards and the verdicts.
+
+        Nothing in it waits for other processes, of which one may have failed.
+        """
         # 1. Prefixes, their candidates, and the questions about them.
         while len(queue) <= config.overlap and step + len(queue) < config.max_steps:
             teachers.check_stop()
             asked = time.time()
             batch = next(batches)
             clock["data"] += time.time() - asked
-            pool = make_pool(policy, batch, teachers, config, tokenizer)
+            pool = make_pool(sampler, batch, teachers, config, tokenizer)
             ask(pool, teachers, config, step + len(queue))
             queue.append(pool)
             for name, seconds in pool.seconds.items():
@@ -140,7 +143,9 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
         try:
             while step < config.max_steps:
                 clock = {"step": time.time(), "data": 0.0, "rollout": 0.0, "judge_wait": 0.0}
-                pool, reward, scores = agreed(lambda clock=clock: judged(clock))
+                sampler = whole_model(policy, device)  # all processes take part: not in `agreed`
+                pool, reward, scores = agreed(functools.partial(judged, sampler, clock))
+                del sampler  # a copy, where the policy is spread
                 # 3. The update.
                 began = time.time()
                 metrics, picked = update(policy, reference, optimizer, pool, reward, step, config)
