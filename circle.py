@@ -48,7 +48,7 @@ NEXT_TOKEN = SUPERVISED | dict(
 COLD = SUPERVISED | dict(batch_size=32, learning_rate=1e-3)
 GRPO = dict(objective="grpo", candidates="rollouts", rollouts=16, batch_size=32, save_every=100)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
-JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=30)
+JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=80)
 JUDGE = dict(chunk=2, max_seq=160, max_steps=400, learning_rate=5e-4)
 REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=300)
 REWRITER = dict(chunk=36, max_seq=160, max_steps=150, learning_rate=2e-4)
