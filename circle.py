@@ -46,21 +46,18 @@ NEXT_TOKEN = SUPERVISED | dict(
     eval_prefixes=0,
 )
 COLD = SUPERVISED | dict(batch_size=32, learning_rate=1e-3)
-GRPO = dict(objective="grpo", candidates="rollouts", rollouts=16, batch_size=32, save_every=100)
+# The KL to the cold start keeps a judge from being sure too early: a group of equal answers
+# teaches nothing.
+GRPO = dict(objective="grpo", candidates="rollouts", grpo_std=False, grpo_kl=0.1, save_every=100)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
 JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=80)
-JUDGE = dict(chunk=2, max_seq=160, max_steps=400, learning_rate=5e-4)
-REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=300)
-REWRITER = dict(chunk=36, max_seq=160, max_steps=150, learning_rate=2e-4)
-POLICY = dict(
-    dials=f"people={PEOPLE}",
-    max_seq=64,  # prefixes of 32 tokens, so that the judge's prompts stay short
-    base_steps=600,
-    rewards="quality,safety",
-    batch_size=16,
-    max_steps=60,
-    eval_prefixes=0,
-)
+JUDGE = dict(chunk=2, max_seq=160, max_steps=400, batch_size=32, rollouts=16, learning_rate=1e-3)
+REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=600)
+REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=3e-4)
+# The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
+WORLD = dict(dials=f"people={PEOPLE}", max_seq=64)
+START = NEXT_TOKEN | WORLD | dict(batch_size=64, max_steps=600)
+POLICY = WORLD | dict(rewards="quality,safety", batch_size=16, max_steps=60, eval_prefixes=0)
 
 
 def run(script: str, *arguments, **flags):
@@ -141,9 +138,10 @@ def circle(out: Path, seed: int) -> dict:
         write_lessons(out / "lessons.jsonl", seed)
         from_words([*vocabulary(), "SAFE", "UNSAFE"]).save(out / "words")  # a verdict is a token
         write_sets(sets, seed)
-    common = dict(seed=seed, prompts=PROMPTS, baseline=False)
+    common = dict(seed=seed, prompts=PROMPTS, baseline=False, base_steps=0)
     lessons = dict(data=out / "lessons.jsonl", tokenizer=out / "words", model="world-teacher")
-    seconds = {"lessons": train(base, base_steps=0, **common, **lessons, **NEXT_TOKEN)}
+    seconds = {"lessons": train(base, **common, **lessons, **NEXT_TOKEN)}
+    seconds["start"] = train(out / "start", **common, **START)
 
     def files(*tasks, which="train.jsonl.zst"):
         return ",".join(str(sets / f"{task}.{which}") for task in tasks)
@@ -163,10 +161,11 @@ def circle(out: Path, seed: int) -> dict:
         rewriter = teacher("rewriter", ("rewriter",), REWRITER_COLD, REWRITER | asked)
         with start_server(rewriter / "ckpt") as rewrite_url:
             asked |= dict(rewrite_url=rewrite_url)
-            seconds["policy"] = train(out / "policy", **common, **POLICY, **asked)
+            flags = common | dict(init_from=out / "start" / "ckpt") | POLICY | asked
+            seconds["policy"] = train(out / "policy", **flags)
     result = out / "policy" / "evaluation.json"
     if not result.exists():
-        policy, start = out / "policy" / "ckpt", out / "policy" / "base" / "ckpt"
+        policy, start = out / "policy" / "ckpt", out / "start" / "ckpt"
         size = ("--max_seq", 64, "--dials", f"people={PEOPLE}")
         run("evaluate.py", policy, "--baseline", start, *size, "--out", result)
     return figures(judge, rewriter, result) | {f"seconds.{k}": v for k, v in seconds.items()}
