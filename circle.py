@@ -52,11 +52,11 @@ GRPO = dict(objective="grpo", candidates="rollouts", grpo_std=False, grpo_kl=0.1
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
 JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=80)
 JUDGE = dict(chunk=2, max_seq=160, max_steps=400, batch_size=32, rollouts=16, learning_rate=1e-3)
-REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=600)
+REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=500)
 REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=3e-4)
 # The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
 WORLD = dict(dials=f"people={PEOPLE}", max_seq=64)
-START = NEXT_TOKEN | WORLD | dict(batch_size=64, max_steps=600)
+START = NEXT_TOKEN | WORLD | dict(max_steps=600)
 POLICY = WORLD | dict(rewards="quality,safety", batch_size=16, max_steps=60, eval_prefixes=0)
 
 
