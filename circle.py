@@ -45,12 +45,12 @@ NEXT_TOKEN = SUPERVISED | dict(
     warmup_steps=30,
     eval_prefixes=0,
 )
-COLD = SUPERVISED | dict(batch_size=32, learning_rate=1e-3)
+COLD = SUPERVISED | dict(batch_size=32)
 GRPO = dict(objective="grpo", candidates="rollouts", save_every=100)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
-JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=80)
+JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=80, learning_rate=1e-3)
 JUDGE = dict(chunk=2, max_seq=160, max_steps=400, batch_size=32, rollouts=16, learning_rate=5e-4)
-REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=500)
+REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=300, learning_rate=3e-3)
 REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=3e-4)
 # The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
 WORLD = dict(dials=f"people={PEOPLE}", max_seq=64)
