@@ -1,4 +1,4 @@
-"""The paper's findings as tests on the records of the miniature runs, decided before running them.
+"""The paper's findings as tests on the records of the miniature runs, fixed before most of them.
 
 In: {row: {seed: record}} (reproduce.py's records; a row is its config and its changes). Out: for
 each finding a verdict and the figures it rests on. One rule everywhere: a is higher than b when it
