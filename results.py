@@ -29,7 +29,8 @@ seeds, 40 steps of 16 prefixes (from scratch: 200 of 32). A row is the paper's c
 row with only the scale changed, and the scale is the same for all rows; the rule for each verdict
 ([findings.py](findings.py)) was fixed early, when one quality run with 4 rollouts and the
 next-token rows had been seen; the test with a weak rewriter came after table 6. The judge is exact
-unless a row says otherwise, and the judge of the evaluation always is. So this tests the method's mechanics, not how
+unless a row says otherwise, and the judge of the evaluation always is. So this tests the method's
+mechanics, not how
 much a real model gains. Quality and coherence are win rates in % against the seed's base; the
 spread is the standard deviation over seeds.
 
