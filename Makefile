@@ -8,7 +8,7 @@ demo: .venv/ready
 	.venv/bin/python train.py
 
 test: .venv/ready-for-tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 lint: .venv/ready-for-tests
 	.venv/bin/ruff check .

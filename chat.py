@@ -410,10 +410,25 @@ SELECT = "SELECT text, finish, prompt_tokens, completion_tokens FROM answers WHE
 INSERT = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)"
 
 
+def open_wal(path: str | os.PathLike, patience: float = 60.0) -> sqlite3.Connection:
+    """A connection in WAL mode. SQLite waits for other processes itself, except while one of them
+    switches the mode: then it says "locked" at once, and we wait."""
+    db = sqlite3.connect(path, timeout=patience, check_same_thread=False)
+    until = time.monotonic() + patience
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return db
+        except sqlite3.OperationalError as e:
+            if "locked" not in str(e) or time.monotonic() > until:
+                db.close()
+                raise
+        time.sleep(0.05)
+
+
 def open_cache(path: str | os.PathLike) -> sqlite3.Connection:
     """The answers' table. In WAL mode a commit survives kill -9, and costs no wait for the disk."""
-    db = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
-    db.execute("PRAGMA journal_mode=WAL")
+    db = open_wal(path)
     db.execute("PRAGMA synchronous=NORMAL")
     with db:
         db.execute(

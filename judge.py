@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import re
-import sqlite3
 import unicodedata
 import zlib
 from collections import Counter
@@ -387,12 +386,13 @@ POOLS = """CREATE TABLE IF NOT EXISTS pools
 
 def keep_pools(store, step, sources, rows, rewards):
     """One compressed row a pool: [prefix, reference, candidates, sources, rewards]."""
+    from chat import open_wal  # not at the top: importing this file stays light
+
     blobs = [
         (step, key, zlib.compress(json.dumps([prefix, reference, texts, sources, reward]).encode()))
         for (prefix, reference, texts, key), reward in zip(rows, rewards.tolist(), strict=True)
     ]
-    with contextlib.closing(sqlite3.connect(store, timeout=60)) as db, db:
-        db.execute("PRAGMA journal_mode=WAL")
+    with contextlib.closing(open_wal(store)) as db, db:
         db.execute(POOLS)
         db.executemany("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", blobs)
 

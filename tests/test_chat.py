@@ -13,11 +13,22 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import MAX_BODY, Answer, Chat, Endpoint, Failure, TeacherError, TeacherGone, parse
+from chat import (
+    MAX_BODY,
+    Answer,
+    Chat,
+    Endpoint,
+    Failure,
+    TeacherError,
+    TeacherGone,
+    open_cache,
+    parse,
+)
 
 KEY = "sk-test-0123456789abcdef"
 SAMPLING = dict(temperature=1.0, top_p=1.0, max_tokens=64)
@@ -282,7 +293,13 @@ finally:
 def start(server, cache):
     command = [sys.executable, "-c", SCRIPT, server.url, str(cache)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=os.getcwd(),
+        # A shell that runs the tests in the background has children ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -321,3 +338,16 @@ def test_control_c_ends_within_two_seconds_with_nothing_lost(tmp_path):
         assert KEY not in error and not re.search("never retrieved|was destroyed", error)
         answered = server.counts["answer"]
     assert stored_answers(cache) == answered
+
+
+def test_processes_may_open_a_new_store_at_once(tmp_path):
+    """Three at a time: SQLite's own waiting does not cover the change to WAL mode."""
+    together = threading.Barrier(3)
+
+    def open_all(_):
+        for i in range(100):
+            together.wait(10)
+            open_cache(tmp_path / str(i)).close()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(open_all, range(3)))
