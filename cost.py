@@ -98,7 +98,7 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     rows = max(1, config.micro_batch_tokens // row)
     per_token = shape.n_layer * (16 * shape.d_model + 4 * shape.d_ff) * size
     if config.recompute:  # the input of every layer, and one layer in full
-        per_token = per_token / shape.n_layer + shape.n_layer * shape.d_model * size
+        per_token = per_token // shape.n_layer + shape.n_layer * shape.d_model * size
     share = config.gpus if config.shard else 1
     out = {
         "weights, gradients, optimiser": 16.0 * count / share,

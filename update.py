@@ -135,8 +135,7 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
         for p in policy.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-    norm = float(whole(norm))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)))
     finite = math.isfinite(metrics["loss"][0]) and math.isfinite(norm)
     if all_sum({"not_finite": (not finite, 0)})["not_finite"][0]:  # on any process: none moves
         optimizer.zero_grad(set_to_none=True)
