@@ -21,6 +21,7 @@ import re
 import shutil
 from pathlib import Path
 
+import regex
 import tiktoken
 
 from hub import local_folder
@@ -311,12 +312,15 @@ def split_pattern(spec: dict) -> str | None:
 
 
 def covers_all_text(pattern: str) -> bool:
-    """tiktoken drops what a pattern doesn't match; elsewhere that is a piece of its own."""
+    """tiktoken drops what a pattern doesn't match; elsewhere that is a piece of its own. On a
+    pattern that matches an empty piece it panics."""
     single = {bytes([byte]): byte for byte in range(256)}
     probe = "Ab ab'S  12\n3456\t_-!? \r\n\n é日本 ½\u3000\u200d👍\0\x85 "
     try:
+        if not all(match[0] for match in regex.finditer(pattern, probe)):
+            return False
         only = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=single, special_tokens={})
-    except ValueError:  # one that tiktoken can't read
+    except (ValueError, regex.error):  # one that can't be read
         return False
     return bytes(only.encode_ordinary(probe)) == probe.encode()
 

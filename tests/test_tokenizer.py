@@ -384,6 +384,11 @@ def test_any_tokenizer_json_is_taken_or_refused_in_one_line(tmp_path):
             assert loaded.vocab_size <= 2**24
 
     check()
+    for pattern in ("", "a*"):  # matches nothing at all somewhere: runs on `tokenizers`
+        rows = whole["pre_tokenizer"]["pretokenizers"]
+        rows[0]["pattern"]["Regex"] = pattern
+        file.write_text(json.dumps(whole))
+        assert isinstance(tk.load_tokenizer(str(tmp_path)), tk.LibraryTokenizer)
     for number in (2**40, -1, 1.5):
         file.write_text(json.dumps(spoilt(whole, ("model", "vocab", "a"), number)))
         with pytest.raises(ValueError, match="must be below|is no id"):
