@@ -20,6 +20,7 @@ import random
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from serve import start_server
@@ -200,10 +201,11 @@ def main():
     flag.add_argument("--seeds", default="0,1,2")
     flag.add_argument("--out", type=Path, default=Path("out/circle"))
     options = flag.parse_args()
-    found = {}
-    for seed in map(int, options.seeds.split(",")):
-        found[seed] = circle(options.out / f"seed{seed}", seed)
-        (options.out / "circle.json").write_text(json.dumps(found, indent=2) + "\n")
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        each = pool.map(lambda seed: circle(options.out / f"seed{seed}", seed), seeds)
+        found = dict(zip(seeds, each, strict=True))
+    (options.out / "circle.json").write_text(json.dumps(found, indent=2) + "\n")
     print("| | mean | each seed |\n| --- | --- | --- |")
     for name in next(iter(found.values())):
         scale, digits = (1, 0) if name.startswith("seconds") else (100, 1)
