@@ -3,12 +3,14 @@
 import asyncio
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import circle
 import config as configuration
 import train
 import world
@@ -168,3 +170,15 @@ def test_the_papers_settings_and_what_they_ask(name):
     # only rewrites of unsafe suffixes, half of all, are judged: five times, in two kinds
     expected = {} if config.task == "judge" else dict(quality=5 * 2048, safety=5 * 2048)
     assert questions(config) == expected
+
+
+def test_a_lesson_marks_what_the_world_knows():
+    """Without its marks it is the document; + stands behind truth alone."""
+    marked = [circle.lesson(number, seed=0) for number in range(60)]
+    for number, text in enumerate(marked):
+        plain = world.document(0, number, circle.LESSONS)
+        assert re.sub(r"([.!])[+-]", r"\1", text) == plain
+    names = "|".join(world.NAMES)
+    found = re.findall(rf"({names}) keeps a (\w+) \.([+-])", " ".join(marked))
+    true = [(world.TRUTH[who, "pet"] == pet, mark) for who, pet, mark in found]
+    assert (False, "+") not in true and {(True, "+"), (False, "-")} <= set(true)
