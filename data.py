@@ -137,7 +137,8 @@ class Stream:
             except BaseException as error:  # the loop that asks for batches has to hear of it
                 put(error)
 
-        threading.Thread(target=work, daemon=True, name="data").start()
+        thread = threading.Thread(target=work, daemon=True, name="data")
+        thread.start()
         try:
             while (item := batches.get()) is not None:
                 if isinstance(item, BaseException):
@@ -145,6 +146,7 @@ class Stream:
                 yield item
         finally:
             stop.set()
+            thread.join(10)  # a process that ends while it is in native code would be aborted
 
     def batches(self) -> Iterator[Batch]:
         """What iterating yields, without the thread."""
