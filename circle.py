@@ -1,6 +1,6 @@
 """The circle in miniature: train a judge and a rewriter, serve them, let them teach a policy.
 
-    python circle.py [--seeds 0,1,2] [--out out/circle]
+    python circle.py [--seeds 0 1 2] [--out out/circle]
 
 In: nothing; the pocket world and its exact teacher. For each seed, all by train.py's one loop:
   1. lessons      a teacher's base: next-token prediction on documents of the pocket world whose
@@ -198,10 +198,10 @@ def figures(judge: Path, rewriter: Path, result: Path) -> dict:
 
 def main():
     flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flag.add_argument("--seeds", default="0,1,2")
+    flag.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag.add_argument("--out", type=Path, default=Path("out/circle"))
     options = flag.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = options.seeds
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         each = pool.map(lambda seed: circle(options.out / f"seed{seed}", seed), seeds)
         found = dict(zip(seeds, each, strict=True))
