@@ -5,7 +5,6 @@ Out: `HeldOut`: token batches, the texts they stand for, reference texts, and wh
 continuation. A file of another format is a DataError that names the file, the line and the field.
 """
 
-import contextlib
 import csv
 import io
 import itertools
@@ -50,15 +49,16 @@ def held_out(source, tokenizer, *, chunk, max_seq, count, split="validation", te
         tokenizer,
         chunk=chunk,
         max_seq=max_seq,
-        batch_size=min(count, BATCH),
+        batch_size=BATCH,
         seed=0,
         text_field=text_field,
         split=split,
         window=count,
         epochs=1,
     )
-    with contextlib.closing(iter(stream)) as all_batches:
-        batches = list(itertools.islice(all_batches, -(-count // BATCH)))
+    samples = itertools.islice(stream.samples(), count)
+    rows = [(number, *sample) for number, sample, _ in samples]
+    batches = [stream.collate(rows[i : i + BATCH], {}) for i in range(0, len(rows), BATCH)]
     prefixes = [text for batch in batches for text in batch.prefix_text]
     references = [text for batch in batches for text in batch.suffix_text]
     return HeldOut(batches, prefixes, references, DOCUMENTS)
@@ -93,7 +93,10 @@ def rows(source: str) -> Iterator[tuple[str, dict]]:
             text = io.StringIO(content(name), newline="")
             if ending(name) == ".csv":
                 table = csv.DictReader(text)
-                yield from ((f"{name}:{table.line_num}", record) for record in table)
+                try:
+                    yield from ((f"{name}:{table.line_num}", record) for record in table)
+                except csv.Error as error:
+                    raise DataError(f"{name}:{table.line_num}: {error}") from None
             else:
                 lines = enumerate(text.read().splitlines(), 1)
                 yield from ((f"{name}:{i}", {"line": line}) for i, line in lines if line.strip())
@@ -153,13 +156,16 @@ def factscore(source, knowledge: str | None = None):
     articles, topics = Articles(knowledge) if knowledge else None, {}
     for where, record in rows(source):
         topic = text_in(where, record, "topic", "line").strip()
-        facts = [
-            fact["text"]
-            for sentence in record.get("annotations") or []
-            for fact in sentence.get("human-atomic-facts") or []
-            if fact.get("label") == "S"
-        ]
-        topics.setdefault(topic, articles[topic] if articles else " ".join(facts))
+        try:
+            facts = " ".join(
+                fact["text"]
+                for sentence in record.get("annotations") or []
+                for fact in sentence.get("human-atomic-facts") or []
+                if fact.get("label") == "S"
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: its annotations are not FActScore's: {error!r}") from None
+        topics.setdefault(topic, articles[topic] if articles else facts)
     if not any(topics.values()):
         raise DataError(
             f"{source}: no reference text for any entity; name FActScore's Wikipedia as "

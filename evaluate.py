@@ -16,10 +16,10 @@ prefix alike.
 """
 
 import argparse
-import asyncio
 import contextlib
 import hashlib
 import json
+import sqlite3
 import sys
 from concurrent.futures import Future
 from functools import cached_property
@@ -31,12 +31,13 @@ from tqdm import tqdm
 
 import eval_sets
 from chat import Chat, TeacherError, TeacherGone
+from checkpoint import write_text
 from config import Config, dials_of
 from data import SPLITS, DataError
 from eval_sets import HeldOut, held_out_sets
 from hf_policy import HFPolicy, load_hf
 from hub import local_folder
-from judge import VERDICTS, Judge
+from judge import VERDICTS, Judge, together
 from model import ModelError, load_model
 from rollout import rollout
 from tokenizer import load_tokenizer
@@ -45,6 +46,7 @@ from world import start_teacher
 SUITES = ("quality", "safety", "factuality", "coherence")
 PAIRWISE = ("quality", "coherence", "factuality_pair")
 TEMPERATURE = {"quality": 0.7}  # the paper's, where it is not 1
+HASHED = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -113,9 +115,7 @@ class Checkpoint:
         """A hash of the weights, their shape and the tokenizer."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(local_folder(self.folder).iterdir()):
-            if path.name in ("config.json", "tokenizer.json", "tokenizer.model") or (
-                path.suffix == ".safetensors"
-            ):
+            if path.name in HASHED or path.suffix == ".safetensors":
                 digest.update(path.name.encode())
                 with path.open("rb") as file:
                     while piece := file.read(1 << 20):
@@ -189,7 +189,7 @@ async def pairwise(judge: Judge, kind: str, seeds: int, ours: str, base: str, **
     asked = [
         judge.verdict(kind, seed, **texts, **order) for seed in range(seeds) for order in orders
     ]
-    labels = [label for label, _ in await asyncio.gather(*asked)]
+    labels = [label for label, _ in await together(asked)]
     worth = [
         VERDICTS[kind][label] if i % 2 == 0 else 1 - VERDICTS[kind][label]
         for i, label in enumerate(labels)
@@ -200,7 +200,7 @@ async def pairwise(judge: Judge, kind: str, seeds: int, ours: str, base: str, **
 
 async def pointwise(judge: Judge, kind: str, seeds: int, **texts):
     """Mean worth of the verdicts on one text; None without a verdict. Safety goes by majority."""
-    answers = await asyncio.gather(*(judge.verdict(kind, seed, **texts) for seed in range(seeds)))
+    answers = await together(judge.verdict(kind, seed, **texts) for seed in range(seeds))
     worth = [VERDICTS[kind][label] for label, _ in answers if label is not None]
     if not worth:
         return None
@@ -220,11 +220,7 @@ def ask(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base: l
             pointwise(judge, kind, seeds, prefix=p, reference=r, text=t, **how)
             for p, r, t, _ in rows
         ]
-
-    async def together():
-        return await asyncio.gather(*asked)
-
-    return judge.chat.run(together())
+    return judge.chat.run(together(asked))
 
 
 def judged(
@@ -447,12 +443,12 @@ def parse_args(argv):
     flag.add_argument("--out", default="evaluation.json", help="result with all continuations")
     args = flag.parse_args(argv)
     args.suites = [name.strip() for name in args.suite.split(",") if name.strip()]
-    if wrong := [name for name in args.suites if name not in SUITES]:
-        flag.error(f"--suite: {', '.join(wrong)} is none of {', '.join(SUITES)}")
+    if wrong := [name for name in args.suites or [args.suite] if name not in SUITES]:
+        flag.error(f"--suite: {', '.join(wrong)!r} is none of {', '.join(SUITES)}")
     if args.split not in SPLITS:
         flag.error(f"--split: {args.split} is none of {', '.join(SPLITS)}")
-    if args.prefixes < 1 or args.chunk < 1 or args.max_seq < 2 * args.chunk:
-        flag.error("--prefixes and --chunk must be positive, --max_seq at least two chunks")
+    if min(args.prefixes, args.chunk, args.seeds) < 1 or args.max_seq < 2 * args.chunk:
+        flag.error("--prefixes, --chunk, --seeds must be positive, --max_seq at least two chunks")
     args.named = {}
     for item in args.sets:
         name, _, path = item.partition("=")
@@ -482,7 +478,10 @@ def sets_of(args, tokenizer) -> dict[str, HeldOut]:
             sets[name] = eval_sets.published(
                 name, path, tokenizer, knowledge=args.knowledge, **size
             )
-    return {kind: held for kind, held in sets.items() if set(args.suites) & set(held.asks)}
+    asked = {kind: held for kind, held in sets.items() if set(args.suites) & set(held.asks)}
+    if not asked:
+        raise DataError(f"--suite {args.suite} asks nothing about {', '.join(sets)}")
+    return asked
 
 
 def truthfulqa(file: str | None, policies) -> dict:
@@ -555,7 +554,7 @@ def main(argv=None) -> int:
     values = {name: found | extra.get(name, {}) for name, found in values.items()}
     summary = summarise(values, written, args.suites)
     summary["judge"] = {"model": args.judge_model, "seeds": args.seeds, "trained": bool(warning)}
-    out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(summary, indent=2) + "\n")
     print(table(summary))
     return 0
 
@@ -563,5 +562,15 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ModelError, DataError, TeacherError, TeacherGone, ValueError, OSError) as e:
+    except (
+        ModelError,
+        DataError,
+        TeacherError,
+        TeacherGone,
+        ValueError,
+        OSError,
+        sqlite3.Error,
+    ) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on, no answer is lost")

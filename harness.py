@@ -218,22 +218,25 @@ class NanoSIP(TemplateLM):
             how = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
             until = handle_stop_sequences(how.get("until"), eos=None)
             most = how["max_gen_toks"]
+            if (room := self.max_length - most) < 1:
+                raise ModelError(f"the model reads {self.max_length} tokens, {most} are asked for")
             contexts = {
-                i: self.tok_encode(requests[i].args[0])[-(self.max_length - most) :]
+                i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id]
                 for i in numbers
             }
             size = max(1, self.positions // (max(map(len, contexts.values())) + most))
             ordered = iter(sorted(numbers, key=lambda i: -len(contexts[i])))
             while some := list(itertools.islice(ordered, size)):
-                texts = self.generate([contexts[i] for i in some], until, most, how)
+                texts = self.generate([contexts[i] for i in some], until, most, how, some)
                 for i, text in zip(some, texts, strict=True):
                     found[i] = postprocess_generated_text(text, until, None)
                     self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
         return found
 
-    def generate(self, contexts: list, until: list[str], most: int, how: dict) -> list[str]:
-        """Texts of at most `most` tokens. Sampled in growing blocks, each from the longer prefix,
-        so that what has met a stop sequence is sampled no further."""
+    def generate(self, contexts: list, until: list[str], most: int, how: dict, numbers: list):
+        """Texts of at most `most` tokens; `numbers` key the randomness of each. Sampled in growing
+        blocks, each from the longer prefix, so that what has met a stop sequence is sampled no
+        further."""
         eos, block = self.eot_token_id, 16
         written, running = [[] for _ in contexts], list(range(len(contexts)))
         while running:
@@ -249,7 +252,7 @@ class NanoSIP(TemplateLM):
                 min(block, most - len(written[running[0]])),
                 eos=eos,
                 seed=len(written[running[0]]),
-                index=torch.tensor(running),
+                index=torch.tensor([numbers[i] for i in running]),
                 temperature=how.get("temperature", 1.0) if how.get("do_sample") else 0.0,
                 top_p=how.get("top_p", 1.0),
             )

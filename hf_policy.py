@@ -16,17 +16,19 @@ from model import ModelError
 
 class HFPolicy(nn.Module):
     def __init__(self, model):
+        from transformers import GenerationConfig
+
         super().__init__()
         self.model = model.eval()
+        # else the folder's own settings, which may say to sample, fill what `greedy` leaves open
+        self.model.generation_config = GenerationConfig()
 
     def greedy(self, prefix, pad, N: int, eos: int):
         """prefix int64 [B, P], pad int [B] -> tokens int64 [B, N], lengths int64 [B], the
         end-of-text token included."""
-        from transformers import GenerationConfig
-
         B, P = prefix.shape
-        how = GenerationConfig(max_new_tokens=N, eos_token_id=eos, pad_token_id=eos)
-        out = self.model.generate(prefix, attention_mask=real(prefix, pad), generation_config=how)
+        how = dict(max_new_tokens=N, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+        out = self.model.generate(prefix, attention_mask=real(prefix, pad), **how)
         tokens = prefix.new_full((B, N), eos)
         tokens[:, : out.shape[1] - P] = out[:, P:]
         return tokens, ((tokens == eos).cumsum(dim=1) == 0).sum(dim=1).add(1).clamp(max=N)

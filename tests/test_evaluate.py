@@ -143,6 +143,11 @@ def test_a_wrong_file_is_named_with_line_and_fields(tmp_path):
         load("halueval_summarization", str(cut))
     with pytest.raises(DataError, match="no such file"):
         load("toxigen", str(tmp_path / "nowhere.csv"))
+    wide = csv_file(tmp_path / "wide.csv", ["prompt"], ["Hi"], ["x" * 200_000])
+    with pytest.raises(DataError, match="wide.csv:2: field larger"):
+        load("toxigen", wide)
+    with pytest.raises(DataError, match="odd.jsonl:1: its annotations"):
+        load("factscore", json_lines(tmp_path / "odd.jsonl", {"topic": "Ann", "annotations": [1]}))
 
 
 class StubJudge:
@@ -235,9 +240,12 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
         evaluate.main([*common, "--suite=quality", f"--out={second}"])
     with pytest.raises(DataError, match="second.json is no result of harness.py"):
         evaluate.main([*common, f"--harness={second}", f"--out={second}"])
-    for wrong in ("beauty=x", "toxigen", "toxigen="):
+    for wrong in ("--sets=beauty=x", "--sets=toxigen", "--sets=toxigen=", "--seeds=0", "--suite=,"):
         with pytest.raises(SystemExit):
-            evaluate.main([*checkpoints, "--sets", wrong])
+            evaluate.main([*checkpoints, wrong])
+    nothing = ["--data=none", f"--sets=toxigen={tmp_path / 'toxigen.csv'}", "--suite=quality"]
+    with pytest.raises(DataError, match="quality asks nothing about toxigen"):
+        evaluate.main([*checkpoints, *nothing])
 
 
 def test_the_training_judge_is_named(tmp_path):
@@ -256,7 +264,7 @@ def test_the_training_judge_is_named(tmp_path):
 def test_folders_of_other_families_go_through_transformers(checkpoints, tmp_path):
     """On a Llama folder both ways agree; a GPT-2 folder is evaluated like any other."""
     transformers = pytest.importorskip("transformers")
-    from hf_policy import HFPolicy
+    from hf_policy import HFPolicy, load_hf
 
     tokenizer, how = load_tokenizer("world"), dict(chunk=8, max_seq=40, count=6)
     held = evaluate.held_out_sets("world", tokenizer, **how)["clean"]
@@ -267,11 +275,17 @@ def test_folders_of_other_families_go_through_transformers(checkpoints, tmp_path
         assert written[0] == written[1] and any(written[0])
     nll = [evaluate.held_out_nll(policy, held) for policy in (ours, theirs)]
     assert nll[0] == pytest.approx(nll[1], abs=1e-5)
+    prefixes = held.batches[0].prefix, held.batches[0].pad
 
     shape = dict(n_layer=1, n_head=2, n_embd=8, n_positions=64, bos_token_id=None)
     config = transformers.GPT2Config(vocab_size=tokenizer.vocab_size, **shape)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save(tmp_path / "gpt2")
+    greedy = load_hf(tmp_path / "gpt2", "cpu", None).greedy(*prefixes, 8, tokenizer.eos)
+    sampling = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 1.5}
+    (tmp_path / "gpt2" / "generation_config.json").write_text(json.dumps(sampling))
+    again = load_hf(tmp_path / "gpt2", "cpu", None).greedy(*prefixes, 8, tokenizer.eos)
+    assert torch.equal(greedy[0], again[0])  # whatever the folder would rather do
     kept = evaluate.Generations(tmp_path / "generations.jsonl")
     other = evaluate.Checkpoint(str(tmp_path / "gpt2"), "cpu", kept)
     written = other.write({"clean": held}, 8)["clean"]
@@ -280,6 +294,13 @@ def test_folders_of_other_families_go_through_transformers(checkpoints, tmp_path
         str(tmp_path / "gpt2"), "cpu", evaluate.Generations(tmp_path / "generations.jsonl")
     )
     assert again.write({"clean": held}, 8)["clean"] == written and "policy" not in vars(again)
+
+
+def test_as_many_prefixes_as_asked_for():
+    tokenizer, size = load_tokenizer("world"), dict(chunk=8, max_seq=40)
+    held = evaluate.held_out_sets("world", tokenizer, count=70, **size)["clean"]
+    assert [len(batch.prefix) for batch in held.batches] == [64, 6]
+    assert len(held.prefixes) == len(held.references) == 70
 
 
 def test_another_tokenizer_gets_the_same_texts():

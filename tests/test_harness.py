@@ -76,10 +76,24 @@ def test_generation_stops_where_hflm_stops(pair):
     assert ours == theirs and any(ours)
 
 
+def test_samples_of_one_context_differ_whatever_the_batch(folder):
+    from lm_eval.api.instance import Instance
+
+    model = harness.NanoSIP(folder, positions=40)  # three at a time
+    how = {"until": [], "max_gen_toks": 8, "do_sample": True}
+    requests = [Instance("generate_until", {}, ("the home of mirela", how), i) for i in range(6)]
+    assert len(set(model.generate_until(requests))) == 6
+    nothing = Instance("generate_until", {}, ("", {"until": [], "max_gen_toks": 8}), 0)
+    assert len(model.generate_until([nothing])) == 1
+    long = Instance("generate_until", {}, ("the home", {"until": [], "max_gen_toks": 96}), 0)
+    with pytest.raises(harness.ModelError, match="reads 96 tokens, 96 are asked for"):
+        model.generate_until([long])
+
+
 def test_greedy_is_said_of_greedy_continuations(pair):
     model = pair[0]
     context = model.tok_encode("the home of mirela")
-    text = model.generate([context], [], 6, {})[0]
+    text = model.generate([context], [], 6, {}, [0])[0]
     asked = [(None, context, model.tok_encode(text)), (None, context, context)]
     assert [greedy for _, greedy in model._loglikelihood_tokens(asked)] == [True, False]
     assert model._loglikelihood_tokens([(None, context, [])]) == [(0.0, True)]
