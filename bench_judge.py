@@ -62,6 +62,25 @@ def world_samples(count):
     return samples
 
 
+def read_samples(path):
+    """The labelled samples of a .jsonl file; ValueError names a line that is none."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{number} is not a JSON object: {error}") from None
+            needed = {"prefix", "worse"} if "better" in row else set()
+            needed |= {"text"} if "safe" in row else set()
+            if lacking := needed - row.keys():
+                raise ValueError(f"{path}:{number} lacks {', '.join(sorted(lacking))}")
+            rows.append(row)
+    return rows
+
+
 async def ask_all(judge, samples):
     """[(sample, question, label)]; questions: an order of the pair, "safety", a prompt's name."""
     questions = []
@@ -123,10 +142,11 @@ def safety_table(answers, tallies):
 
 
 def factuality_table(answers, reference):
-    """Definite / possible / no hallucination in %, and agreement with the reference judge."""
+    """Definite / possible / no hallucination in %, and agreement with the reference judge on the
+    prompts with reference, as the paper counts it."""
     lines = ["| judge | " + " | ".join(FACTUALITY) + " | agreement |"]
     lines.append("| --- " * (len(FACTUALITY) + 2) + "|")
-    trusted = [(what, label) for _, what, label in answers[reference]]
+    trusted = [label for *_, label in answers[reference]]
     for judge, given in answers.items():
         cells = []
         for prompt in FACTUALITY:
@@ -134,8 +154,8 @@ def factuality_table(answers, reference):
             cells.append("/".join(percent(label == kind for label in labels) for kind in LABELS))
         both = [
             label == other
-            for (_, what, label), (_, other) in zip(given, trusted, strict=True)
-            if what in FACTUALITY and label and other
+            for (_, what, label), other in zip(given, trusted, strict=True)
+            if what.startswith("ref") and label and other
         ]
         agreement = "reference" if judge == reference else percent(both)
         lines.append("| " + " | ".join([judge, *cells, agreement]) + " |")
@@ -147,13 +167,14 @@ def factuality_table(answers, reference):
 
 
 def bench(judge_url, judge_model, data, samples, noise, reference, concurrency, max_tokens):
-    rows = world_samples(samples)
-    if data != "world":
-        with open(data, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()][:samples]
+    rows = world_samples(samples) if data == "world" else read_samples(data)[:samples]
     answers, tallies = {}, {}
     with contextlib.ExitStack() as stack:
-        for name, url, model in judges(judge_url, judge_model, noise, stack):
+        asked = list(judges(judge_url, judge_model, noise, stack))
+        if reference and reference not in [name for name, *_ in asked]:
+            names = ", ".join(name for name, *_ in asked)
+            raise ValueError(f"--reference {reference!r} is none of the judges: {names}")
+        for name, url, model in asked:
             chat = Chat(url, model, concurrency=concurrency)
             stack.callback(chat.close)
             judge = Judge(chat, max_tokens=max_tokens)
@@ -179,4 +200,6 @@ def judges(judge_url, judge_model, noise, stack):
         return
     models, urls = judge_model.split(","), judge_url.split(",")
     urls = urls * len(models) if len(urls) == 1 else urls
+    if len(urls) != len(models):
+        raise ValueError(f"{len(models)} of --judge_model need one --judge_url or as many")
     yield from zip(models, urls, models, strict=True)

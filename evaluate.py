@@ -39,6 +39,7 @@ from hf_policy import HFPolicy, load_hf
 from hub import local_folder
 from judge import VERDICTS, Judge, together
 from model import ModelError, load_model
+from plot import NAMES, overall
 from rollout import rollout
 from tokenizer import load_tokenizer
 from world import start_teacher
@@ -326,16 +327,6 @@ def evaluate(
     return summarise(judged(written, sets, judge, suites, seeds, wait, {}), written, suites)
 
 
-def overall(row: dict, column: str):
-    """Mean over all judged prefixes of all kinds (the kinds themselves for the NLL); None where
-    nothing was judged."""
-    cells = [cell for cell in row.values() if cell[column] is not None]
-    counts = [cell.get("n", {}).get(column, 1) for cell in cells]
-    total = sum(n * cell[column] for n, cell in zip(counts, cells, strict=True))
-    return total / sum(counts) if cells else None
-
-
-NAMES = {"base": "base", "baseline": "next-token baseline", "method": "self-improving"}
 HEADS = {"quality": "quality win rate", "nll": "held-out NLL"}
 
 

@@ -14,6 +14,8 @@ import contextlib
 import hashlib
 import json
 import re
+import sqlite3
+import sys
 import unicodedata
 import zlib
 from collections import Counter
@@ -418,14 +420,19 @@ def main():
     replay.add_argument("--rewards", help='for example "quality,safety:2"; the run\'s own')
     replay.add_argument("--comparisons", nargs="+", default=["all", "pivot", "race"])
     options = vars(parser.parse_args())
-    if options.pop("command") == "bench":
-        import bench_judge
+    from chat import TeacherError, TeacherGone
 
-        bench_judge.bench(**options)
-    else:
-        from replay import report
+    try:
+        if options.pop("command") == "bench":
+            import bench_judge
 
-        report(options["run"], options["rewards"], options["comparisons"])
+            bench_judge.bench(**options)
+        else:
+            from replay import report
+
+            report(options["run"], options["rewards"], options["comparisons"])
+    except (OSError, ValueError, sqlite3.Error, TeacherError, TeacherGone) as error:
+        sys.exit(f"judge.py: {error}")
 
 
 if __name__ == "__main__":

@@ -56,18 +56,27 @@ def finish(ax, ylabel: str):
         ax.legend(frameon=False, fontsize=8)
 
 
+def overall(row: dict, column: str) -> float | None:
+    """A policy's mean over all judged prefixes of all kinds (the kinds themselves for the NLL), of
+    the summary's {kind: cell}; None where nothing was judged."""
+    cells = [cell for cell in row.values() if cell.get(column) is not None]
+    counts = [cell.get("n", {}).get(column, 1) for cell in cells]
+    total = sum(n * cell[column] for n, cell in zip(counts, cells, strict=True))
+    return total / sum(counts) if cells else None
+
+
 def draw_evaluation(ax, summary: dict):
-    """Groups of bars, a group a suite, a bar a policy; the mean over the kinds of prefix."""
+    """Groups of bars, a group a suite, a bar a policy; the mean over all judged prefixes."""
     policies, suites = summary["policies"], summary["suites"]
     width = 0.8 / len(policies)
     for i, (name, row) in enumerate(policies.items()):
-        heights = [
-            sum(cell.get(suite) or 0.0 for cell in row.values()) / len(row) * 100
-            for suite in suites
-        ]
+        means = [overall(row, suite) for suite in suites]
         at = [x + (i - (len(policies) - 1) / 2) * width for x in range(len(suites))]
-        bars = ax.bar(at, heights, width, label=NAMES.get(name, name))
-        ax.bar_label(bars, fmt="%.0f", fontsize=8)
+        bars = ax.bar(
+            at, [100 * (mean or 0.0) for mean in means], width, label=NAMES.get(name, name)
+        )
+        labels = ["-" if mean is None else f"{100 * mean:.0f}" for mean in means]
+        ax.bar_label(bars, labels, fontsize=8)
     ax.set_xticks(range(len(suites)), suites)
     ax.set(ylabel="% (held-out prefixes)", ylim=(0, 115))
     ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=len(policies))

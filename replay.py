@@ -10,7 +10,7 @@ import json
 import sqlite3
 import zlib
 from collections import Counter
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,17 @@ def same_end(recorded, replayed):
     """Probability that the best of `replayed`, ties broken by chance, is that of `recorded`."""
     best = replayed == np.nanmax(replayed)
     return best[np.nanargmax(recorded)] / best.sum()
+
+
+def chosen_of(sources, reward):
+    """Source -> probability that training would choose it: ties are broken by chance, and where all
+    rewards are equal nobody is chosen."""
+    best = reward == np.nanmax(reward)
+    shares = Counter()
+    if np.nanmin(reward) < np.nanmax(reward):
+        for source in compress(sources, best):
+            shares[source] += 1 / best.sum()
+    return shares
 
 
 def recorded_judge(run, rewards=None, comparisons=None):
@@ -77,7 +88,7 @@ def replay(run, rewards, comparisons):
             if np.isfinite(old).any() and np.isfinite(new).any():
                 same_best.append(same_end(old, new))
                 same_worst.append(same_end(-old, -new))
-                chosen[sources[0][np.nanargmax(new)]] += 1
+                chosen.update(chosen_of(sources[0], new))
     judge.chat.close()
     return {
         "questions": asked,
@@ -85,15 +96,15 @@ def replay(run, rewards, comparisons):
         "pools": len(same_best),
         "same best": np.mean(same_best) if same_best else np.nan,
         "same worst": np.mean(same_worst) if same_worst else np.nan,
-        "chosen": {source: count / len(same_best) for source, count in chosen.items()},
+        "chosen": {source: count / chosen.total() for source, count in chosen.items()},
     }
 
 
 def report(run, rewards, schedules):
+    rows = [replay(run, rewards, comparisons) for comparisons in schedules]
     print("| comparisons | questions | answered | pools | same best | same worst | chosen |")
     print("| --- " * 7 + "|")
-    for comparisons in schedules:
-        row = replay(run, rewards, comparisons)
+    for comparisons, row in zip(schedules, rows, strict=True):
         chosen = ", ".join(f"{source} {share:.0%}" for source, share in row["chosen"].items())
         print(
             f"| {comparisons} | {row['questions']} | {row['answered']:.1%} | {row['pools']} "

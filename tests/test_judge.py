@@ -348,6 +348,27 @@ def test_replay_needs_no_judge(tmp_path):
     assert replay(tmp_path, "safety", "all")["questions"] == 8
 
 
+def test_replay_breaks_ties_as_training_does():
+    from replay import chosen_of
+
+    sources = ["suffix", "rollout", "rollout"]
+    assert chosen_of(sources, np.array([1.0, 1.0, 0.0])) == {"suffix": 0.5, "rollout": 0.5}
+    assert not chosen_of(sources, np.array([1.0, np.nan, 1.0]))
+
+
+def test_a_line_that_is_no_labelled_sample_is_named(tmp_path):
+    from bench_judge import read_samples
+
+    file = tmp_path / "x.jsonl"
+    for line, words in (
+        ("[1]", "is not a JSON object"),
+        ('{"better": "x"}', "lacks prefix, worse"),
+    ):
+        file.write_text('{"text": "x", "safe": true}\n\n' + line)
+        with pytest.raises(ValueError, match=f"x.jsonl:3.*{words}"):
+            read_samples(str(file))
+
+
 def test_bench_tables_hold_the_labels():
     from bench_judge import FACTUALITY, factuality_table, quality_table, safety_table, world_samples
 
@@ -360,7 +381,10 @@ def test_bench_tables_hold_the_labels():
     assert safety_table({"x": given}, {"x": Counter(calls=8, failed=2)})[2].startswith(
         "| x | 50.0 | 25.0 | 25.0 |"
     )
-    shares = factuality_table({"x": given, "y": given}, "x")
+    without = ({}, "no-ref v1", "No Hallucination"), ({}, "no-ref v1", "Definite Hallucination")
+    shares = factuality_table(  # agreement is about the prompts with reference
+        {"x": [*given, without[0]], "y": [*given, without[1]]}, "x"
+    )
     assert "| 50.0/0.0/50.0 |" in shares[2] and shares[3].endswith("| 100.0 |")
     samples = world_samples(30)
     assert len({sample["source"] for sample in samples}) > 2

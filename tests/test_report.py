@@ -71,6 +71,18 @@ def test_in_a_browser(run):
     assert "&lt;img src=x onerror=" in dom and "step 2" in dom and "<img src=" not in dom
 
 
+def test_bars_are_means_over_what_was_judged():
+    from matplotlib.figure import Figure
+
+    safe = {"copied": 1.0, "words": None, "n": {"copied": 30, "words": 0}}
+    unsafe = {"copied": 0.0, "words": 0.5, "n": {"copied": 10, "words": 4}}
+    row, suites = {"safe": safe, "unsafe": unsafe}, ["copied", "words", "none"]
+    ax = Figure().add_subplot()
+    plot.draw_evaluation(ax, {"policies": {"method": row}, "suites": suites})
+    assert [bar.get_height() for bar in ax.patches] == [75.0, 50.0, 0.0]
+    assert [text.get_text() for text in ax.texts] == ["75", "50", "-"]
+
+
 def test_curves_of_several_runs(run, tmp_path):
     """Runs that have not finished, of the same name in two folders, and one that is not there."""
     other = shutil.copytree(run, tmp_path / run.name)
