@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -141,9 +142,23 @@ SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
 REWARDS = ("quality", "safety", "factuality")
 
+POSITIVE = (
+    "max_steps",
+    "rollouts",
+    "batch_size",
+    "base_batch_size",
+    "window",
+    "save_every",
+    "keep",
+)
+POSITIVE += ("example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout", "gpus")
+POSITIVE += ("gpu_tflops", "judge_tokens_per_second", "grad_clip", "micro_batch_tokens")
+NOT_NEGATIVE = ("overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries")
+NOT_NEGATIVE += ("temperature", "judge_temperature", "rewrite_temperature", "learning_rate")
+
 
 def convert(name: str, value, kind: type, where: str):
-    """value as `kind`; text comes from flags. An int serves as a float, 1e3 as an int."""
+    """value as `kind`; text comes from flags. An int serves as a float, 1e3 as an int; no nan."""
     try:
         if kind is bool:
             word = str(value).lower()
@@ -152,7 +167,8 @@ def convert(name: str, value, kind: type, where: str):
             if word in ("false", "0", "no"):
                 return False
         elif kind is float and not isinstance(value, bool):
-            return float(value)
+            if not math.isnan(number := float(value)):
+                return number
         elif kind is int and not isinstance(value, bool):
             whole = isinstance(value, int | str) and "e" not in str(value)
             number = int(value) if whole else float(value)
@@ -191,15 +207,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
                 raise ConfigError(f"{arg}: write --{name}=value")
             apply(given, {name: value if equals else True}, arg)
         elif arg.endswith(".py"):
-            if not Path(arg).is_file():
-                raise ConfigError(f"{arg}: no such config file")
-            read = runpy.run_path(arg)
-            plain = {
-                k: v
-                for k, v in read.items()
-                if not k.startswith("_") and not isinstance(v, types.ModuleType)
-            }
-            apply(given, plain, arg)
+            apply(given, read_file(arg), arg)
         else:
             raise ConfigError(f"{arg}: neither a config file (.py) nor --key=value")
     resume = given.get("init_from") == "resume"
@@ -208,13 +216,32 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         if not path.is_file():
             raise ConfigError(f"init_from=resume: {path} does not exist, there is no run to resume")
         saved: dict = {}
-        apply(saved, json.loads(path.read_text(encoding="utf-8")), str(path))
+        try:
+            apply(saved, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
+        except (ValueError, TypeError) as e:
+            why = e if isinstance(e, ConfigError) else f"{path} is damaged: restore it"
+            raise ConfigError(why) from None
         given = saved | {k: v for k, v in given.items() if k != "init_from"}
     config = check(Config(**given))
     if "--print_config" in argv:
         print(as_file(config))
         sys.exit(0)
     return config, resume
+
+
+def read_file(name: str) -> dict:
+    """The keys that a config file assigns. It is Python, so whatever it raises is its author's."""
+    if not Path(name).is_file():
+        raise ConfigError(f"{name}: no such config file")
+    try:
+        found = runpy.run_path(name)
+    except Exception as e:
+        raise ConfigError(f"{name}: {type(e).__name__}: {e}") from e
+    return {
+        key: value
+        for key, value in found.items()
+        if not key.startswith("_") and not isinstance(value, types.ModuleType)
+    }
 
 
 def as_file(config: Config) -> str:
@@ -243,7 +270,8 @@ def check(config: Config) -> Config:
     among("task", [config.task], TASKS)
     among("objective", [config.objective], OBJECTIVES)
     among("candidates", sources, SOURCES)
-    among("rewards", [kind.partition(":")[0] for kind in names(config.rewards)], REWARDS)
+    parse_rewards(config.rewards)
+    among("device", [config.device.partition(":")[0]], ("auto", "cpu", "cuda", "mps"))
     among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
     if config.track != "auto":
         among("track", names(config.track), MONITORS)
@@ -258,6 +286,9 @@ def check(config: Config) -> Config:
         "objective=grpo learns from the policy's own samples alone: set candidates=rollouts",
     )
     need(
+        config.objective != "grpo" or config.rewards, "objective=grpo learns from rewards: set some"
+    )
+    need(
         config.objective != "nll" or not config.rewards,
         "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
     )
@@ -270,13 +301,14 @@ def check(config: Config) -> Config:
         need(keyless, f"{name}: a key goes into OPENAI_API_KEY, not into the URL")
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")
-    name = config.comparisons.partition(":")[0]
     need(
-        name in ("all", "pivot", "race") or name.isdigit(),
+        re.fullmatch(r"all|pivot|[1-9]\d*|race(:\d*\.?\d+)?", config.comparisons),
         f"comparisons={config.comparisons}: 'all', 'pivot', 'race' or a number of opponents",
     )
-    for name in ("max_steps", "rollouts", "batch_size", "judge_samples", "concurrency", "keep"):
-        need(getattr(config, name) > 0, f"{name} must be at least 1")
+    for name in POSITIVE:
+        need(getattr(config, name) > 0, f"{name} must be above 0")
+    for name in ("top_p", "judge_top_p"):
+        need(0 < getattr(config, name) <= 1, f"{name} must be above 0 and at most 1")
     need(
         config.task == "pretrain" or config.data != "world",
         f"task={config.task} trains on rows that rewrite.py makes: set data to their files",
@@ -286,7 +318,7 @@ def check(config: Config) -> Config:
         f"task={config.task}: the candidates are rollouts, or suffix (the rows' answers)",
     )
     dials_of(config)
-    for name in ("overlap", "base_steps", "warmup_steps", "temperature", "judge_retries"):
+    for name in NOT_NEGATIVE:
         need(getattr(config, name) >= 0, f"{name} must not be negative")
     return config
 
@@ -299,6 +331,17 @@ def dials_of(config: Config) -> dict[str, float]:
         if name not in known:
             raise ConfigError(f"dials: there is no dial {name!r}; there are {', '.join(known)}")
     return {name: convert(name, value, float, "dials") for name, value in pairs.items()}
+
+
+def parse_rewards(rewards) -> dict[str, float]:
+    """ "quality,safety:2" or its items -> {"quality": 1.0, "safety": 2.0}."""
+    weights = {}
+    for item in names(rewards) if isinstance(rewards, str) else rewards:
+        kind, colon, weight = item.partition(":")
+        if kind not in REWARDS:
+            raise ConfigError(f"rewards: {kind} is none of {', '.join(REWARDS)}")
+        weights[kind] = convert(f"the weight of {kind}", weight, float, "rewards") if colon else 1.0
+    return weights
 
 
 def names(text: str) -> list[str]:

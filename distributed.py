@@ -5,6 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from config import ConfigError
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -53,6 +55,9 @@ def start(kind: str) -> torch.device:
     """Join the other processes, if torchrun started any; "auto" is CUDA where there is one."""
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not found.get(kind.partition(":")[0], lambda: True)():
+        raise ConfigError(f"device={kind}: PyTorch finds none here; set device=auto")
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if kind == "cuda":

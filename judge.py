@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import REWARDS
+from config import parse_rewards
 from schedules import schedule
 
 # What each verdict is worth: to the first option of a pair, or to the text itself.
@@ -216,17 +216,6 @@ class Pool:
     key: int  # global sample number
     tally: Counter = field(default_factory=Counter)
     verdicts: list = field(default_factory=list)
-
-
-def parse_rewards(rewards):
-    """ "quality,safety:2" or its items -> {"quality": 1.0, "safety": 2.0}"""
-    weights = {}
-    for item in rewards.split(",") if isinstance(rewards, str) else rewards:
-        kind, _, weight = item.strip().partition(":")
-        if kind not in REWARDS:
-            raise ValueError(f"rewards: {kind!r} is not one of {', '.join(REWARDS)}")
-        weights[kind] = float(weight or 1)
-    return weights
 
 
 class Judge:

@@ -288,7 +288,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
     path = local_folder(folder, weights=False) / "config.json"
     if not path.exists():
-        raise ModelError(f"{path} does not exist: {folder} is not a model folder")
+        why = "has no config.json" if path.parent.is_dir() else "does not exist"
+        raise ModelError(f"the model folder {path.parent} {why}")
     hf = read_object(path)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):

@@ -106,11 +106,10 @@ class Teachers:
 
 
 def make_judge(chat, config: Config, store=None) -> Judge:
-    comparisons = config.comparisons
     return Judge(
         chat,
         rewards=names(config.rewards),
-        comparisons=int(comparisons) if comparisons.isdigit() else comparisons,
+        comparisons=config.comparisons,
         samples=config.judge_samples,
         temperature=config.judge_temperature,
         top_p=config.judge_top_p,

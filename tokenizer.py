@@ -369,7 +369,8 @@ def load_tokenizer(name: str) -> Tokenizer | LibraryTokenizer:
         specials = known._special_tokens
         return Tokenizer(known._mergeable_ranks, known._pat_str, specials, "<|endoftext|>")
     raise ValueError(
-        f"no tokenizer {name!r}: give a folder with tokenizer.json or tokenizer.model, 'world', "
+        f"there is no folder {name}, and no tokenizer of that name: give a folder with "
+        f"tokenizer.json or tokenizer.model, 'world', "
         f"or one of {', '.join(tiktoken.list_encoding_names())}"
     )
 

@@ -51,11 +51,13 @@ from data import DataError, Stream
 from distributed import agreed, gather, rank, start, world_size
 from evaluate import evaluate, held_out_sets, table
 from hub import DownloadError
+from judge import load_prompts
 from model import Llama, ModelError, load_model, preset, read_config
 from monitors import Monitors
 from plot import plot_run
 from runlog import Collapse, describe, open_log, report, show_example
 from shard import load_optimizer, shard, whole, whole_model
+from sources import list_files
 from tasks import Rows, TaskStream, evaluate_task, held_out_stream
 from teachers import Interrupted, Teachers
 from tokenizer import load_tokenizer
@@ -246,6 +248,23 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
     return policy
 
 
+def open_inputs(config: Config):
+    """The tokenizer. What the config names and is not there is an error before the run folder, in
+    which another run may lie, is touched."""
+    for name in ("base_batch_size", "batch_size"):
+        if getattr(config, name) < world_size():
+            raise ConfigError(f"{name}: each of the {world_size()} processes needs a prefix")
+    try:
+        load_prompts(config.prompts)
+        if config.init_from != "scratch":
+            read_config(config.init_from)
+        if config.data != "world":
+            list_files(config.data)
+        return open_tokenizer(config)
+    except (ValueError, OSError) as e:
+        raise ConfigError(str(e)) from e
+
+
 def open_tokenizer(config: Config):
     name = config.tokenizer
     if name == "auto":
@@ -379,7 +398,10 @@ def dry_run(config: Config) -> str:
 def main(argv: list[str]):
     config, resume = configuration.parse(argv)
     if config.dry_run:
-        print(dry_run(config))
+        try:
+            print(dry_run(config))
+        except (ValueError, OSError) as e:
+            raise ConfigError(str(e)) from e
         return
     try:
         run(config, resume)
@@ -389,19 +411,19 @@ def main(argv: list[str]):
 
 def run(config: Config, resume: bool):
     device = start(config.device)
+    tokenizer = open_inputs(config)
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             stack.enter_context(settle(config, resume))
         gather(None)  # nobody opens the folder before it is settled
         world_url = ""
-        if "world" in (config.judge_url, config.rewrite_url):
+        if "world" in (config.judge_url, config.rewrite_url, config.eval_judge_url):
             world_url = stack.enter_context(start_teacher(**dials_of(config)))
         try:
             teachers = Teachers(config, world_url)
-            stack.callback(teachers.close)
-            tokenizer = open_tokenizer(config)
-        except (ValueError, OSError) as e:
+        except ValueError as e:
             raise ConfigError(str(e)) from e
+        stack.callback(teachers.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, teachers.stop))
         summary = run_phases(config, device, teachers, tokenizer)

@@ -192,8 +192,12 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         assert f"another process is training in {out}" in start(born, out, *flags, code=1).stderr
     assert f"is now {out}.1" in start(born, out, *flags, "--seed=1").stdout
     assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
+    start(born, out, *flags, "--init_from=/nowhere", code=1)  # a mistake moves nothing
+    assert not (tmp_path / "run.2").exists()
     (out / "config.json").write_text("{")
-    assert f"{out}/config.json is damaged" in start(born, out, *flags, code=1).stderr
+    for again in ([], ["--init_from=resume"]):
+        done = start(born, out, *flags, *again, code=1)
+        assert f"error: {out}/config.json is damaged" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -209,6 +213,17 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         (["--judge_url=http://user:sk-secret@host/v1"], 1, "OPENAI_API_KEY"),
         (["--rewrite_url=http://host/v1?key=sk-secret"], 1, "OPENAI_API_KEY"),
         (["--data=https://user:sk-secret@host/a.jsonl"], 1, "data: "),
+        (["--init_from=/nowhere", "--tokenizer=world"], 1, "model folder /nowhere does not exist"),
+        (["--prompts=/nowhere", "--dry_run"], 1, "/nowhere"),
+        (["--device=cude"], 1, "device: cude"),
+        (["--save_every=0"], 1, "save_every must be above 0"),
+        (["--top_p=0"], 1, "top_p must be above 0"),
+        (["--learning_rate=nan"], 1, "learning_rate needs float"),
+        (["--rewards=safety:x"], 1, "the weight of safety needs float, not 'x'"),
+        (["--rewards=safety:1,beauty"], 1, "beauty is none of quality"),
+        (["--rewards=", "--objective=grpo", "--candidates=rollouts"], 1, "learns from rewards"),
+        (["--comparisons=race:some"], 1, "comparisons=race:some"),
+        (["--comparisons=0"], 1, "comparisons=0"),
     ],
 )
 def test_bad_input_is_one_clear_line(born, flags, code, words, tmp_path):
@@ -225,6 +240,9 @@ def test_config_types_and_nearest_key(tmp_path):
     file.write_text("import math\nlearning_rate = 10 ** -3\nrewards = ['quality', 'safety']\n")
     parsed, _ = configuration.parse([str(file), "--seed=4"])
     assert (parsed.learning_rate, parsed.rewards, parsed.seed) == (1e-3, "quality,safety", 4)
+    file.write_text("rollouts = (\n")
+    with pytest.raises(ConfigError, match="mine.py: SyntaxError: .*line 1"):
+        configuration.parse([str(file)])
     file.write_text("max_step = 4\n")
     with pytest.raises(ConfigError, match="mine.py.*'max_steps'"):
         configuration.parse([str(file)])
