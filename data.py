@@ -15,6 +15,7 @@ and a run may go on with another number of ranks.
 
 import hashlib
 import queue
+import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
@@ -253,7 +254,7 @@ def main(arguments: list[str]) -> None:
         sys.exit("usage: python data.py inspect PATH | filter PATH --out DIR   (--help for more)")
     try:
         command.main(arguments[1:])
-    except DataError as error:
+    except (ValueError, OSError, sqlite3.Error) as error:
         sys.exit(f"data.py: {error}")
 
 

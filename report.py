@@ -243,5 +243,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     try:
         print(write_report(options.run, options.pools))
+    except KeyError as error:
+        sys.exit(f"error: {options.run}/config.json or summary.json lacks {error}")
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"error: {options.run} cannot be read as a run: {error}")

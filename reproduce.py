@@ -207,30 +207,36 @@ def listing(out: Path, seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
+def seed_list(text: str) -> list[int]:
+    """The value of --seeds: 0,1,2"""
+    return [int(seed) for seed in text.split(",")]
+
+
 def main(argv: list[str]) -> int:
     flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag.add_argument("tables", nargs="*", help=f"'all', or some of {', '.join(TABLES)}")
     flag.add_argument("--list", action="store_true", help="rows, and how many seeds are finished")
     flag.add_argument("--out", type=Path, default=Path("out/study"), help="(default: %(default)s)")
-    flag.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
+    flag.add_argument("--seeds", type=seed_list, default="0,1,2", help="(default: %(default)s)")
     flag.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     args = flag.parse_args(argv)
-    out, seeds = args.out.absolute(), [int(seed) for seed in args.seeds.split(",")]
+    out = args.out.absolute()
     wanted = list(TABLES) if args.tables == ["all"] else args.tables
     if unknown := [name for name in wanted if name not in TABLES]:
         flag.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if args.list or not wanted:
-        print(listing(out, seeds))
+        print(listing(out, args.seeds))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jobs = [(row, seed) for name in wanted for row in TABLES[name] if row.config for seed in seeds]
+    rows = [row for name in wanted for row in TABLES[name] if row.config]
+    jobs = [(row, seed) for row in rows for seed in args.seeds]
     try:
         failed = work(out, jobs, args.jobs)
     except KeyboardInterrupt:
         print("interrupted: the runs are saved, the same command goes on", file=sys.stderr)
         return 130
     for name in wanted:
-        print("\n" + write_table(out, name, seeds))
+        print("\n" + write_table(out, name, args.seeds))
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from evaluate import held_out_sets
 from findings import BEYOND, FINDINGS, Study, verdict
 from plot import NAMES, smooth
-from reproduce import markdown, records, table
+from reproduce import markdown, records, seed_list, table
 from tables import COLUMNS, TABLES, Row
 from tokenizer import load_tokenizer
 
@@ -32,7 +32,7 @@ next-token rows had been seen; the test with a weak rewriter came after table 6.
 unless a row says otherwise, and the judge of the evaluation always is. So this tests the method's
 mechanics, not how
 much a real model gains. Quality and coherence are win rates in % against the seed's base; the
-spread is the standard deviation over seeds.
+spread is the standard deviation of the difference over seeds.
 
     python reproduce.py all      # what is missing in out/study; interrupted, it goes on
     python results.py            # this page
@@ -280,10 +280,9 @@ def main(argv: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag.add_argument("--out", type=Path, default=Path("out/study"), help="(default: %(default)s)")
     flag.add_argument("--demo", type=Path, default=Path("out/world"), help="(default: %(default)s)")
-    flag.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
+    flag.add_argument("--seeds", type=seed_list, default="0,1,2", help="(default: %(default)s)")
     args = flag.parse_args(argv)
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    (HERE / "RESULTS.md").write_text(page(args.out.absolute(), args.demo, seeds))
+    (HERE / "RESULTS.md").write_text(page(args.out.absolute(), args.demo, args.seeds))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ class Shards:
         self.folder, self.count, self.file = Path(folder) / split, 0, None
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
-            raise DataError(f"{self.folder} is not empty")
+            raise DataError(f"{self.folder} is not empty: remove it, or name another --out")
 
     def write(self, text: str, meta: dict) -> None:
         if self.count % PER_SHARD == 0:
