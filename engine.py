@@ -27,7 +27,7 @@ from model import Llama, load_model, rope_tables
 from rollout import sample
 from tokenizer import load_tokenizer
 
-PROMPT_BYTES = 1 << 28  # keys and values of prompts kept for reuse
+PROMPT_BYTES = 1 << 28  # what is kept of prompts for reuse
 BLOCK = 16  # prompts share heads of a multiple of this many tokens
 ROOM = 128  # columns added when the cache is full
 CHUNK = 512  # tokens of a prompt in one forward pass
@@ -109,12 +109,12 @@ class Prompts:
         if prompt in self.kept:
             return
         self.kept[prompt] = computed
-        self.bytes += computed[0].nbytes
+        self.bytes += sum(part.nbytes for part in computed)
         for n in range(BLOCK, len(prompt) + 1, BLOCK):
             self.heads[hash(prompt[:n])] = prompt
         while self.bytes > PROMPT_BYTES:
-            oldest, (kv, _) = self.kept.popitem(last=False)
-            self.bytes -= kv.nbytes
+            oldest, computed = self.kept.popitem(last=False)
+            self.bytes -= sum(part.nbytes for part in computed)
             for n in range(BLOCK, len(oldest) + 1, BLOCK):
                 if self.heads.get(hash(oldest[:n])) == oldest:
                     del self.heads[hash(oldest[:n])]

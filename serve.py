@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import codecs
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -38,7 +39,9 @@ from world import running
 
 MAX_BODY = 4 << 20  # bytes of a request
 MAX_ANSWERS = 4096  # answers being computed or waiting, over all requests
+MAX_TOKENS = 1 << 24  # that one request may ask for
 MAX_SECONDS = 600.0  # for one request
+IDLE_SECONDS = 30.0  # until the whole head of a request is there
 MAX_TOP = 20  # alternatives reported beside a token
 
 # What would change the answer and is not supported, with the values that would not.
@@ -178,20 +181,27 @@ class Request:
         if sampling["temperature"] < 1e-4:
             sampling["temperature"] = 0.0  # greedy
         seed = number(body, "seed", secrets.randbits(63), -(2**63), 2**64 - 1)
+        tokens = self.most_tokens(body, config.max_seq)
+        if (count := n * len(self.prompts)) > MAX_ANSWERS:
+            raise Refusal(400, f"{count} answers in one request, the most is {MAX_ANSWERS}")
+        if count * tokens > MAX_TOKENS:
+            raise Refusal(400, f"{count} answers of {tokens} tokens are above {MAX_TOKENS} in all")
+        u = uniforms(seed, torch.arange(len(self.prompts)), n, tokens).flatten(0, 1).numpy()
+        self.rows = [Row(tuple(self.prompts[i // n]), u[i], **sampling) for i in range(len(u))]
+
+    def most_tokens(self, body: dict, max_seq: int) -> int:
+        """Of one answer: as asked for; else 16, and of a chat whatever there is room for."""
         longest = max(map(len, self.prompts))
-        room, limit = config.max_seq - longest, "max_tokens"
+        room, limit = max_seq - longest, "max_tokens"
         if body.get("max_completion_tokens") is not None:
             limit = "max_completion_tokens"
         tokens = number(body, limit, None, 0 if self.echo else 1, 2**31)
-        tokens = (max(room, 1) if chat else 16) if tokens is None else tokens
+        tokens = (max(room, 1) if self.chat else 16) if tokens is None else tokens
         if tokens > room:
-            what = f"This model's maximum context length is {config.max_seq} tokens. "
+            what = f"This model's maximum context length is {max_seq} tokens. "
             what += f"However, the prompt has {longest} and {tokens} were requested."
             raise Refusal(400, what, "context_length_exceeded", limit)
-        if (count := n * len(self.prompts)) > MAX_ANSWERS:
-            raise Refusal(400, f"{count} answers in one request, the most is {MAX_ANSWERS}")
-        u = uniforms(seed, torch.arange(len(self.prompts)), n, tokens).flatten(0, 1).numpy()
-        self.rows = [Row(tuple(self.prompts[i // n]), u[i], **sampling) for i in range(len(u))]
+        return tokens
 
 
 def stops_of(body: dict) -> tuple[str, ...]:
@@ -212,7 +222,7 @@ class Server:
     def __init__(self, folder: str, size: int, device: str):
         self.engine, self.tokenizer = load_engine(folder, size, device)
         self.template = Template(local_folder(folder, weights=False), self.tokenizer)
-        self.name = folder
+        self.name, self.began = folder, int(time.time())
         self.names = {i: name for name, i in self.tokenizer.specials.items()}
         self.requests, self.wake = {}, asyncio.Event()  # of every row in the engine, by its id()
 
@@ -267,8 +277,9 @@ class Server:
         if any(row.finish == "error" for row in request.rows):
             raise Refusal(500, "the model failed; the server's log says why", "internal_error")
 
-    def said(self, request: Request, row: Row):
-        """(finish reason or None, text so far, [(id, its log-probabilities)] so far or None)."""
+    def choice(self, request: Request, i: int, told=(0, 0)) -> tuple[dict, tuple[int, int]]:
+        """What row i says beyond the (characters, tokens) told already; how many are told now."""
+        row = request.rows[i]
         finish = row.finish  # read first: the engine works on meanwhile
         ids = row.ids[: len(row.ids if row.top is None else row.logprobs)]
         text = certain(self.tokenizer.decode(ids), row.stop, finish is not None)
@@ -277,43 +288,38 @@ class Server:
             text = self.tokenizer.decode(row.prompt) + text
             if tokens is not None:
                 tokens = [*zip(row.prompt, [None, *row.prompt_logprobs], strict=True), *tokens]
-        return finish, text, tokens
+        logprobs, new = self.logprobs(request, tokens, told[1]), text[told[0] :]
+        choice = {"index": i, "logprobs": logprobs, "finish_reason": finish}
+        if not request.chat:
+            choice["text"] = new
+        elif request.stream:
+            choice["delta"] = {"content": new} | ({"role": "assistant"} if told == (0, 0) else {})
+        else:
+            choice["message"] = {"role": "assistant", "content": new, "refusal": None}
+        return choice, (len(text), len(tokens or ()))
 
     async def complete(self, request: Request) -> dict:
         with self.working_on(request):
             while not all(row.finish for row in request.rows):
                 await self.progress(request)
-        choices = []
-        for i, row in enumerate(request.rows):
-            finish, text, tokens = self.said(request, row)
-            choices.append(self.choice(request, i, finish, text, self.logprobs(request, tokens)))
-            if request.chat:
-                message = {"role": "assistant", "content": choices[-1].pop("text")}
-                choices[-1]["message"] = message | {"refusal": None}
+        choices = [self.choice(request, i)[0] for i in range(len(request.rows))]
         return self.envelope(request, choices) | {"usage": usage(request)}
 
     async def stream(self, request: Request, send):
         """Chunks for `send`: whatever text of a row is certain, and the rest with its end."""
-        left, sent = dict(enumerate(request.rows)), [(0, 0)] * len(request.rows)
+        told = dict.fromkeys(range(len(request.rows)), (0, 0))
         no_usage = {"usage": None} if request.usage else {}
         with self.working_on(request):
-            while left:
+            while told:
                 await self.progress(request)
-                for i, row in list(left.items()):
-                    finish, text, tokens = self.said(request, row)
-                    characters, told = sent[i]
-                    if len(text) == characters and not finish:
+                for i, before in list(told.items()):
+                    choice, now = self.choice(request, i, before)
+                    if now[0] == before[0] and not choice["finish_reason"]:
                         continue
-                    logprobs = self.logprobs(request, tokens, told)
-                    choice = self.choice(request, i, finish, text[characters:], logprobs)
-                    if request.chat:
-                        choice["delta"] = {"content": choice.pop("text")}
-                        if sent[i] == (0, 0):
-                            choice["delta"]["role"] = "assistant"
                     await send(self.envelope(request, [choice]) | no_usage)
-                    sent[i] = len(text), len(tokens or ())
-                    if finish:
-                        del left[i]
+                    told[i] = now
+                    if choice["finish_reason"]:
+                        del told[i]
         if request.usage:
             await send(self.envelope(request, []) | {"usage": usage(request)})
 
@@ -324,10 +330,7 @@ class Server:
         named = dict(id=request.id, object=kind, created=request.created, model=self.name)
         return named | {"choices": choices}
 
-    def choice(self, request: Request, i: int, finish, text: str, logprobs) -> dict:
-        return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def logprobs(self, request: Request, tokens, told: int = 0) -> dict | None:
+    def logprobs(self, request: Request, tokens, told: int) -> dict | None:
         """Of tokens [(id, (log p, alternatives) or None)] from number `told` on."""
         if tokens is None:
             return None
@@ -407,49 +410,52 @@ def application(server: Server, key: str) -> web.Application:
         finally:
             abort.cancel()
 
-    async def answer(http: web.Request):
-        try:
-            body = json.loads(await http.read())
-        except (ValueError, RecursionError):
-            raise Refusal(400, "the body is not JSON") from None
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body must be a JSON object")
-        request = Request(body, http.path == "/v1/chat/completions", server)
-        if not request.stream:
-            return web.json_response(await server.complete(request))
-        response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
-        response.content_type = "text/event-stream"
-
-        async def send(data: dict):
-            if not response.prepared:
-                await response.prepare(http)
-            await response.write(f"data: {json.dumps(data)}\n\n".encode())
-
-        try:
-            await server.stream(request, send)
-        except Refusal as refusal:
-            if not response.prepared:
-                raise
-            await send(refusal.body)
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    model = dict(id=server.name, object="model", created=int(time.time()), owned_by="nanosip")
-    model["max_model_len"] = server.engine.model.config.max_seq
-
-    async def models(http: web.Request):
-        if "name" not in http.match_info:
-            return web.json_response({"object": "list", "data": [model]})
-        if http.match_info["name"] != server.name:
-            raise Refusal(404, "no such model here", "model_not_found", "model")
-        return web.json_response(model)
-
     app = web.Application(client_max_size=MAX_BODY, middlewares=[guard])
-    app.router.add_post("/v1/chat/completions", answer)
-    app.router.add_post("/v1/completions", answer)
-    app.router.add_get("/v1/models", models)
-    app.router.add_get("/v1/models/{name:.+}", models)
+    app.router.add_post("/v1/chat/completions", functools.partial(answer, server))
+    app.router.add_post("/v1/completions", functools.partial(answer, server))
+    app.router.add_get("/v1/models", functools.partial(models, server))
+    app.router.add_get("/v1/models/{name:.+}", functools.partial(models, server))
     return app
+
+
+async def answer(server: Server, http: web.Request) -> web.StreamResponse:
+    """Of both kinds of completions."""
+    try:
+        body = json.loads(await http.read())
+    except (ValueError, RecursionError):
+        raise Refusal(400, "the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    request = Request(body, http.path == "/v1/chat/completions", server)
+    if not request.stream:
+        return web.json_response(await server.complete(request))
+    response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
+    response.content_type = "text/event-stream"
+
+    async def send(data: dict):
+        if not response.prepared:
+            await response.prepare(http)
+        await response.write(f"data: {json.dumps(data)}\n\n".encode())
+
+    try:
+        await server.stream(request, send)
+    except Refusal as refusal:
+        if not response.prepared:
+            raise
+        await send(refusal.body)
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+async def models(server: Server, http: web.Request) -> web.Response:
+    """The list of one model, or that model by its name."""
+    model = dict(id=server.name, object="model", created=server.began, owned_by="nanosip")
+    model["max_model_len"] = server.engine.model.config.max_seq
+    if "name" not in http.match_info:
+        return web.json_response({"object": "list", "data": [model]})
+    if http.match_info["name"] != server.name:
+        raise Refusal(404, "no such model here", "model_not_found", "model")
+    return web.json_response(model)
 
 
 async def serve(folder: str, host: str, port: int, batch: int, device: str, parent: int | None):
@@ -458,9 +464,8 @@ async def serve(folder: str, host: str, port: int, batch: int, device: str, pare
     if host not in ("127.0.0.1", "::1", "localhost") and not key:
         raise ValueError(f"--host {host} is reached by others: set NANOSIP_API_KEY first")
     server = Server(folder, batch, device)
-    runner = web.AppRunner(
-        application(server, key), access_log=None, handler_cancellation=True, shutdown_timeout=1.0
-    )
+    how = dict(access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = web.AppRunner(application(server, key), keepalive_timeout=IDLE_SECONDS, **how)
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=2048).start()
     host, port = runner.addresses[0][:2]

@@ -8,6 +8,7 @@ prompt, the contents joined by newlines.
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -40,7 +41,7 @@ class Template:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["strftime_now"] = time.strftime
         environment.globals["raise_exception"] = self.complain
         for name in ("bos_token", "eos_token", "pad_token"):
@@ -64,7 +65,8 @@ class Template:
             for text in [message["content"]]
         ]
         try:
-            text = self.source.render(messages=messages, add_generation_prompt=True, **self.names)
+            names = dict(tools=None, documents=None, add_generation_prompt=True, **self.names)
+            text = self.source.render(messages=messages, **names)
         except Exception as error:  # whatever a template may do
             raise TemplateError(f"the folder's chat template: {error}") from None
         ids = []

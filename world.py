@@ -637,7 +637,7 @@ def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
 # The server
 
 MAX_TEXT = 1 << 15  # characters of a text in a question; verdicts on 20,000 of them are kept
-READ_WITHIN = 30.0  # seconds for the body of a request
+READ_WITHIN = 30.0  # seconds for the head of a request, and for its body
 AT_ONCE = 4096  # requests; the next are asked to come back
 
 
@@ -732,7 +732,7 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
             open_requests -= 1
         return web.json_response(result, status=status)
 
-    runner = web.ServerRunner(web.Server(handle))
+    runner = web.ServerRunner(web.Server(handle, keepalive_timeout=READ_WITHIN))
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=2048).start()
     print("http://{}:{}/v1".format(*runner.addresses[0][:2]), flush=True)

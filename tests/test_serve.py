@@ -28,6 +28,7 @@ TEMPLATE = """{% for m in messages %}
 <|im_start|>{{ m['role'] }}
 {{ m['content'] | trim }}<|im_end|>
 {% endfor %}
+{% if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
@@ -143,7 +144,8 @@ def test_answers_equal_the_samplers_whatever_the_batch(folder, how, monkeypatch)
         assert tokens == row.ids + [eos] * (row.sampled - len(row.ids))
     assert {row.finish for row in rows} == {"stop", "length"}
     kept = engine.prompts.kept
-    assert sum(kv.nbytes for kv, _ in kept.values()) == engine.prompts.bytes <= 100_000
+    held = sum(part.nbytes for parts in kept.values() for part in parts)
+    assert held == engine.prompts.bytes <= 100_000
     assert set(engine.prompts.heads.values()) <= set(kept)
 
 
@@ -380,6 +382,9 @@ def test_errors_have_openais_shape(url, folder, monkeypatch):
     refused(400, post(url, {"prompt": [[0, 10**6]]}))
     monkeypatch.setattr(serve, "MAX_ANSWERS", 3)
     refused(400, post(url, {"prompt": "w1", "n": 4}))
+    monkeypatch.setattr(serve, "MAX_TOKENS", 299)
+    refused(400, post(url, {"prompt": "w1", "n": 3, "max_tokens": 100}))
+    monkeypatch.setattr(serve, "MAX_TOKENS", 1000)
     with ThreadPoolExecutor(8) as pool:
         body = {"prompt": "w1", "n": 3, "max_tokens": 200}
         got = list(pool.map(lambda _: post(url, body), range(8)))
@@ -482,5 +487,5 @@ def test_sample_shows_checkpoints_side_by_side(folder, tmp_path, monkeypatch, ca
         engine.step()
     assert capsys.readouterr().out == tokenizer.decode(row.ids) + "\n\n"
     monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "none"), "w1"])
-    with pytest.raises(SystemExit, match="sample.py: no tokenizer"):
+    with pytest.raises(SystemExit, match="sample.py: there is no folder"):
         sample.main()

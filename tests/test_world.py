@@ -413,6 +413,22 @@ def test_server_goes_on_after_nonsense_and_knows_its_paths(url):
     test_real_prompts_over_http(url)
 
 
+def test_a_head_without_an_end_is_not_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(world, "READ_WITHIN", 0.2)
+
+    async def life():
+        serving = asyncio.create_task(world.serve("127.0.0.1", 0, Dials(), None))
+        while not (said := capsys.readouterr().out):
+            await asyncio.sleep(0.02)
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(said).port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+        serving.cancel()
+
+    asyncio.run(life())
+
+
 def test_the_server_survives_a_fuzzer(url):
     request = chat(question("factuality", prefix=PREFIX, reference="", text=GOOD), seed=1, stop="x")
     spots = list(hostile.places(request))
