@@ -1,7 +1,7 @@
 """The objectives, as pure functions of tensors.
 
 In: rewards [B, C] (nan where a judge gave no verdict) and log-probabilities of the candidates.
-Out: which candidates to learn from, and a loss per prefix. train.py divides the sums.
+Out: which candidates to learn from, and a loss per prefix. update.py divides the sums.
 """
 
 import torch

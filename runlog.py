@@ -58,7 +58,8 @@ def describe(step, pool, reward, scores, picked, metrics, teachers, config: Conf
         means["rollout.repeated"] = (sum(repeats), len(repeats))
     line = {"step": step, "lr": learning_rate(step, config)}
     for name, (total, count) in all_sum(means).items():
-        line[name] = total / count if count else total
+        empty = math.nan if name.startswith("reward") else total  # no verdict is no score
+        line[name] = total / count if count else empty
     return line
 
 

@@ -53,7 +53,7 @@ def whole_model(model: Llama, device="cpu") -> Llama:
 
 
 def load_optimizer(optimizer, state: dict):
-    """optimizer.load_state_dict of a state in one piece, spread as the parameters are."""
+    """Take the moments from a state in one piece, spread as the parameters are; settings stay."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {}
     for i, p in enumerate(params):
@@ -62,4 +62,5 @@ def load_optimizer(optimizer, state: dict):
             if isinstance(p, DTensor) and value.shape == p.shape:
                 value = value.to(p.device_mesh.device_type)
                 spread[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
-    optimizer.load_state_dict(state | {"state": {i: s for i, s in spread.items() if s}})
+    moments = {i: s for i, s in spread.items() if s}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

@@ -167,7 +167,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 # After the log: a run killed in between does the step, and its line, again.
                 if step % config.save_every == 0 and step < config.max_steps:
                     save()
-        except (Interrupted, TeacherGone):
+        except (Interrupted, TeacherGone, TeacherError, DataError):
             save()
             raise
         save()
@@ -212,6 +212,7 @@ def open_stream(source, tokenizer, config: Config, state) -> Stream:
 def phases(config: Config) -> dict[str, Config]:
     """The run's phases by name: base (from scratch only), baseline (optional), and the method."""
     next_token = dict(objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0)
+    next_token["temperature"] = 1.0  # that of the rollouts is the method's
     out = {}
     if config.task != "pretrain":
         return {"method": config}

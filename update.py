@@ -28,6 +28,7 @@ def whole_documents(prefix, pad, continuation, lengths):
 
 def pick(pool: Pool, reward, config: Config) -> dict:
     """What the objective learns from: rows [R] of the batch and their candidates [R, C']."""
+    reward = reward.round(decimals=9)  # 0.4 + 0.8 and 0.6 + 0.6 are a tie
     u = uniforms(config.seed + 1, pool.batch.index, reward.shape[1], 1)[:, :, 0]
     chosen, rejected, keep = choose(reward, u)
     if config.objective == "dpo":
@@ -96,7 +97,7 @@ def idle(policy, reference, config: Config):
     one = torch.zeros(1, 1, dtype=torch.int64, device=next(policy.parameters()).device)
     layout = one, one[0], one[None]
     logp = policy.logprobs(*layout)
-    if config.objective == "dpo":
+    if config.objective == "dpo" or (config.objective == "grpo" and config.grpo_kl):
         with torch.no_grad():
             reference.logprobs(*layout)
     return logp.sum() * 0

@@ -1,12 +1,15 @@
 """The objectives against values worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from config import Config
 from model import Llama, ModelConfig
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
+from update import pick
 
 NAN = float("nan")
 
@@ -28,6 +31,16 @@ def test_choose_takes_best_and_worst_and_skips_ties():
     assert chosen[keep].tolist() == [1, 2, 2] and rejected[keep].tolist() == [0, 1, 1]
     u[5] = torch.tensor([0.9, 0.2, 0.3])
     assert choose(reward, u)[0][5] == 0
+
+
+def test_sums_that_differ_by_rounding_alone_are_a_tie():
+    """Quality 0.4 + safety 0.8 and 0.6 + 0.6, as five samples of two candidates may give."""
+    reward = torch.tensor([[0.4 + 0.8, 0.6 + 0.6], [0.4 + 0.8, 0.8 + 0.6]], dtype=torch.float64)
+    assert reward[0, 0] != reward[0, 1]
+    pool = SimpleNamespace(batch=SimpleNamespace(index=torch.arange(2)))
+    assert pick(pool, reward, Config())["rows"].tolist() == [1]
+    first = pick(pool, reward.flip(1), Config(objective="rf_nll"))  # of equals, the first named
+    assert first["chosen"].tolist() == [0, 0]
 
 
 def test_dpo_by_hand():

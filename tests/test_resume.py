@@ -198,19 +198,42 @@ def test_a_folder_that_cannot_be_written_is_one_line(runs):
     assert run.stderr.startswith("error: /proc/run: ")
 
 
+def test_a_process_without_a_prefix_is_refused(runs, tmp_path):
+    run = runs.start(tmp_path / "out", "--batch_size=1", processes=2)
+    assert run.wait() == 1 and "error: batch_size: each of the 2 processes needs" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [("401", "Incorrect API key"), ("400", "maximum context length is 4096 tokens")],
 )
 def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, message, tmp_path):
-    with faulty_server([status], 1.0, message=message) as server:
+    """Here after 100 answers; the steps before are saved."""
+
+    def answer(request):
+        if sum(server.counts.values()) > 100:
+            server.share = 1.0
+        return truth(request)
+
+    with faulty_server([status], 0.0, answer=answer, message=message) as server:
         url = [f"--judge_url={server.url}", f"--rewrite_url={server.url}"]
-        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", *url]
+        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--save_every=9", *url]
         run = runs.start(tmp_path / "out", *flags)
         assert run.wait() == 1 and "Traceback" not in run.stderr
+    done = len(log_of(tmp_path / "out"))
+    assert done > 0 and (tmp_path / "out" / "ckpt").resolve().name == f"step_{done:06d}"
     line = run.stderr.strip().splitlines()[-1]
     assert line.startswith(f"error: {server.url}/chat/completions answered {status}: ")
     assert message in line
+
+
+def test_a_judge_without_a_verdict_is_no_reward_of_zero(runs, tmp_path):
+    with faulty_server(answer=lambda request: "Well.") as server:
+        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--max_steps=1"]
+        flags += [f"--judge_url={server.url}", "--judge_retries=0", "--candidates=rollouts,suffix"]
+        assert runs.start(tmp_path / "out", *flags).wait() == 0
+    (line,) = log_of(tmp_path / "out")
+    assert line["skipped"] == 4 and line["reward"] is None and line["reward.quality"] is None
 
 
 def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(runs, tmp_path):

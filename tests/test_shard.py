@@ -27,9 +27,11 @@ def pool(rows: list):
     return Pool(batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], [], {}), reward
 
 
-def learn(policy, reference, turns: list):
+def learn(policy, reference, turns: list, **settings):
     """An update for each list of rows, with the optimiser saved and loaded in between."""
-    config = Config(micro_batch_tokens=20, max_steps=4, warmup_steps=1, learning_rate=1e-2)
+    config = Config(
+        micro_batch_tokens=20, max_steps=4, warmup_steps=1, learning_rate=1e-2, **settings
+    )
     state, norms = None, []
     for step, rows in enumerate(turns):
         optimizer = make_optimizer(policy, config)
@@ -47,27 +49,40 @@ def models():
     return Llama(SHAPE).initialise(0), Llama(SHAPE).initialise(1)
 
 
+GRPO = dict(objective="grpo", grpo_kl=0.1)
+
+
 def process(rank: int, folder: str):
     where = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-    policy, reference = (shard(model, torch.device("cpu")) for model in models())
+    both = [shard(model, torch.device("cpu")) for model in (*models(), *models())]
+    policy, reference, *others = both
     assert is_sharded(policy)
     policy.recompute = True
     # Remainders, and a process that has no row at all: one, then the other.
     result = learn(policy, reference, ([[0, 1, 2], [0], []] if rank == 0 else [[], [1, 2], [1]]))
+    grpo = learn(*others, [[0, 1, 2] if rank == 0 else []], **GRPO)
     if rank == 0:
-        torch.save(result, f"{folder}/result")
+        torch.save((result, grpo), f"{folder}/result")
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(process, (str(tmp_path),), nprocs=2)
-    spread = torch.load(tmp_path / "result")
-    policy, reference = models()
-    one = learn(policy, reference, [[0, 1, 2], [0, 1, 2], [1]])
-    for found, expected in zip(spread[0].items(), one[0].items(), strict=True):
-        assert found[0] == expected[0] and torch.allclose(found[1], expected[1], atol=1e-5)
-    for i, moments in one[1].items():
-        for name, value in moments.items():
-            assert torch.allclose(spread[1][i][name], value, atol=1e-5)
-    assert torch.allclose(torch.tensor(spread[2]), torch.tensor(one[2]), atol=1e-5)
+    dpo = learn(*models(), [[0, 1, 2], [0, 1, 2], [1]])
+    grpo = learn(*models(), [[0, 1, 2]], **GRPO)
+    for spread, one in zip(torch.load(tmp_path / "result"), (dpo, grpo), strict=True):
+        for found, expected in zip(spread[0].items(), one[0].items(), strict=True):
+            assert found[0] == expected[0] and torch.allclose(found[1], expected[1], atol=1e-5)
+        for i, moments in one[1].items():
+            for name, value in moments.items():
+                assert torch.allclose(spread[1][i][name], value, atol=1e-5)
+        assert torch.allclose(torch.tensor(spread[2]), torch.tensor(one[2]), atol=1e-5)
+
+
+def test_a_resumed_run_has_the_settings_that_it_was_given():
+    policy, before = Llama(SHAPE).initialise(0), Config(weight_decay=0.1)
+    state = make_optimizer(policy, before).state_dict()
+    optimizer = make_optimizer(policy, Config(weight_decay=0.3))
+    load_optimizer(optimizer, state)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]

@@ -236,6 +236,7 @@ def test_bad_input_is_one_clear_line(born, flags, code, words, tmp_path):
 def test_config_types_and_nearest_key(tmp_path):
     parsed, _ = configuration.parse(["--learning_rate=1", "--max_steps=1e3", "--baseline=false"])
     assert (parsed.learning_rate, parsed.max_steps, parsed.baseline) == (1.0, 1000, False)
+    assert train.phases(configuration.Config(temperature=0.6))["base"].temperature == 1.0
     file = tmp_path / "mine.py"
     file.write_text("import math\nlearning_rate = 10 ** -3\nrewards = ['quality', 'safety']\n")
     parsed, _ = configuration.parse([str(file), "--seed=4"])
