@@ -1,6 +1,6 @@
 """Which comparison schedule names the best and the worst of K candidates, at how many questions?
 
-    python study.py                # about two minutes; prints a table, writes docs/comparisons.png
+    python study.py                # 50 s of one core; prints a table, writes docs/comparisons.png
 
 Offline, on continuations from the pocket world, whose true quality is known. The judge is simulated
 with three dials: noise flips a verdict, bias is how often the first option wins whatever it is,
