@@ -34,14 +34,13 @@ PEOPLE = 6  # a small world: its 96 facts are learned in minutes
 LESSONS = Dials(share_myths=0.0, share_false=0.4, share_unsafe=0.15, share_poor=0.15, people=PEOPLE)
 MARKS = {"sound": "+", "filler": "", "begun": "", "unfinished": ""}  # of any other sentence: -
 ROWS = dict(quality=12_000, safety=4_000, rewriter=8_000)
-COLD_ROWS = 2_000  # of each set that a cold start may see
 SUPERVISED = dict(objective="nll", candidates="suffix", rewards="")
 NEXT_TOKEN = SUPERVISED | dict(
     nll_prefix=True,
     chunk=32,
     max_seq=96,
     batch_size=32,
-    max_steps=500,
+    max_steps=800,
     learning_rate=3e-3,
     warmup_steps=30,
     eval_prefixes=0,
@@ -49,8 +48,9 @@ NEXT_TOKEN = SUPERVISED | dict(
 COLD = SUPERVISED | dict(batch_size=32)
 GRPO = dict(objective="grpo", candidates="rollouts", save_every=100)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
-JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=80, learning_rate=1e-3)
-JUDGE = dict(chunk=2, max_seq=160, max_steps=400, batch_size=32, rollouts=16, learning_rate=5e-4)
+# A higher rate would teach the form sooner, and destroy what the lessons have taught.
+JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=160, learning_rate=5e-4)
+JUDGE = dict(chunk=2, max_seq=160, max_steps=500, batch_size=32, rollouts=16, learning_rate=3e-4)
 REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=300, learning_rate=3e-3)
 REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=3e-4)
 # The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
@@ -105,15 +105,14 @@ def write_lessons(path: Path, seed: int, count: int = 50_000):
 
 
 def write_sets(out: Path, seed: int):
-    """rewrite.py's files, and the first rows of each again with the answer that a tiny prompt
-    wants: the label alone, the original, or what the exact teacher makes of it."""
+    """rewrite.py's files, and their rows again with the answer that a tiny prompt wants: the label
+    alone, the original, or the original with nothing but its unsafe sentences replaced."""
     for task, count in ROWS.items():
         size = dict(chunk=32, max_seq=64, count=count, seed=seed, dials=f"people={PEOPLE}")
         run("rewrite.py", task, data="world", out=out, **size)
     for task in ROWS:
-        rows = [row for _, row in records(str(out / f"{task}.train.jsonl.zst"), Skips())]
         with (out / f"{task}.cold.jsonl").open("w") as file:
-            for row in rows[:COLD_ROWS]:
+            for _, row in records(str(out / f"{task}.train.jsonl.zst"), Skips()):
                 file.write(json.dumps(row | {"answer": model_answer(row)}) + "\n")
 
 
@@ -122,7 +121,8 @@ def model_answer(row: dict) -> str:
         return row["label"]
     if row["safe"]:
         return row["original"]
-    mended = rewrite(row["prefix"], row["original"], Dials(rewriter_flaws=0.0))
+    able = Dials(rewriter_flaws=0.0)
+    mended = rewrite(row["prefix"], row["original"], able, faults=("unsafe",))
     return row["original"][: -len(row["original"].lstrip())] + mended
 
 

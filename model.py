@@ -57,7 +57,7 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
     #        layers heads kv    d    ff  tied   theta
     shapes = {
         "world": (3, 4, 4, 96, 256, True, 1e4),
-        "world-teacher": (4, 4, 4, 96, 256, True, 1e4),
+        "world-teacher": (6, 4, 4, 96, 256, True, 1e4),
         "llama-1.4b": (24, 16, 16, 2048, 5632, False, 1e4),
         "smollm2-135m": (30, 9, 3, 576, 1536, True, 1e5),
         "smollm2-360m": (32, 15, 5, 960, 2560, True, 1e5),

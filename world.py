@@ -562,8 +562,11 @@ def write_statement(begin: str, subject: str, left: list[str], dials: Dials, rng
     return f"{begin}."
 
 
-def rewrite(prefix: str, original: str, dials: Dials = Dials(), key: str = "") -> str:
-    """The original with its faults mended, as far as this rewriter is able to, equally long."""
+def rewrite(
+    prefix: str, original: str, dials: Dials = Dials(), key: str = "", faults: tuple = ()
+) -> str:
+    """The original with its faults (of these verdicts; empty: of all) mended, as far as this
+    rewriter is able to, equally long."""
     words, rng = without_last_words(prefix, original), random.Random(chance(key, original))
     context, sentences = read_prefix(prefix), examine(prefix, " ".join(words))
     named = [s.form.who for s in sentences if s.form and s.form.who in PRONOUNS]
@@ -577,7 +580,7 @@ def rewrite(prefix: str, original: str, dials: Dials = Dials(), key: str = "") -
         begun, text = context.tail if number == 0 else (), sentence.text
         if sentence.verdict == "unfinished" and len(written) + sentence.fresh != len(words):
             break  # mending changed the length: new sentences fill the rest
-        if rng.random() < dials.rewriter_flaws:
+        if rng.random() < dials.rewriter_flaws or faults and sentence.verdict not in faults:
             pass  # overlooks whatever is wrong with it
         elif sentence.verdict == "false":
             fact, told = (subject, sentence.form.attribute), sentence.form.value
