@@ -79,7 +79,7 @@ def rewrites(passages: list, chunk: int, tokenizer) -> Part:
     tokens, lengths = torch.full((B, 1, chunk), tokenizer.eos), torch.zeros(B, 1, dtype=torch.int64)
     texts = [[None] for _ in range(B)]
     for b, passage in enumerate(passages):
-        if passage is not None and (ids := tokenizer.encode(passage)[:chunk]):
+        if passage is not None and (ids := tokenizer.encode(passage, continues=True)[:chunk]):
             tokens[b, 0, : len(ids)] = torch.tensor(ids)
             lengths[b, 0], texts[b] = len(ids), [tokenizer.decode(ids)]
     return Part("rewrite", tokens, lengths, torch.zeros(B, 1, chunk), texts)

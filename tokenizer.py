@@ -103,7 +103,8 @@ class Tokenizer:
             "ordinary text", pat_str=pattern, mergeable_ranks=ranks | stand_ins, special_tokens={}
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """continues: as for LibraryTokenizer; here a text is cut alike wherever it stands."""
         if len(text) > LONG_SPACE and (run := re.search(rf"\s{{{LONG_SPACE}}}", text)):
             middle = run.start() + LONG_SPACE // 2  # the pattern's look-ahead would overflow
             return self.encode(text[:middle]) + self.encode(text[middle:])
@@ -229,11 +230,15 @@ class LibraryTokenizer:
         tokens = self.library.encode("a").tokens
         self.brings_space = bool(tokens) and tokens[0].startswith("▁")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """continues: the text stands right behind another, so no space may be put before it."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        lead = 0
         if self.brings_space and text.startswith(" "):
             text = text[1:]
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.library.encode(text, add_special_tokens=False).ids
+        elif self.brings_space and continues:  # behind a line break, whose tokens are cut off
+            text, lead = "\n" + text, len(self.library.encode("\n", add_special_tokens=False))
+        return self.library.encode(text, add_special_tokens=False).ids[lead:]
 
     def decode(self, ids) -> str:
         special = set(self.specials.values())

@@ -323,6 +323,8 @@ def test_sentencepiece_runs_on_the_library_and_keeps_spaces(tmp_path, caplog):
     assert ids == plain_ids(ours.library, "a bet é") and 1 not in ids
     assert ours.decode([1, *ids, 2]) == " a bet é"
     assert ours.encode(ours.decode(ids)) == ids  # a continuation is not given a second space
+    assert ours.decode([*ids, *ours.encode("bet\n", continues=True)]) == " a bet ébet\n"
+    assert ours.encode(" bet", continues=True) == ours.encode("bet")
     assert not {1, 2} & set(ours.encode("<s>a</s>"))
     assert ours.decode(ours.encode("\ud800a")) == " \ufffda"
     ours.save(tmp_path / "saved")
