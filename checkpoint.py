@@ -83,7 +83,7 @@ def load(run: Path, device) -> tuple:
     for folder in reversed(checkpoints(run)):
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            return load_model(folder, device), {"step": state["step"], **state}
+            return load_model(folder, device), state
         except Exception as e:  # there is no end to what damage can raise
             if rank() == 0:
                 why = str(e).partition("\n")[0] or type(e).__name__

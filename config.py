@@ -86,7 +86,7 @@ class Config:
     grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
     grpo_std: bool = key(True, "GRPO: divide advantages by the group's deviation; Dr. GRPO: False")
     grpo_length: bool = key(True, "GRPO: mean over a rollout's own length; Dr. GRPO: over chunk")
-    nll_prefix: bool = key(False, "nll: the prefix's tokens count too, as in ordinary pretraining")
+    nll_prefix: bool = key(False, "nll, rf_nll: the prefix's tokens count too")
     nll_weight: float = key(0.0, "DPO: plus this times the NLL per token of the chosen")
     length_norm: bool = key(False, "DPO: log-probabilities per token instead of summed")
 
@@ -142,19 +142,19 @@ SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
 REWARDS = ("quality", "safety", "factuality")
 
-POSITIVE = (
+POSITIVE = [
     "max_steps",
-    "rollouts",
     "batch_size",
     "base_batch_size",
+    "rollouts",
     "window",
     "save_every",
     "keep",
-)
-POSITIVE += ("example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout", "gpus")
-POSITIVE += ("gpu_tflops", "judge_tokens_per_second", "grad_clip", "micro_batch_tokens")
-NOT_NEGATIVE = ("overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries")
-NOT_NEGATIVE += ("temperature", "judge_temperature", "rewrite_temperature", "learning_rate")
+]
+POSITIVE += ["example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout", "gpus"]
+POSITIVE += ["gpu_tflops", "judge_tokens_per_second", "grad_clip", "micro_batch_tokens"]
+NOT_NEGATIVE = ["overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries"]
+NOT_NEGATIVE += ["temperature", "judge_temperature", "rewrite_temperature", "learning_rate"]
 
 
 def convert(name: str, value, kind: type, where: str):
@@ -291,6 +291,10 @@ def check(config: Config) -> Config:
     need(
         config.objective != "nll" or not config.rewards,
         "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
+    )
+    need(
+        not config.nll_prefix or config.objective in ("nll", "rf_nll"),
+        f"nll_prefix=True is for nll and rf_nll, not for objective={config.objective}",
     )
     need(
         config.chunk > 0 and config.max_seq >= 2 * config.chunk,

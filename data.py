@@ -102,7 +102,6 @@ class Stream:
         window: int = 1024,  # documents that are shuffled together
         split: str = "train",  # a key of SPLITS; an object with documents() does its own splitting
         epochs: int | None = None,  # None: for ever
-        drop_duplicates: bool = False,  # of a text, within a window
         state: dict | None = None,
     ):
         if max_seq < 2 * chunk:
@@ -116,7 +115,7 @@ class Stream:
         self.tokenizer, self.chunk, self.max_seq = tokenizer, chunk, max_seq
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.window, self.split, self.epochs = seed, window, split, epochs
-        self.drop_duplicates, self.state = drop_duplicates, state
+        self.state = state
 
     def __iter__(self) -> Iterator[Batch]:
         batches, stop = queue.Queue(maxsize=2), threading.Event()
@@ -190,20 +189,16 @@ class Stream:
 
     def windows(self, start: dict | None) -> Iterator[tuple[list[str], dict]]:
         """Texts that are shuffled together, and the position after them, to the end of an epoch."""
-        texts, size, seen, end = [], 0, set(), start
+        texts, size, end = [], 0, start
         for text, end in self.source.documents(start):
-            key = digest(text) if self.files or self.drop_duplicates else 0
-            if self.files and not in_split(key, self.split):
+            if self.files and not in_split(digest(text), self.split):
                 self.skipped[f"not in split {self.split}"] += 1
-            elif self.drop_duplicates and key in seen:
-                self.skipped["duplicate"] += 1
-            else:
-                seen.add(key)
-                texts.append(text)
-                size += len(text)
+                continue
+            texts.append(text)
+            size += len(text)
             if len(texts) == self.window or size > WINDOW_BYTES:
                 yield texts, end
-                texts, size, seen = [], 0, set()
+                texts, size = [], 0
         if texts:
             yield texts, end
 

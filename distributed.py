@@ -55,8 +55,8 @@ def start(kind: str) -> torch.device:
     """Join the other processes, if torchrun started any; "auto" is CUDA where there is one."""
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not found.get(kind.partition(":")[0], lambda: True)():
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not found.get(kind.partition(":")[0], True):
         raise ConfigError(f"device={kind}: PyTorch finds none here; set device=auto")
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")

@@ -52,7 +52,7 @@ class ModelConfig:
 def preset(name: str, vocab_size: int) -> ModelConfig:
     """Shapes by name for `init_from=scratch`; the vocabulary comes from the tokenizer.
 
-    world: 0.5M parameters for a laptop. llama-1.4b: the paper's size in the Llama 2 architecture.
+    world: 0.4M parameters for a laptop. llama-1.4b: the paper's size in the Llama 2 architecture.
     """
     #        layers heads kv    d    ff  tied   theta
     shapes = {

@@ -35,20 +35,11 @@ class Rewriter:
     """retries: how often a refusal, an empty or a cut answer is asked again, with a fresh seed."""
 
     def __init__(
-        self,
-        chat,
-        *,
-        temperature=1.0,
-        top_p=1.0,
-        max_tokens=512,
-        prompts="prompts",
-        seed=0,
-        retries=1,
+        self, chat, *, temperature=1.0, max_tokens=512, prompts="prompts", seed=0, retries=1
     ):
         self.chat, self.seed, self.retries = chat, seed, retries
-        self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+        self.sampling = dict(temperature=temperature, top_p=1.0, max_tokens=max_tokens)
         self.template = load_prompts(prompts)["rewrite"]
-        self.calls = self.failed = 0  # passages asked for; suffixes left without a rewrite
 
     def rewrite(self, prefixes, suffixes, index):
         """Future of a list of texts or None. `index`: global sample numbers that key all chance."""
@@ -64,10 +55,8 @@ class Rewriter:
         for attempt in range(1 + self.retries):
             seed = question_seed(self.seed, question, key, attempt)
             answer = await self.chat.ask(question, seed=seed, **self.sampling)
-            self.calls += 1
             if passage := clean(answer.text, prefix, suffix):
                 return passage
-        self.failed += 1
         return None
 
 

@@ -39,8 +39,11 @@ def describe(step, pool, reward, scores, picked, metrics, teachers, config: Conf
             means[f"reward.{name}"] = mean(torch.from_numpy(values))
         for kind, mask in is_source.items():
             means[f"reward.{kind}"] = mean(reward[:, mask])
-        means["judge.calls"], means["judge.failed"] = (scores.calls, 0), (scores.failed, 0)
+        for name in ("calls", "failed", "absent"):
+            means[f"judge.{name}"] = (getattr(scores, name), 0)
         means |= teachers.traffic()
+    if "rewrite" in is_source:
+        means["rewrite.failed"] = (sum(text is None for row in pool.texts for text in row), 0)
     rollouts = is_source.get("rollout", torch.zeros(C, dtype=torch.bool))
     if rollouts.any():
         lengths = pool.lengths[:, rollouts]

@@ -241,6 +241,11 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
         policy = Llama(shape).initialise(config.seed).to(device)
     else:
         policy = load_model(config.init_from, device, torch.float32)
+    if policy.config.max_seq < config.max_seq:
+        raise ModelError(
+            f"max_seq={config.max_seq} is more than the {policy.config.max_seq} positions that "
+            f"{config.init_from} was made for (max_position_embeddings in its config.json)"
+        )
     if policy.config.vocab_size < tokenizer.vocab_size:
         raise ModelError(
             f"the policy knows {policy.config.vocab_size} tokens, the tokenizer has "

@@ -244,15 +244,6 @@ def test_splits_share_nothing_and_ignore_the_layout(corpus, tmp_path):
     assert 0.87 < len(parts["train"]) / 3000 < 0.93 and len(parts["test"]) > 10
 
 
-def test_duplicates_in_a_window_go_on_request(tmp_path):
-    rows = [{"text": named(i % 5)} for i in range(20)]
-    path = str(write(tmp_path / "a.jsonl", rows))
-    assert len(suffixes(stream(path).batches())) == 20
-    once = stream(path, drop_duplicates=True, window=100)
-    assert sorted(suffixes(once.batches())) == [f"{i:04d}" for i in range(5)]
-    assert once.skipped["duplicate"] == 15
-
-
 def test_short_documents_are_counted(tmp_path):
     rows = [{"text": "abc"}, {"text": "abcd"}, {"text": "abcdefg"}, {"text": "abcdef"}]
     short = stream(str(write(tmp_path / "a.jsonl", rows)))

@@ -228,12 +228,14 @@ def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, messa
 
 
 def test_a_judge_without_a_verdict_is_no_reward_of_zero(runs, tmp_path):
-    with faulty_server(answer=lambda request: "Well.") as server:
+    with faulty_server(answer=lambda request: "I'm sorry.") as server:
         flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--max_steps=1"]
-        flags += [f"--judge_url={server.url}", "--judge_retries=0", "--candidates=rollouts,suffix"]
+        flags += [f"--judge_url={server.url}", f"--rewrite_url={server.url}", "--judge_retries=0"]
         assert runs.start(tmp_path / "out", *flags).wait() == 0
-    (line,) = log_of(tmp_path / "out")
-    assert line["skipped"] == 4 and line["reward"] is None and line["reward.quality"] is None
+    line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
+    assert line["skipped"] == line["rewrite.failed"] == 4
+    assert line["reward"] is line["reward.quality"] is None
+    assert line["judge.absent"] == line["judge.failed"] == line["judge.calls"] > 0
 
 
 def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(runs, tmp_path):

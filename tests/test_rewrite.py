@@ -98,7 +98,7 @@ def test_last_five_words_fit_right_before_the_suffix():
     assert last_five_words("a b\n\n") == "a b\n\n" and last_five_words("") == ""
 
 
-def test_rewriter_asks_with_the_last_words_and_counts_what_failed():
+def test_rewriter_asks_with_the_last_words_and_again_after_a_refusal():
     prompts = []
 
     def answer(texts, seed):
@@ -107,7 +107,7 @@ def test_rewriter_asks_with_the_last_words_and_counts_what_failed():
 
     rewriter = Rewriter(Teacher(answer), retries=2)
     found = rewriter.rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
-    assert found == [" fine", None] and (rewriter.calls, rewriter.failed) == (4, 1)
+    assert found == [" fine", None] and len(prompts) == 4
     assert prompts[0]["original"] == "near the town of Orlask" + SUFFIX
 
 

@@ -224,6 +224,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         (["--rewards=", "--objective=grpo", "--candidates=rollouts"], 1, "learns from rewards"),
         (["--comparisons=race:some"], 1, "comparisons=race:some"),
         (["--comparisons=0"], 1, "comparisons=0"),
+        (["--nll_prefix=True"], 1, "not for objective=dpo"),
     ],
 )
 def test_bad_input_is_one_clear_line(born, flags, code, words, tmp_path):
