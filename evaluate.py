@@ -124,6 +124,14 @@ class Checkpoint:
                         digest.update(piece)
         return digest.hexdigest()
 
+    def check_length(self, max_seq: int):
+        """A model asked for more than its positions goes on, but talks nonsense: ModelError."""
+        file = local_folder(self.folder, weights=False) / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        reads = config.get("max_position_embeddings", config.get("n_positions"))
+        if isinstance(reads, int) and reads < max_seq:
+            raise ModelError(f"{file}: the model reads {reads} tokens, --max_seq is {max_seq}")
+
     def write(self, sets: dict, chunk: int) -> dict:
         """What `write` returns; what was generated before is read."""
         return {
@@ -501,6 +509,8 @@ def write_all(args, folder: Path) -> tuple[dict, dict]:
     kept = Generations(folder / "generations.jsonl")
     ours = Checkpoint(args.checkpoint, args.device, kept)
     base = Checkpoint(args.baseline or args.checkpoint, args.device, kept)
+    for checkpoint in (base, ours):
+        checkpoint.check_length(args.max_seq)
     sets = sets_of(args, ours.tokenizer)
     return {
         "base": base.write(sets_for(base, ours, sets, args), args.chunk),

@@ -366,6 +366,8 @@ def main(argv=None):
     args = parse_args(argv)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     tasks = {k: v for name in names for k, v in GROUPS.get(name, {name: None}).items()}
+    if not tasks:
+        sys.exit("error: --tasks names none")
     folders = {"base": args.baseline} if args.baseline else {}
     results = {}
     for name, folder in (folders | {"checkpoint": args.checkpoint}).items():

@@ -406,6 +406,10 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     """Read a Hugging Face folder (single or sharded safetensors); dtype None keeps the file's."""
     folder = local_folder(folder)
     config = read_config(folder)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # how torch says that there is none
+        raise ModelError(f"device {device}: {e}") from None
     with torch.device("meta"):
         model = Llama(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}

@@ -498,7 +498,7 @@ def main():
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(serve(**vars(options)))
-        except (ValueError, OSError, RuntimeError) as error:  # of folder, port or device
+        except (ValueError, OSError, OverflowError, RuntimeError) as error:  # of folder or port
             sys.exit(f"serve.py: {error}")
 
 

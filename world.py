@@ -802,7 +802,10 @@ def main() -> None:
         return show()
     host, port, parent = (options.pop(name) for name in ("host", "port", "parent"))
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(host, port, Dials(**options), parent))
+        try:
+            asyncio.run(serve(host, port, Dials(**options), parent))
+        except (OSError, OverflowError) as error:  # of the port
+            sys.exit(f"world.py: {error}")
 
 
 if __name__ == "__main__":

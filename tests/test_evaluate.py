@@ -13,7 +13,7 @@ import torch
 import eval_sets
 import evaluate
 from data import DataError
-from model import Llama, preset, save_model
+from model import Llama, ModelError, preset, save_model
 from tokenizer import load_tokenizer
 
 
@@ -243,6 +243,8 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     for wrong in ("--sets=beauty=x", "--sets=toxigen", "--sets=toxigen=", "--seeds=0", "--suite=,"):
         with pytest.raises(SystemExit):
             evaluate.main([*checkpoints, wrong])
+    with pytest.raises(ModelError, match="reads 2048 tokens, --max_seq is 4096"):
+        evaluate.main([*checkpoints, "--max_seq=4096"])
     nothing = ["--data=none", f"--sets=toxigen={tmp_path / 'toxigen.csv'}", "--suite=quality"]
     with pytest.raises(DataError, match="quality asks nothing about toxigen"):
         evaluate.main([*checkpoints, *nothing])

@@ -463,6 +463,8 @@ def test_a_server_of_ones_own(folder, monkeypatch):
     with pytest.raises(requests.ConnectionError):
         requests.get(url + "/models", timeout=5)
     monkeypatch.delenv("NANOSIP_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="device cudax: "):
+        load_engine(folder, 1, "cudax")
     with pytest.raises(ValueError, match="NANOSIP_API_KEY"):
         asyncio.run(serve.serve(folder, "0.0.0.0", 0, 4, "cpu", None))
 
