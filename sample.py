@@ -43,14 +43,14 @@ def show(engines: list[Engine], rows: list[Row]) -> list[str]:
     if len(rows) == 1:
         shown = 0
         for [text] in write(engines, rows):
-            print(text[shown:], end="", flush=True)
+            print(visible(text[shown:]), end="", flush=True)
             shown = len(text)
         print("\n")
         return [text]
     width = shutil.get_terminal_size().columns // len(rows)
     shown = 0
     for texts in write(engines, rows):
-        columns = [textwrap.wrap(text.lstrip(), width - 3) for text in texts]
+        columns = [textwrap.wrap(visible(text).lstrip(), width - 3) for text in texts]
         # a line is printed once no column can change it any more
         whole = [len(c) if row.finish else len(c) - 1 for c, row in zip(columns, rows, strict=True)]
         unfinished = [n for n, row in zip(whole, rows, strict=True) if not row.finish]
@@ -60,6 +60,11 @@ def show(engines: list[Engine], rows: list[Row]) -> list[str]:
         shown = max(shown, ready)
     print()
     return texts
+
+
+def visible(text: str) -> str:
+    """Without what a terminal would obey: control characters as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def print_line(cells: list[str], width: int):
@@ -118,7 +123,8 @@ def main():
     options = parser.parse_args()
     if options.tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         parser.error("tokens from 1, temperature from 0, top_p above 0 and at most 1")
-    with contextlib.ExitStack() as stack:
+    sys.stdout.reconfigure(errors="backslashreplace")  # no text of a model may end it
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         judge = None
         if url := options.judge_url:
             url = stack.enter_context(start_teacher()) if url == "world" else url

@@ -487,7 +487,8 @@ def test_sample_shows_checkpoints_side_by_side(folder, tmp_path, monkeypatch, ca
     engine.waiting.append(row)
     while engine.load:
         engine.step()
-    assert capsys.readouterr().out == tokenizer.decode(row.ids) + "\n\n"
+    assert capsys.readouterr().out == sample.visible(tokenizer.decode(row.ids)) + "\n\n"
+    assert sample.visible("é\x1b[2J\u202e\n") == "é\\x1b[2J\\u202e\n"
     monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "none"), "w1"])
     with pytest.raises(SystemExit, match="sample.py: there is no folder"):
         sample.main()
