@@ -84,7 +84,9 @@ def replay(run, rewards, comparisons):
         scores = judge.score(step, prefixes, references, candidates, sources[0], keys).result()
         asked += scores.calls - scores.failed + scores.absent
         absent += scores.absent
-        for old, new in zip(np.array(before), scores.reward, strict=True):
+        # rounded as in update.py, where sums that differ by rounding alone are a tie
+        pairs = np.stack([np.array(before, dtype=float), scores.reward]).round(9)
+        for old, new in zip(*pairs, strict=True):
             if np.isfinite(old).any() and np.isfinite(new).any():
                 same_best.append(same_end(old, new))
                 same_worst.append(same_end(-old, -new))

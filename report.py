@@ -132,6 +132,7 @@ def pool_of(step: int, pool: list, judge) -> dict:
     """A recorded pool with the recorded answers about each of its candidates."""
     key, prefix, reference, texts, sources, rewards = pool
     scores = judge.score(step, [prefix], [reference], [texts], sources, [key]).result()
+    rewards = [r if r is None else round(r, 9) for r in rewards]  # as in update.py: ties are ties
     given = [r for r in rewards if r is not None and math.isfinite(r)]
     high, low = (max(given), min(given)) if given else (None, None)
     candidates = []
