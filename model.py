@@ -301,15 +301,12 @@ def read_config(folder: str | Path) -> ModelConfig:
         "attention_bias": (bool(hf.get("attention_bias")), False),
         "mlp_bias": (bool(hf.get("mlp_bias")), False),
         "quantization_config": (hf.get("quantization_config"), None),
-        "rope type": (kind if kind == "default" else "llama3", kind),
     }
     for key, (found, needed) in fixed.items():
         if found != needed:
-            raise ModelError(
-                f"{path}: {key} is {found!r:.80}, only {needed!r} is supported"
-                if key != "rope type"
-                else f"{path}: rope type {kind!r:.80} is not supported (only default and llama3)"
-            )
+            raise ModelError(f"{path}: {key} is {found!r:.80}, only {needed!r} is supported")
+    if kind not in ("default", "llama3"):
+        raise ModelError(f"{path}: rope type {kind!r:.80} is neither default nor llama3")
 
     def size(key, default=None):
         value = hf.get(key, default)

@@ -26,7 +26,6 @@ def describe(step, pool, reward, scores, picked, metrics, teachers, config: Conf
         values = values[~values.isnan()]
         return float(values.sum()), values.numel()
 
-    C = len(pool.sources)
     means = dict(metrics)
     means["skipped"] = (len(reward) - len(picked["rows"]), 0)
     kinds = sorted({s.removesuffix("s") for s in names(config.candidates)})
@@ -44,26 +43,26 @@ def describe(step, pool, reward, scores, picked, metrics, teachers, config: Conf
         means |= teachers.traffic()
     if "rewrite" in is_source:
         means["rewrite.failed"] = (sum(text is None for row in pool.texts for text in row), 0)
-    rollouts = is_source.get("rollout", torch.zeros(C, dtype=torch.bool))
-    if rollouts.any():
-        lengths = pool.lengths[:, rollouts]
-        means["rollout.tokens"] = (int(lengths.sum()), 0)
-        means["rollout.length"] = (int(lengths.sum()), lengths.numel())
-        means["rollout.nll"] = (-float(pool.old.sum()), int(lengths.sum()))
-        repeats = [
-            repeated_share(row[:n])
-            for row, n in zip(
-                pool.tokens[:, rollouts].flatten(0, 1).tolist(),
-                lengths.flatten().tolist(),
-                strict=True,
-            )
-        ]
-        means["rollout.repeated"] = (sum(repeats), len(repeats))
+    if "rollout" in is_source:
+        means |= of_rollouts(pool, is_source["rollout"])
     line = {"step": step, "lr": learning_rate(step, config)}
     for name, (total, count) in all_sum(means).items():
         empty = math.nan if name.startswith("reward") else total  # no verdict is no score
         line[name] = total / count if count else empty
     return line
+
+
+def of_rollouts(pool: Pool, mask) -> dict:
+    """Their tokens, length, surprise (nats a token) and repetition; mask bool [C]."""
+    tokens, lengths = pool.tokens[:, mask].flatten(0, 1), pool.lengths[:, mask].flatten()
+    total, count = int(lengths.sum()), len(lengths)
+    rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return {
+        "rollout.tokens": (total, 0),
+        "rollout.length": (total, count),
+        "rollout.nll": (-float(pool.old.sum()), total),
+        "rollout.repeated": (sum(repeated_share(row[:n]) for row, n in rows), count),
+    }
 
 
 def repeated_share(ids: list) -> float:

@@ -65,7 +65,7 @@ def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, con
         logp = policy.logprobs(*layout, config.temperature or 1.0)  # [R, C', N]
         if config.objective == "grpo":
             old = pool.old[rows[:, None], columns].to(device)
-            gain = advantages(reward[rows].to(device), config.grpo_std).float()
+            gain = advantages(reward[rows], config.grpo_std).float().to(device)
             how = dict(divide_by_length=config.grpo_length, kl=config.grpo_kl)
             if config.grpo_kl:
                 with torch.no_grad():
