@@ -261,7 +261,7 @@ class Judge:
                     [np.nan if text is None else values[kind].get(text, 0.0) for text in row]
                     for values, row in zip(worth, candidates, strict=True)
                 ]
-            )
+            ).reshape(-1, len(sources))  # also of no pool at all
             for kind in self.weights
         }
         reward = sum(weight * by_kind[kind] for kind, weight in self.weights.items())
@@ -269,7 +269,8 @@ class Judge:
             await asyncio.to_thread(keep_pools, self.store, step, sources, rows, reward)
         tally = sum((pool.tally for pool in pools), Counter())
         counts = (tally["calls"], tally["failed"], tally["absent"])
-        examples = sorted(pools[0].verdicts, key=lambda seen: (seen["kind"], seen["candidates"]))
+        first = pools[0].verdicts if pools else []
+        examples = sorted(first, key=lambda seen: (seen["kind"], seen["candidates"]))
         return Scores(reward, by_kind, *counts, examples)
 
     async def _pool(self, pool):

@@ -214,7 +214,7 @@ class Llama(nn.Module):
         def attend(q, k, v, layer: int):
             if cache is not None:
                 cache[layer][0].copy_(k), cache[layer][1].copy_(v)
-            return prefix_attention(q, k, v, pad, prefix, length).transpose(1, 2).reshape(B, T, -1)
+            return prefix_attention(q, k, v, pad, prefix, length).transpose(1, 2).flatten(2)
 
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):

@@ -257,9 +257,6 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
 def open_inputs(config: Config):
     """The tokenizer. What the config names and is not there is an error before the run folder, in
     which another run may lie, is touched."""
-    for name in ("base_batch_size", "batch_size"):
-        if getattr(config, name) < world_size():
-            raise ConfigError(f"{name}: each of the {world_size()} processes needs a prefix")
     try:
         load_prompts(config.prompts)
         if config.init_from != "scratch":

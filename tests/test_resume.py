@@ -198,9 +198,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(runs):
     assert run.stderr.startswith("error: /proc/run: ")
 
 
-def test_a_process_without_a_prefix_is_refused(runs, tmp_path):
-    run = runs.start(tmp_path / "out", "--batch_size=1", processes=2)
-    assert run.wait() == 1 and "error: batch_size: each of the 2 processes needs" in run.stderr
+def test_a_process_without_a_prefix_changes_nothing(runs, tmp_path):
+    """A batch of one prefix on two processes, of which the second never has any."""
+    flags = ["--batch_size=1", "--base_steps=2", "--base_batch_size=1", "--max_steps=2"]
+    flags += ["--baseline=False", "--eval_prefixes=0"]
+    for processes in (1, 2):
+        run = runs.start(tmp_path / str(processes), *flags, processes=processes)
+        assert run.wait() == 0, run.stdout + run.stderr
+    for one, two in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
+        assert one["reward"] == two["reward"] and one["skipped"] == two["skipped"]
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
