@@ -442,6 +442,12 @@ def parse_args(argv):
     flag.add_argument("--device", default="cpu")
     flag.add_argument("--out", default="evaluation.json", help="result with all continuations")
     args = flag.parse_args(argv)
+    check(flag, args)
+    return args
+
+
+def check(flag: argparse.ArgumentParser, args):
+    """Ends the command where arguments contradict each other; splits the lists among them."""
     args.suites = [name.strip() for name in args.suite.split(",") if name.strip()]
     if wrong := [name for name in args.suites or [args.suite] if name not in SUITES]:
         flag.error(f"--suite: {', '.join(wrong)!r} is none of {', '.join(SUITES)}")
@@ -454,13 +460,11 @@ def parse_args(argv):
         name, _, path = item.partition("=")
         both = ["xstest_safe", "xstest_unsafe"] if name == "xstest" else [name]
         if not path or both[0] not in ("unsafe", *eval_sets.LOADERS):
-            flag.error(
-                f"--sets: {item!r} is not NAME=PATH with NAME one of unsafe, xstest, {names}"
-            )
+            known = ", ".join(("unsafe", "xstest", *eval_sets.LOADERS))
+            flag.error(f"--sets: {item!r} is not NAME=PATH with NAME one of {known}")
         args.named |= dict.fromkeys(both, path)
     if args.data == "none" and not args.named:
         flag.error("--data none needs --sets")
-    return args
 
 
 def sets_of(args, tokenizer) -> dict[str, HeldOut]:

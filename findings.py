@@ -55,7 +55,7 @@ def higher(a: list[float], b: list[float]) -> bool:
     return min(differences) > 0 and statistics.mean(differences) > spread
 
 
-def figures(values: list[float], digits: int = 1) -> str:
+def mean_of(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}"
 
 
@@ -63,7 +63,7 @@ def versus(name: str, a: list[float], b: list[float], digits: int = 1) -> Part:
     """That a is higher than b."""
     spread = statistics.stdev(x - y for x, y in zip(a, b, strict=True)) if len(a) > 1 else 0.0
     mean = statistics.mean(a) - statistics.mean(b)
-    text = f"{name} {figures(a, digits)} against {figures(b, digits)}"
+    text = f"{name} {mean_of(a, digits)} against {mean_of(b, digits)}"
     return Part(higher(a, b), f"{text} ({mean:+.{digits}f}, spread {spread:.{digits}f})")
 
 
@@ -150,7 +150,7 @@ def fine_tuning(study):
     return [
         Part(
             max(collapsed) < 25,
-            f"quality after SFT on own rollouts {figures(collapsed)} (asked: below 25 in each)",
+            f"quality after SFT on own rollouts {mean_of(collapsed)} (asked: below 25 in each)",
         ),
         versus(
             "safety after SFT on rewrites",
@@ -258,22 +258,25 @@ def of_circle(study, measure: str) -> list[float]:
 
 def near_chance(name: str, values: list[float]) -> Part:
     holds = all(40 <= value <= 60 for value in values)
-    return Part(holds, f"{name} {figures(values)} (asked: 40 to 60 in each seed)")
+    return Part(holds, f"{name} {mean_of(values)} (asked: 40 to 60 in each seed)")
 
 
-def most(name: str, values: list[float]) -> Part:
-    return Part(min(values) > 90, f"{name} {figures(values)} (asked: above 90 in each seed)")
+def above_90(name: str, values: list[float]) -> Part:
+    return Part(min(values) > 90, f"{name} {mean_of(values)} (asked: above 90 in each seed)")
 
 
 def judge_training(study):
     """On held-out pairs, a text and its spoilt version in both orders."""
     cold, trained = (of_circle(study, f"judge.quality.{when}") for when in ("cold", "grpo"))
-    return [near_chance("accuracy after the cold start", cold), most("after GRPO", trained)]
+    return [near_chance("accuracy after the cold start", cold), above_90("after GRPO", trained)]
 
 
 def rewriter_training(study):
     copied, safe = (of_circle(study, f"rewriter.{what}.grpo") for what in ("copied", "safe"))
-    return [most("exact copies of safe text", copied), most("safe rewrites of unsafe text", safe)]
+    return [
+        above_90("exact copies of safe text", copied),
+        above_90("safe rewrites of unsafe text", safe),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ def schedules(study):
     for how in ("all", "race", "pivot"):
         row = f"table1_quality --comparisons={how} --dials=noise=0.1"
         quality[how] = study.values_of(row, "quality")
-        name[how] = f"{how} ({figures(study.values_of(row, 'questions'), 0)} questions)"
+        name[how] = f"{how} ({mean_of(study.values_of(row, 'questions'), 0)} questions)"
     return [
         not_lower(f"{name['race']} against {name['all']}", quality["race"], quality["all"]),
         versus(f"race against {name['pivot']}", quality["race"], quality["pivot"]),

@@ -695,22 +695,24 @@ def error_body(code: str, message: str) -> dict:
     return {"error": {"message": message, "type": "invalid_request_error", "code": code}}
 
 
+async def respond(request, dials: Dials) -> dict:
+    """The body of the answer to an HTTP request; BadRequest where there is none."""
+    if request.path == "/v1/models" and request.method == "GET":
+        return {"object": "list", "data": [{"id": "world", "object": "model"}]}
+    if request.path != "/v1/chat/completions":
+        raise BadRequest(404, "not_found", f"no such path: {request.path[:100]}")
+    if request.method != "POST":
+        raise BadRequest(405, "method_not_allowed", "chat completions are asked with POST")
+    body = await asyncio.wait_for(request.read(), READ_WITHIN)
+    result = complete_chat(body, dials)
+    if dials.latency:
+        await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
+    return result
+
+
 async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
     """Answers until it is stopped, or until the process `parent` is gone."""
     from aiohttp import web
-
-    async def respond(request) -> dict:
-        if request.path == "/v1/models" and request.method == "GET":
-            return {"object": "list", "data": [{"id": "world", "object": "model"}]}
-        if request.path != "/v1/chat/completions":
-            raise BadRequest(404, "not_found", f"no such path: {request.path[:100]}")
-        if request.method != "POST":
-            raise BadRequest(405, "method_not_allowed", "chat completions are asked with POST")
-        body = await asyncio.wait_for(request.read(), READ_WITHIN)
-        result = complete_chat(body, dials)
-        if dials.latency:
-            await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
-        return result
 
     open_requests = 0
 
@@ -720,7 +722,7 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
         try:
             if open_requests > AT_ONCE:
                 raise BadRequest(503, "overloaded", f"over {AT_ONCE} requests at once")
-            result, status = await respond(request), 200
+            result, status = await respond(request, dials), 200
         except asyncio.TimeoutError:
             result, status = error_body("timeout", "the request did not arrive"), 408
         except BadRequest as error:
