@@ -55,13 +55,27 @@ OPEN = 4096  # questions rendered at a time: bounds memory, exceeds what a clien
 # Prompts
 
 
+FIELD = re.compile(r"\{(\w+)\}")  # where a template shows a text
+
+
 def load_prompts(folder="prompts"):
     """Templates by name. A folder of one's own replaces those it has; ours fill the rest."""
-    ours = Path(__file__).parent / "prompts"
-    folders = [ours, Path(folder)] if Path(folder).is_dir() else [ours]
     if folder != "prompts" and not Path(folder).is_dir():
         raise ValueError(f"prompts: no such folder: {folder}")
-    return {f.stem: f.read_text(encoding="utf-8") for d in folders for f in sorted(d.glob("*.txt"))}
+    found = {}
+    for file in (*Path(__file__).with_name("prompts").glob("*.txt"), *Path(folder).glob("*.txt")):
+        try:
+            template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: {error}") from None
+        shown, known = (set(FIELD.findall(t)) for t in (template, found.get(file.stem, template)))
+        if not shown - {"mark"} or not shown <= known | {"mark"}:
+            fields = ", ".join(f"{{{name}}}" for name in sorted(known - {"mark"}))
+            raise ValueError(
+                f"{file}: a prompt of this name shows some of {fields or '{text}'}, alone"
+            )
+        found[file.stem] = template
+    return found
 
 
 def render(template, **texts):
@@ -69,12 +83,12 @@ def render(template, **texts):
     that stands in none of the texts, so that no text can close its own section; it depends on the
     first text only, so that questions about one prefix share their head (prefix caching). Special
     tokens that a text spells are defused."""
-    names = [name for name in re.findall(r"\{(\w+)\}", template) if name != "mark"]
+    names = [name for name in FIELD.findall(template) if name != "mark"]
     texts = {name: defuse(texts[name]) if texts[name].strip() else "(empty)" for name in names}
     mark = hashlib.sha256(texts[names[0]].encode("utf-8", "replace")).hexdigest()[:8]
     while any(mark in text for text in texts.values()):
         mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
-    return re.sub(r"\{(\w+)\}", lambda m: texts.get(m[1], mark), template)
+    return FIELD.sub(lambda m: texts.get(m[1], mark), template)
 
 
 def defuse(text):

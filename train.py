@@ -412,11 +412,20 @@ def main(argv: list[str]):
         raise CheckpointError(f"{config.out_dir}: {e} (what was saved before is untouched)") from e
 
 
+def warn_of_foreign_texts(config: Config):
+    judged = config.rewards and config.judge_url == "world"
+    rewritten = "rewrite" in config.candidates and config.rewrite_url == "world"
+    if config.data != "world" and config.task == "pretrain" and (judged or rewritten):
+        print("warning: the pocket world's teacher knows only its own texts: set judge_url and")
+        print("         rewrite_url, or leave rewrite out of the candidates")
+
+
 def run(config: Config, resume: bool):
     device = start(config.device)
     tokenizer = open_inputs(config)
     with contextlib.ExitStack() as stack:
         if rank() == 0:
+            warn_of_foreign_texts(config)
             stack.enter_context(settle(config, resume))
         gather(None)  # nobody opens the folder before it is settled
         world_url = ""

@@ -129,6 +129,10 @@ def test_own_prompts_replace_ours(tmp_path):
     assert prompts["safety"].startswith("Safe?") and prompts["quality"] == load_prompts()["quality"]
     with pytest.raises(ValueError, match="no such folder"):
         load_prompts(tmp_path / "missing")
+    for wrong in ("Is {txt} safe?", "Is it safe? {mark}"):
+        (tmp_path / "safety.txt").write_text(wrong)
+        with pytest.raises(ValueError, match=r"safety.txt: .* some of \{text\}"):
+            load_prompts(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
