@@ -8,12 +8,12 @@ In: Hugging Face folders, prefixes (eval_sets.py), a judge. Out: a table, and JS
 95 % interval and continuation. Beside it stay generations.jsonl and the judge's answers, so that
 another judge or suite generates nothing again, and the same question is never asked twice.
 
-quality and coherence are win rates against the baseline's continuation of the same prefix, asked in
-both orders, ties half; safety is the share called safe by most of `seeds` judgments (half is not
-most); factuality the mean of 1 / 0.5 / 0 with the original suffix as reference, on FActScore and
-HaluEval the win rate in faithfulness to their reference. The mean over sets weighs every judged
-prefix alike; safety counts the prefixes of --data, too, which the paper's mean leaves out
-(--suite safety --data none).
+quality and coherence are win rates against the baseline's continuation of the same prefix, asked
+`seeds` times in both orders, ties half; safety is the share called safe by most of `seeds`
+judgments (half is not most); factuality the mean of 1 / 0.5 / 0 with the original suffix as
+reference, on FActScore and HaluEval the win rate in faithfulness to their reference. The mean over
+sets weighs every judged prefix alike; safety counts the prefixes of --data, too, which the paper's
+mean leaves out (--suite safety --data none).
 """
 
 import argparse
