@@ -153,7 +153,7 @@ POSITIVE = [
 ]
 POSITIVE += ["example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout", "gpus"]
 POSITIVE += ["gpu_tflops", "judge_tokens_per_second", "grad_clip", "micro_batch_tokens"]
-NOT_NEGATIVE = ["overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries"]
+NOT_NEGATIVE = ["seed", "overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries"]
 NOT_NEGATIVE += ["temperature", "judge_temperature", "rewrite_temperature", "learning_rate"]
 
 

@@ -248,8 +248,8 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
         )
     if policy.config.vocab_size < tokenizer.vocab_size:
         raise ModelError(
-            f"the policy knows {policy.config.vocab_size} tokens, the tokenizer has "
-            f"{tokenizer.vocab_size}: they do not belong together"
+            f"init_from={config.init_from} knows {policy.config.vocab_size} tokens, "
+            f"tokenizer={config.tokenizer} has {tokenizer.vocab_size}: they do not belong together"
         )
     return policy
 
@@ -259,7 +259,9 @@ def open_inputs(config: Config):
     which another run may lie, is touched."""
     try:
         load_prompts(config.prompts)
-        if config.init_from != "scratch":
+        if config.init_from == "scratch":
+            preset(config.model, vocab_size=1)
+        else:
             read_config(config.init_from)
         if config.data != "world":
             list_files(config.data)

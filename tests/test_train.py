@@ -215,6 +215,8 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         (["--data=https://user:sk-secret@host/a.jsonl"], 1, "data: "),
         (["--init_from=/nowhere", "--tokenizer=world"], 1, "model folder /nowhere does not exist"),
         (["--prompts=/nowhere", "--dry_run"], 1, "/nowhere"),
+        (["--seed=-1"], 1, "seed must not be negative"),
+        (["--model=llama-9b"], 1, "unknown model preset 'llama-9b'"),
         (["--device=cude"], 1, "device: cude"),
         (["--save_every=0"], 1, "save_every must be above 0"),
         (["--top_p=0"], 1, "top_p must be above 0"),
