@@ -55,7 +55,8 @@ def race(circle, share, rng, bonus):
         outcomes += yield new
         pairs = pairs + new
         contenders = (contenders + 1) // 2
-    return expected_wins(n, pairs, outcomes)
+    unjudged = np.isnan(win_rates(n, pairs, outcomes))
+    return np.where(unjudged, np.nan, expected_wins(n, pairs, outcomes))
 
 
 def expected_wins(n, pairs, outcomes, prior=0.5):

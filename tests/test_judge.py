@@ -245,12 +245,18 @@ def test_swapping_the_options_mirrors_the_score():
 
 def test_absent_verdicts_are_counted_and_shift_nobody_else():
     def broken(texts, seed):
-        return "no idea" if "aaa" in (texts.get("a"), texts.get("b")) else longer(texts, seed)
+        return (
+            "no idea" if {"aaa", "xxx"} & {texts.get("a"), texts.get("b")} else longer(texts, seed)
+        )
 
     pools = [["a", "aa", "aaa", "aaaa"]]
     scores = score(Teacher(broken), pools, rewards="quality", retries=2)
     np.testing.assert_allclose(scores.reward, [[0, 0.5, np.nan, 1]])
     assert (scores.calls, scores.failed, scores.absent) == (3 + 3 * 3, 9, 3)
+    race = score(
+        Teacher(broken), [["x" * i for i in range(1, 9)]], rewards="quality", comparisons="race"
+    )
+    assert np.isnan(race.reward[0]).tolist() == [i == 3 for i in range(1, 9)]
     unsafe = Teacher(lambda t, s: None if t.get("text") == "aa" else longer(t, s))
     reward = score(unsafe, pools).reward
     assert np.isnan(reward).tolist() == [[False, True, False, False]]
