@@ -1,10 +1,9 @@
 """Self-improving pretraining (arXiv 2601.21343): one prefix, many continuations, a reward for each.
 
     python train.py                                  the pocket world on a laptop, minutes
-    python train.py configs/table1_quality.py \\
+    torchrun --nproc_per_node=8 train.py configs/paper.py configs/table1_quality.py \\
         --data='slimpajama/*.jsonl.zst' --init_from=MODEL \\
-        --judge_url=http://HOST:8000/v1 --judge_model=NAME
-    torchrun --nproc_per_node=8 train.py ...         one node of 8 GPUs
+        --judge_url=http://HOST:8000/v1 --judge_model=NAME    a row of the paper, 8 GPUs
 
 In: documents, an initial policy, teachers behind HTTP. Out: a run folder with config.json,
 log.jsonl (an object a step), checkpoints and `ckpt` (a Hugging Face folder), judgments.sqlite,
