@@ -54,14 +54,18 @@ AT_ONCE = 8192  # documents that stage 2 sees together: one in fifty is asked ab
 
 def published_signals(quality: dict) -> dict:
     """What the rules need, out of RedPajama-V2's {name: [[start, end, value or null], ...]}."""
+
+    def number(name: str) -> float:
+        return float(quality[name][0][2] or 0)
+
     bullets = sum(value or 0 for *_, value in quality["rps_lines_start_with_bulletpoint"])
     return {
-        "words": quality["rps_doc_word_count"][0][2] or 0,
-        "mean_word_length": quality["rps_doc_mean_word_length"][0][2] or 0,
-        "symbols_per_word": quality["rps_doc_symbol_to_word_ratio"][0][2] or 0,
-        "bullet_lines": bullets / max(1, quality["ccnet_nlines"][0][2]),
-        "top_2gram": quality["rps_doc_frac_chars_top_2gram"][0][2] or 0,
-        "curse_words": quality["rps_doc_ldnoobw_words"][0][2] or 0,
+        "words": number("rps_doc_word_count"),
+        "mean_word_length": number("rps_doc_mean_word_length"),
+        "symbols_per_word": number("rps_doc_symbol_to_word_ratio"),
+        "bullet_lines": bullets / max(1, number("ccnet_nlines")),
+        "top_2gram": number("rps_doc_frac_chars_top_2gram"),
+        "curse_words": number("rps_doc_ldnoobw_words"),
         "blocklist": quality["rps_doc_ut1_blacklist"][0][2],  # a category, 0 among them
     }
 
@@ -116,7 +120,8 @@ def domain_of(record: dict) -> str:
         if place.get("source_domain"):
             return place["source_domain"]
         if place.get("url"):
-            return urlsplit(str(place["url"])).netloc
+            with contextlib.suppress(ValueError):  # no URL
+                return urlsplit(str(place["url"])).netloc
     return ""
 
 
@@ -160,6 +165,7 @@ def same_document(record: dict, signals: dict) -> bool:
 def documents(options, skips: Skips) -> Iterator[tuple[str, dict, dict]]:
     """(text, signals, meta) of every document that has signals, or gets them."""
     bad_words, blocklist = read_bad_words(options.bad_words), read_blocklist(options.blocklist)
+    signalled = False  # some document before this one had signals
     for name in list_files(options.source):
         for number, record in records_with_signals(name, skips):
             where = f"{name}:{number}"
@@ -168,16 +174,24 @@ def documents(options, skips: Skips) -> Iterator[tuple[str, dict, dict]]:
             if text is None:
                 skips.note(reason, where)
                 continue
-            if not quality and not bad_words and not blocklist:
-                raise DataError(f"{where} has no quality signals: give --bad_words or --blocklist")
+            if not (quality or bad_words or blocklist):
+                if not signalled:
+                    what = f"{where} has no quality signals: give --bad_words or --blocklist"
+                    raise DataError(what)
+                skips.note("no quality signals", where)
+                continue
+            signalled = signalled or bool(quality)
             try:
                 signals = (
                     published_signals(quality)
                     if quality
                     else computed_signals(text, domain_of(record), bad_words, blocklist)
                 )
-            except (KeyError, IndexError, TypeError) as error:
+            except KeyError as error:
                 skips.note(f"quality signals lack {error}", where)
+                continue
+            except (IndexError, TypeError, ValueError):
+                skips.note("damaged quality signals", where)
                 continue
             meta = {key: record[key] for key in ("url", "doc_id", "digest") if key in record}
             yield text, signals, meta | {"source": where}

@@ -173,8 +173,14 @@ def test_the_export_with_json_strings(tmp_path, capsys):
          "quality_signals": json.dumps(signals(**{name: value}))}
         for i, (name, value, _) in enumerate(VARIANTS)
     ]  # fmt: skip
-    write(tmp_path / "sample.jsonl.gz", rows)
+    odd = json.dumps(signals(rps_doc_word_count="many"))
+    damaged = [rows[5] | {"quality_signals": found} for found in ("{", odd)]
+    write(tmp_path / "sample.jsonl.gz", [*rows[:5], *damaged, *rows[5:]])
     fates = unsafe.run(options(tmp_path / "sample.jsonl.gz", tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert (
+        "unreadable: no quality signals" in said and "unreadable: damaged quality signals" in said
+    )
     assert sum(n for fate, n in fates.items() if "kept" in fate) == 8
     assert fates[WORDS] == 3 and fates[MEAN] == 3
 
