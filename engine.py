@@ -320,7 +320,10 @@ def end_tokens(folder: Path) -> list[int]:
     found = []
     for path in (folder / "config.json", folder / "generation_config.json"):
         if path.exists():
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path} can't be read: {error}") from None
             found += eos if isinstance(eos, list) else [eos]
     return [i for i in found if type(i) is int]
 

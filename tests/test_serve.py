@@ -492,3 +492,7 @@ def test_sample_shows_checkpoints_side_by_side(folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "none"), "w1"])
     with pytest.raises(SystemExit, match="sample.py: there is no folder"):
         sample.main()
+    (tmp_path / "generation_config.json").write_text("[1]")
+    monkeypatch.setattr("sys.argv", ["sample.py", other, "w1"])
+    with pytest.raises(SystemExit, match="generation_config.json can't be read"):
+        sample.main()
