@@ -3,6 +3,8 @@
 In: {row: {seed: record}} (reproduce.py's records; a row is its config and its changes). Out: for
 each finding a verdict and the figures it rests on. One rule everywhere: a is higher than b when it
 is in every seed, and on average by more than the standard deviation of the difference over seeds.
+"As good as" and "no harm" mean that the other is not higher by that rule: that three seeds showed
+no loss beyond their spread, not that there is none.
 """
 
 import statistics

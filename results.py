@@ -32,7 +32,8 @@ next-token rows had been seen; the test with a weak rewriter came after table 6.
 unless a row says otherwise, and the judge of the evaluation always is. So this tests the method's
 mechanics, not how
 much a real model gains. Quality and coherence are win rates in % against the seed's base; the
-spread is the standard deviation of the difference over seeds.
+spread is the standard deviation of the difference over seeds. "As good as" and "no harm" mean that
+no loss beyond the spread was seen, not that there is none.
 
     python reproduce.py all      # what is missing in out/study; interrupted, it goes on
     python results.py            # this page
