@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(runs):
 
 def test_a_process_without_a_prefix_changes_nothing(runs, tmp_path):
     """A batch of one prefix on two processes, of which the second never has any."""
-    flags = ["--batch_size=1", "--base_steps=2", "--base_batch_size=1", "--max_steps=2"]
+    flags = ["--batch_size=1", "--base_steps=1", "--base_batch_size=1", "--max_steps=2"]
     flags += ["--baseline=False", "--eval_prefixes=0"]
     for processes in (1, 2):
         run = runs.start(tmp_path / str(processes), *flags, processes=processes)
