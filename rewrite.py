@@ -28,7 +28,9 @@ INTRODUCTION = re.compile(
     r"(?:passage|text|version)|rewrite|passage)[^\n:]{0,100}:\W*(?:\s|$))",
     re.I,
 )
-REMARK = re.compile(r"\n\s*\W*(?:notes?|changes(?: made)?|explanation|comment)\W*:.*", re.I | re.S)
+REMARK = re.compile(
+    r"\n\W{0,40}(?:notes?|changes(?: made)?|explanation|comment)\W*:.*", re.I | re.S
+)
 
 
 class Rewriter:

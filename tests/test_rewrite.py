@@ -1,5 +1,6 @@
 """A rewrite is the passage and nothing else, fits right behind the prefix, or is None."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,13 @@ def test_sound_passages_stay_whole(text):
 
 def test_a_note_stays_where_the_original_has_one():
     assert clean("well.\nNote: closed.", PREFIX, " well.\nNote: shut.") == " well.\nNote: closed."
+
+
+def test_long_runs_end_quickly():
+    """A thousand line breaks took 21 seconds, in which no other answer was read."""
+    for piece in ("\n", "\n- ", "```\n", " ", "Note", "Here is "):
+        text, began = "a" + piece * 3000 + "b", time.monotonic()
+        assert clean(text, PREFIX, text).strip() and time.monotonic() - began < 5
 
 
 def test_a_prefix_that_ends_within_a_word():
