@@ -96,16 +96,15 @@ def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions [B, T] -> cos, sin float32 [B, 1, T, head_dim]."""
+    """positions [B, T] -> cos, and sin as `rotate` wants it, float32 [B, 1, T, head_dim]."""
     angle = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x [B, H, T, D]; dimension i pairs with i + D/2, as in transformers."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def positions(pad: torch.Tensor, prefix: int, length: int, total: int) -> torch.Tensor:

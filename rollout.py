@@ -10,17 +10,16 @@ in the run, k, t), so a rollout depends neither on what shares its batch nor on 
 before, and a resumed run repeats it.
 """
 
-import contextlib
 import math
 from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
-from torch import nn
 
 from kernels import use_triton
 from kernels.attention import decode_attention
 from model import Llama, rope_tables
+from packed import autocast_dtype, packed_weights
 
 
 @dataclass
@@ -74,36 +73,6 @@ def sample(logits, u, temperature: float, top_p: float):
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
         tokens = tokens if order is None else order.gather(1, tokens)
     return tokens.squeeze(1), (mass.gather(1, tokens) / total).log().squeeze(1)
-
-
-def autocast_dtype(model: Llama) -> torch.dtype:
-    """The type that the model's linear layers compute in."""
-    weight = model.lm_head.weight
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-@contextlib.contextmanager
-def packed_weights(model: Llama):
-    """Within, linear layers on an x86 CPU run on weights in the blocked layout of oneDNN.
-
-    A product of few rows spends much of its time on reading the weight; packed once per call of
-    the sampler it runs 1.2 to 1.7 times as fast. Costs a copy of the weights for as long.
-    """
-    cpu, dtype = model.lm_head.weight.device.type == "cpu", autocast_dtype(model)
-    x86 = cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and x86]
-    linears = [m for m in linears if m.weight.numel() >= 1 << 17]  # else the call costs more
-    for linear in linears:
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 64)
-        linear.forward = lambda x, packed=packed: torch.ops.mkldnn._linear_pointwise(
-            x.to(packed.dtype), packed, None, "none", [], ""
-        )
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
 
 
 class Decoder:

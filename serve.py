@@ -33,7 +33,8 @@ from jinja2 import TemplateError
 
 from engine import Row, certain, load_engine, plain
 from hub import local_folder
-from rollout import packed_weights, uniforms
+from packed import packed_weights
+from rollout import uniforms
 from template import Template
 from world import running
 

@@ -158,21 +158,38 @@ def unpadded_attention(q, k, v, P: int, N: int):
 
 
 def decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
-    """The definition: one product per kv head reads the prefix for all its K*G queries."""
+    """The definition: the K*G queries of a kv head attend to the prefix together, to their own keys
+    apart, and each result counts by the sum of exponentials behind it."""
     B, K, H, D = q.shape
     Hkv, P = k_prefix.shape[1:3]
     N, G = int(filled), H // Hkv
-    query = q.view(B, K, Hkv, G, D)
-    folded = query.transpose(1, 2).reshape(B * Hkv, K * G, D)
-    scores = q.new_empty(B, Hkv, K, G, P + N)
-    scores[..., :P] = (folded @ k_prefix.flatten(0, 1).mT).view(B, Hkv, K, G, P)
-    scores[..., P:] = (query @ k_cont[:, :, :, :N].mT).transpose(1, 2)
-    for row, p in zip(scores, pad.tolist(), strict=True):
-        row[..., :p] = -torch.inf
-    weights = scores.mul_(D**-0.5).softmax(-1)
-    shared = weights[..., :P].reshape(B * Hkv, K * G, P) @ v_prefix.flatten(0, 1)
-    own = weights[..., P:].transpose(1, 2) @ v_cont[:, :, :, :N]  # [B, K, Hkv, G, D]
-    return (shared.view(B, Hkv, K, G, D).transpose(1, 2) + own).reshape(B, K, H, D)
+    query = q.unflatten(2, (Hkv, G))  # [B, K, Hkv, G, D]
+    k_own, v_own = (x[..., :N, :].flatten(0, 1) for x in (k_cont, v_cont))
+    own, own_lse = attend(query.flatten(0, 1), k_own, v_own)
+    if not P:
+        return own.view(q.shape)
+    mask = None
+    if pad.any():  # finite, so that a prefix of padding alone makes no nan
+        padding = torch.arange(P, device=q.device) < pad.view(B, 1, 1, 1)
+        mask = torch.zeros_like(padding, dtype=q.dtype).masked_fill_(
+            padding, torch.finfo(q.dtype).min
+        )
+    folded = query.transpose(1, 2).reshape(B, Hkv, K * G, D)
+    shared, lse = attend(folded, k_prefix, v_prefix, mask)
+    share = own_lse.view(B, K, Hkv, G) - lse.view(B, Hkv, K, G).transpose(1, 2)
+    shared = shared.unflatten(2, (K, G)).transpose(1, 2)  # [B, K, Hkv, G, D]
+    own = own.unflatten(0, (B, K))
+    return torch.lerp(shared, own, share.sigmoid_().unsqueeze(-1).to(q.dtype)).flatten(2, 3)
+
+
+def attend(q, k, v, mask=None):
+    """q [B, H, M, D] on k, v [B, H, T, D] -> [B, H, M, D], and the log-sum-exp [B, H, M]."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores if mask is None else scores + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp() @ v, lse
 
 
 # ---- Triton ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model import Llama, ModelConfig
+from packed import packed_weights
 from rollout import rollout, sample, uniforms
 
 V, EOS = 23, 22
@@ -140,6 +141,28 @@ def test_memory_is_that_of_the_prefix_and_its_continuations(P):
             peak = max(peak, now)
     cache = B * (P + K * N) * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * 4
     assert cache < peak < 1.15 * cache + weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_compute_the_same(dtype):
+    """On layers large enough to be packed."""
+    shape = ModelConfig(V, n_layer=2, n_head=4, n_kv_head=2, d_model=256, d_ff=512, head_dim=64)
+    model, tokens = Llama(shape).initialise(1), torch.randint(V, (2, 300))
+    before = model.model.layers[0].before
+
+    @torch.no_grad()
+    def hidden():
+        return model(tokens, torch.tensor([0, 9]), 300, 0)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        plain = hidden()
+        with packed_weights(model):
+            if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+                assert model.model.layers[0].before != before
+            packed = hidden()
+        assert torch.equal(hidden(), plain), "packing left something behind"
+    error = (packed - plain)[:, 9:].abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.1), error
 
 
 def test_uniforms_are_uniform_and_uncorrelated():
