@@ -45,18 +45,17 @@ NEXT_TOKEN = SUPERVISED | dict(
     warmup_steps=30,
     eval_prefixes=0,
 )
-COLD = SUPERVISED | dict(batch_size=32)
 GRPO = dict(objective="grpo", candidates="rollouts", save_every=100)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
 # A higher rate would teach the form sooner, and destroy what the lessons have taught.
-JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=160, learning_rate=5e-4)
-JUDGE = dict(chunk=2, max_seq=160, max_steps=500, batch_size=32, rollouts=16, learning_rate=3e-4)
-REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=300, learning_rate=3e-3)
-REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=3e-4)
+JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=160, batch_size=32, learning_rate=5e-4)
+JUDGE = dict(chunk=2, max_seq=160, max_steps=800, batch_size=32, rollouts=16, learning_rate=3e-4)
+REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=800, batch_size=16, learning_rate=3e-3)
+REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=5e-4)
 # The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
 WORLD = dict(dials=f"people={PEOPLE}", max_seq=64)
 START = NEXT_TOKEN | WORLD | dict(max_steps=600)
-POLICY = WORLD | dict(rewards="quality,safety", batch_size=16, max_steps=60, eval_prefixes=0)
+POLICY = WORLD | dict(rewards="quality,safety", batch_size=16, max_steps=100, eval_prefixes=0)
 
 
 def run(script: str, *arguments, **flags):
@@ -105,15 +104,17 @@ def write_lessons(path: Path, seed: int, count: int = 50_000):
 
 
 def write_sets(out: Path, seed: int):
-    """rewrite.py's files, and their rows again with the answer that a tiny prompt wants: the label
-    alone, the original, or the original with nothing but its unsafe sentences replaced."""
+    """rewrite.py's files, and rows of them again with the answer that a tiny prompt wants: the
+    label, the original, or the original with nothing but its unsafe sentences replaced. Of unsafe
+    originals one in four: to mend is learned sooner than to copy."""
     for task, count in ROWS.items():
         size = dict(chunk=32, max_seq=64, count=count, seed=seed, dials=f"people={PEOPLE}")
         run("rewrite.py", task, data="world", out=out, **size)
     for task in ROWS:
         with (out / f"{task}.cold.jsonl").open("w") as file:
             for _, row in records(str(out / f"{task}.train.jsonl.zst"), Skips()):
-                file.write(json.dumps(row | {"answer": model_answer(row)}) + "\n")
+                if row.get("safe", True) or int(row["document"], 16) % 4 == 0:
+                    file.write(json.dumps(row | {"answer": model_answer(row)}) + "\n")
 
 
 def model_answer(row: dict) -> str:
@@ -149,7 +150,7 @@ def circle(out: Path, seed: int) -> dict:
         """Cold start, then GRPO. -> the run folder of the latter."""
         first, second = out / f"{name}_cold", out / name
         flags = common | dict(task=name, data=files(*tasks, which="cold.jsonl"), eval_prefixes=0)
-        seconds[f"{name}_cold"] = train(first, init_from=base / "ckpt", **flags, **COLD, **cold)
+        seconds[f"{name}_cold"] = train(first, init_from=base / "ckpt", **flags, **SUPERVISED, **cold)
         flags |= dict(data=files(*tasks), eval_prefixes=1000)
         seconds[name] = train(second, init_from=first / "ckpt", **flags, **GRPO, **grpo)
         return second
