@@ -150,9 +150,10 @@ def circle(out: Path, seed: int) -> dict:
         """Cold start, then GRPO. -> the run folder of the latter."""
         first, second = out / f"{name}_cold", out / name
         flags = common | dict(task=name, data=files(*tasks, which="cold.jsonl"), eval_prefixes=0)
-        seconds[f"{name}_cold"] = train(first, init_from=base / "ckpt", **flags, **SUPERVISED, **cold)
-        flags |= dict(data=files(*tasks), eval_prefixes=1000)
-        seconds[name] = train(second, init_from=first / "ckpt", **flags, **GRPO, **grpo)
+        flags |= SUPERVISED | dict(init_from=base / "ckpt") | cold
+        seconds[f"{name}_cold"] = train(first, **flags)
+        flags = common | dict(task=name, data=files(*tasks), eval_prefixes=1000)
+        seconds[name] = train(second, **flags, **GRPO, **grpo, init_from=first / "ckpt")
         return second
 
     judge = teacher("judge", ("quality", "safety"), JUDGE_COLD, JUDGE)
