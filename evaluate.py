@@ -525,11 +525,12 @@ def write_all(args, folder: Path) -> tuple[dict, dict]:
 def sets_for(other: Checkpoint, ours: Checkpoint, sets: dict, args) -> dict:
     """The same prefixes in the tokens of the other checkpoint."""
     texts = [text for held in sets.values() for text in held.prefixes]
-    if all(other.tokenizer.encode(text) == ours.tokenizer.encode(text) for text in texts):
+    theirs, own = other.tokenizer, ours.tokenizer
+    if theirs.bos == own.bos and all(theirs.encode(text) == own.encode(text) for text in texts):
         return sets
     most = args.max_seq - args.chunk
     return {
-        kind: eval_sets.from_texts(held.prefixes, held.references, held.asks, other.tokenizer, most)
+        kind: eval_sets.from_texts(held.prefixes, held.references, held.asks, theirs, most)
         for kind, held in sets.items()
     }
 

@@ -55,21 +55,25 @@ def chosen_of(sources, reward):
 def recorded_judge(run, rewards=None, comparisons=None):
     """The judge of a finished run, with its recorded answers; close its `chat` after use."""
     config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    comparisons = str(comparisons or config["comparisons"])
-    return Judge(
-        Recorded(
-            "http://nowhere.invalid/v1", config["judge_model"], cache=Path(run) / "judgments.sqlite"
-        ),
-        rewards=rewards or config["rewards"],
-        comparisons=int(comparisons) if comparisons.isdigit() else comparisons,
-        samples=config["judge_samples"],
-        temperature=config["judge_temperature"],
-        top_p=config["judge_top_p"],
-        max_tokens=config["judge_max_tokens"],
-        prompts=config["prompts"],
-        retries=config["judge_retries"],
-        seed=config["seed"],
-    )
+    cache = Path(run) / "judgments.sqlite"
+    how = {"comparisons": comparisons, "rewards": rewards}
+    config |= {name: value for name, value in how.items() if value}
+    try:
+        comparisons = str(config["comparisons"])
+        return Judge(
+            Recorded("http://nowhere.invalid/v1", config["judge_model"], cache=cache),
+            rewards=config["rewards"],
+            comparisons=int(comparisons) if comparisons.isdigit() else comparisons,
+            samples=config["judge_samples"],
+            temperature=config["judge_temperature"],
+            top_p=config["judge_top_p"],
+            max_tokens=config["judge_max_tokens"],
+            prompts=config["prompts"],
+            retries=config["judge_retries"],
+            seed=config["seed"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{run}/config.json lacks {error}") from None
 
 
 def replay(run, rewards, comparisons):

@@ -321,3 +321,6 @@ def test_another_tokenizer_gets_the_same_texts():
     theirs = evaluate.sets_for(*sides, {"x": held}, args)["x"]
     assert theirs.prefixes == held.prefixes and theirs.batches[0].prefix.shape[1] > 4
     assert evaluate.sets_for(sides[1], sides[1], {"x": held}, args)["x"] is held
+    started = types.SimpleNamespace(encode=words.encode, decode=words.decode, bos=7, eos=words.eos)
+    side = types.SimpleNamespace(tokenizer=started)
+    assert evaluate.sets_for(side, sides[1], {"x": held}, args)["x"].batches[0].prefix[1, -2] == 7
