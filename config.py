@@ -142,17 +142,9 @@ SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
 REWARDS = ("quality", "safety", "factuality")
 
-POSITIVE = [
-    "max_steps",
-    "batch_size",
-    "base_batch_size",
-    "rollouts",
-    "window",
-    "save_every",
-    "keep",
-]
-POSITIVE += ["example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout", "gpus"]
-POSITIVE += ["gpu_tflops", "judge_tokens_per_second", "grad_clip", "micro_batch_tokens"]
+POSITIVE = ["max_steps", "batch_size", "base_batch_size", "rollouts", "window", "save_every"]
+POSITIVE += ["keep", "example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout"]
+POSITIVE += ["grad_clip", "micro_batch_tokens", "gpus", "gpu_tflops", "judge_tokens_per_second"]
 NOT_NEGATIVE = ["seed", "overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries"]
 NOT_NEGATIVE += ["temperature", "judge_temperature", "rewrite_temperature", "learning_rate"]
 
@@ -255,13 +247,50 @@ def as_file(config: Config) -> str:
     return "\n".join(lines)
 
 
-def check(config: Config) -> Config:
-    """Refuse combinations that cannot run, naming the keys."""
-    sources = names(config.candidates)
+def need(condition, message: str):
+    if not condition:
+        raise ConfigError(message)
 
-    def need(condition, message):
-        if not condition:
-            raise ConfigError(message)
+
+def check(config: Config) -> Config:
+    """Refuse values and combinations that cannot run, naming the keys."""
+    check_values(config)
+    sources, objective = names(config.candidates), config.objective
+    need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
+    count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
+    need(objective == "nll" or count > 1, f"objective={objective} needs 2 candidates")
+    if objective == "grpo":
+        need(
+            sources == ["rollouts"],
+            "objective=grpo learns from the policy's own samples alone: set candidates=rollouts",
+        )
+        need(config.rewards, "objective=grpo learns from rewards: set some")
+    need(
+        objective != "nll" or not config.rewards,
+        "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
+    )
+    need(
+        not config.nll_prefix or objective in ("nll", "rf_nll"),
+        f"nll_prefix=True is for nll and rf_nll, not for objective={objective}",
+    )
+    need(
+        config.chunk > 0 and config.max_seq >= 2 * config.chunk,
+        f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
+    )
+    if config.task != "pretrain":
+        need(
+            config.data != "world",
+            f"task={config.task} trains on rows that rewrite.py makes: set data to their files",
+        )
+        need(
+            "rewrite" not in sources,
+            f"task={config.task}: the candidates are rollouts, or suffix (the rows' answers)",
+        )
+    return config
+
+
+def check_values(config: Config):
+    """Each key by itself."""
 
     def among(name, found, allowed):
         wrong = [x for x in found if x not in allowed]
@@ -269,8 +298,7 @@ def check(config: Config) -> Config:
 
     among("task", [config.task], TASKS)
     among("objective", [config.objective], OBJECTIVES)
-    among("candidates", sources, SOURCES)
-    parse_rewards(config.rewards)
+    among("candidates", names(config.candidates), SOURCES)
     among("device", [config.device.partition(":")[0]], ("auto", "cpu", "cuda", "mps"))
     among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
     if config.track != "auto":
@@ -278,53 +306,23 @@ def check(config: Config) -> Config:
     for name in names(config.track):
         installed = name == "auto" or importlib.util.find_spec(name)
         need(installed, f"track={name} needs a library: pip install {name}")
-    need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
-    count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
-    need(config.objective == "nll" or count > 1, f"objective={config.objective} needs 2 candidates")
+    parse_rewards(config.rewards)
+    dials_of(config)
     need(
-        config.objective != "grpo" or sources == ["rollouts"],
-        "objective=grpo learns from the policy's own samples alone: set candidates=rollouts",
-    )
-    need(
-        config.objective != "grpo" or config.rewards, "objective=grpo learns from rewards: set some"
-    )
-    need(
-        config.objective != "nll" or not config.rewards,
-        "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
-    )
-    need(
-        not config.nll_prefix or config.objective in ("nll", "rf_nll"),
-        f"nll_prefix=True is for nll and rf_nll, not for objective={config.objective}",
-    )
-    need(
-        config.chunk > 0 and config.max_seq >= 2 * config.chunk,
-        f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
+        re.fullmatch(r"all|pivot|[1-9]\d*|race(:\d*\.?\d+)?", config.comparisons),
+        f"comparisons={config.comparisons}: 'all', 'pivot', 'race' or a number of opponents",
     )
     for name in ("judge_url", "rewrite_url", "eval_judge_url"):  # they go into files of the run
         keyless = not any(sign in getattr(config, name) for sign in "@?")
         need(keyless, f"{name}: a key goes into OPENAI_API_KEY, not into the URL")
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")
-    need(
-        re.fullmatch(r"all|pivot|[1-9]\d*|race(:\d*\.?\d+)?", config.comparisons),
-        f"comparisons={config.comparisons}: 'all', 'pivot', 'race' or a number of opponents",
-    )
     for name in POSITIVE:
         need(getattr(config, name) > 0, f"{name} must be above 0")
-    for name in ("top_p", "judge_top_p"):
-        need(0 < getattr(config, name) <= 1, f"{name} must be above 0 and at most 1")
-    need(
-        config.task == "pretrain" or config.data != "world",
-        f"task={config.task} trains on rows that rewrite.py makes: set data to their files",
-    )
-    need(
-        config.task == "pretrain" or "rewrite" not in sources,
-        f"task={config.task}: the candidates are rollouts, or suffix (the rows' answers)",
-    )
-    dials_of(config)
     for name in NOT_NEGATIVE:
         need(getattr(config, name) >= 0, f"{name} must not be negative")
-    return config
+    for name in ("top_p", "judge_top_p"):
+        need(0 < getattr(config, name) <= 1, f"{name} must be above 0 and at most 1")
 
 
 def dials_of(config: Config) -> dict[str, float]:
