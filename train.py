@@ -262,6 +262,9 @@ def open_inputs(config: Config):
             preset(config.model, vocab_size=1)
         else:
             read_config(config.init_from)
+            out_dir = Path(config.out_dir).resolve()
+            if Path(config.init_from).resolve().is_relative_to(out_dir):
+                raise ConfigError(f"{config.init_from} lies in out_dir: choose another out_dir")
         if config.data != "world":
             list_files(config.data)
         return open_tokenizer(config)

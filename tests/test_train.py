@@ -192,7 +192,8 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         assert f"another process is training in {out}" in start(born, out, *flags, code=1).stderr
     assert f"is now {out}.1" in start(born, out, *flags, "--seed=1").stdout
     assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
-    start(born, out, *flags, "--init_from=/nowhere", code=1)  # a mistake moves nothing
+    for folder in ("/nowhere", f"{out}/ckpt"):  # a mistake moves nothing
+        assert folder in start(born, out, *flags, f"--init_from={folder}", code=1).stderr
     assert not (tmp_path / "run.2").exists()
     (out / "config.json").write_text("{")
     for again in ([], ["--init_from=resume"]):
