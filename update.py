@@ -35,6 +35,8 @@ def pick(pool: Pool, reward, config: Config) -> dict:
         columns = torch.stack((chosen, rejected), dim=1)
     elif config.objective == "grpo":
         columns = torch.arange(reward.shape[1]).expand(len(reward), -1)
+        if config.grpo_kl:  # a group of equal rewards still has its distance to the reference
+            keep = ~reward.isnan().all(dim=1)
     else:
         # NLL needs a best candidate, not a better one: a tie goes to the first named.
         best = reward.nan_to_num(-math.inf).argmax(dim=1)
