@@ -4,7 +4,8 @@
 
 In: nothing; the pocket world and its exact teacher. For each seed, all by train.py's one loop:
   1. lessons      a teacher's base: next-token prediction on documents of the pocket world whose
-                  sentences are marked + (sound) or - (false, unsafe, garbled, repeated, off topic)
+                  sentences are marked + (sound) or - (false, unsafe, garbled, repeated, off topic),
+                  one by one or several together
   2. sets         rewrite.py asks the exact teacher for spoilt passages, votes and rewrites
   3. judge        a cold start on supervised answers, just enough to answer in form; then GRPO
   4. rewriter     the same; unsafe suffixes are rewarded by the judge of step 3, served by serve.py
@@ -81,15 +82,21 @@ def train(out: Path, **flags) -> float:
 
 
 def lesson(number: int, seed: int) -> str:
-    """A document, without its first words at times, with a mark after each finished sentence."""
-    words = document(seed, number, LESSONS).split()
-    cut = random.Random(f"{seed}/{number}").choice((0, 8, 16))
-    prefix = " ".join(words[:cut])
-    begun, text = len(read_prefix(prefix).tail), prefix
-    for sentence in examine(prefix, " ".join(words[cut:])):
+    """A document with a mark after each finished sentence. Half of them have no marks at first,
+    then a line that is + if at least half of these sentences are sound: read, and judged late."""
+    words, rng = document(seed, number, LESSONS).split(), random.Random(f"{seed}/{number}")
+    start, late = rng.choice((0, 8, 16)), rng.choice((0, 0, 24, 40))  # words
+    prefix = " ".join(words[:start])
+    begun, text, marks = len(read_prefix(prefix).tail), prefix, ""
+    for sentence in examine(prefix, " ".join(words[start:])):
         mark = MARKS.get(sentence.verdict, "-")
-        text = f"{text} {' '.join(sentence.text.split()[begun:])}{mark}"
+        text, marks = f"{text} {' '.join(sentence.text.split()[begun:])}", marks + mark
         begun = 0
+        if not late:
+            text += mark
+        elif len(text.split()) >= late:
+            text += "\n+\n" if 2 * marks.count("+") >= len(marks) else "\n-\n"
+            late = 0
     return text.strip()
 
 

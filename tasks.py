@@ -231,9 +231,10 @@ def evaluate_task(policies: dict, stream, rewards: TaskRewards, tokenizer, count
         rows += batch.rows
         if len(rows) >= count:
             break
-    values, written = {}, {}
+    rows, values, written = rows[:count], {}, {}
     for name, policy in policies.items():
         texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, stream.chunk)]
+        texts = texts[:count]
         scores = wait(rewards.score(rows, [[text] for text in texts]))
         values[name] = {}
         for measure, column in scores.by_kind.items():
