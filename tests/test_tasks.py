@@ -173,12 +173,18 @@ def test_the_papers_settings_and_what_they_ask(name):
 
 
 def test_a_lesson_marks_what_the_world_knows():
-    """Without its marks it is the document; + stands behind truth alone."""
+    """Without its marks it is the document; + stands behind truth alone, late or at once."""
     marked = [circle.lesson(number, seed=0) for number in range(60)]
     for number, text in enumerate(marked):
         plain = world.document(0, number, circle.LESSONS)
-        assert re.sub(r"([.!])[+-]", r"\1", text) == plain
+        assert re.sub(r"([.!])[+-]|\n[+-]\n", r"\1", text) == plain
     names = "|".join(world.NAMES)
     found = re.findall(rf"({names}) keeps a (\w+) \.([+-])", " ".join(marked))
     true = [(world.TRUTH[who, "pet"] == pet, mark) for who, pet, mark in found]
     assert (False, "+") not in true and {(True, "+"), (False, "-")} <= set(true)
+    late = [text.split("\n") for text in marked if "\n" in text]
+    verdicts = [[s.verdict for s in world.examine("", text)] for text, *_ in late]
+    counted = [[v for v in all_of if circle.MARKS.get(v, "-")] for all_of in verdicts]
+    half = [2 * some.count("sound") >= len(some) for some in counted]
+    signs = [sign == "+" for _, sign, _ in late]
+    assert len(late) > 20 and sum(map(int.__eq__, half, signs)) / len(late) > 0.85, (half, signs)
