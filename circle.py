@@ -50,7 +50,7 @@ GRPO = dict(objective="grpo", candidates="rollouts", save_every=100)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
 # A higher rate would teach the form sooner, and destroy what the lessons have taught.
 JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=160, batch_size=32, learning_rate=5e-4)
-JUDGE = dict(chunk=2, max_seq=160, max_steps=800, batch_size=32, rollouts=16, learning_rate=3e-4)
+JUDGE = dict(chunk=2, max_seq=160, max_steps=600, batch_size=32, rollouts=16, learning_rate=3e-4)
 REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=800, batch_size=16, learning_rate=3e-3)
 REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=5e-4)
 # The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
