@@ -367,7 +367,8 @@ class Chat:
         if status != 200:
             message = self._clean(await read(response, 4096))
             if status not in RETRY_STATUSES or "insufficient_quota" in message:
-                raise TeacherError(f"{url} answered {status}: {message}")
+                hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
+                raise TeacherError(f"{url} answered {status}: {message}{hint}")
             raise Failure(str(status), message, retry_after(response.headers))
         if "json" not in response.content_type:
             raise Failure("content_type", response.content_type)

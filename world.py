@@ -740,7 +740,8 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
     runner = web.ServerRunner(web.Server(handle, keepalive_timeout=READ_WITHIN))
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=2048).start()
-    print("http://{}:{}/v1".format(*runner.addresses[0][:2]), flush=True)
+    host, port = runner.addresses[0][:2]
+    print(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1", flush=True)
     while parent is None or os.getppid() == parent:
         await asyncio.sleep(0.5)
     await runner.cleanup()

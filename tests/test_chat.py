@@ -115,6 +115,14 @@ def test_parse_survives_any_json():
         parse(b'{"choices": [{"message": {"content": ["parts"]}}]}')
 
 
+def test_a_base_url_without_v1_is_hinted_at(client):
+    with faulty_server(plan=["404"], share=1.0) as server:
+        for url, hinted in ((server.url, False), (server.url.removesuffix("/v1"), True)):
+            with pytest.raises(TeacherError) as raised:
+                ask(client(url))
+            assert ("lack /v1?" in str(raised.value)) == hinted
+
+
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422, 429])
 def test_a_refusal_is_raised_at_once_and_never_shows_the_key(client, tmp_path, status):
     message = f"no such model\n\x1b[31m for Bearer {KEY} insufficient_quota " + "x" * 9000
