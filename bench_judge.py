@@ -120,7 +120,7 @@ def quality_table(answers):
             for _, order, label in here:
                 right[order].append((label == "A") == (order == "better first"))
             orders = [percent(right[order]) for order in ("better first", "worse first")]
-            means = percent(np.mean(v) for v in right.values())
+            means = percent(np.mean(v) for v in right.values() if v)
             row = [judge, source or "**all**", str(len(here) // 2), *orders, means]
             lines.append("| " + " | ".join([*row, percent(r[2] == "A" for r in here)]) + " |")
     for name, figures in PAPER_ACCURACY.items():

@@ -359,9 +359,8 @@ def help_text() -> str:
     for f in dataclasses.fields(Config):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]
-        lines.append(
-            f"  --{f.name}={f.default!s:<26} {type(f.default).__name__:<6} {f.metadata['meaning']}"
-        )
+        flag, kind = f"--{f.name}={f.default}", type(f.default).__name__
+        lines.append(f"  {flag:<36} {kind:<6} {f.metadata['meaning']}")
     return "\n".join(lines)
 
 
