@@ -11,11 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from config import ConfigError
 from model import Llama
 
 
 def shard(model: Llama, device: torch.device) -> Llama:
     """Spread the model over all processes; gradients are summed, not averaged."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"shard=True needs a newer PyTorch than {torch.__version__}: upgrade it")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
