@@ -200,8 +200,8 @@ def update():
     def tokens(*shape):
         return torch.randint(8000, shape, generator=rng)
 
-    def dpo(prefix, continuations) -> float:
-        B = len(prefix)
+    def dpo(prefix, continuations, compiled: bool = False) -> float:
+        B, policy.compiled = len(prefix), compiled
         layout = prefix, pad.expand(B), continuations
         with torch.no_grad():
             anchor = reference.logprobs(*layout).sum(dim=2)
@@ -221,6 +221,7 @@ def update():
     separate = prefix.expand(2, -1), pair.transpose(0, 1)
     pairs = {
         "ours": partial(dpo, prefix, pair),
+        "ours, compiled": partial(dpo, prefix, pair, True),
         "TRL": trl_dpo(policy, reference, torch.cat((separate[0], separate[1][:, 0]), 1), 1920),
         "ours, a row each": partial(dpo, *separate),
     }

@@ -101,6 +101,7 @@ class Config:
     recompute: bool = key(
         False, "keep a layer's input alone for the backward pass and compute the rest again"
     )
+    compile: bool = key(False, "torch.compile of the policy's layers; the first step takes longer")
     micro_batch_tokens: int = key(65536, "tokens of one forward pass; larger batches are split")
 
     judge_url: str = key("world", "OpenAI-compatible base URL(s) up to /v1, or 'world'", "Teachers")

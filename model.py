@@ -14,7 +14,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -154,9 +154,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, compiled: bool = False):
         """x [B, T, d] -> [B, T, d]; attend(q, k, v) -> what each token attended [B, T, H * D]."""
-        return self.after(x, attend(*self.before(x, cos, sin)))
+        before, after = self.before, self.after
+        if compiled:
+            before, after = (partial(half, self) for half in compiled_halves())
+        return after(x, attend(*before(x, cos, sin)))
 
     def before(self, x, cos, sin):
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -169,6 +172,12 @@ class Block(nn.Module):
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
             part += self.mlp(self.post_attention_layernorm(part))
         return x
+
+
+@cache
+def compiled_halves():
+    """Block.before and Block.after by torch.compile, once for all layers and shapes."""
+    return [torch.compile(half, dynamic=True) for half in (Block.before, Block.after)]
 
 
 class Decoder(nn.Module):
@@ -184,6 +193,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # activations, in the backward pass: less memory, a third more time
+        self.compiled = False  # layers, where gradients are computed
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -215,10 +225,10 @@ class Llama(nn.Module):
                 cache[layer][0].copy_(k), cache[layer][1].copy_(v)
             return prefix_attention(q, k, v, pad, prefix, length).transpose(1, 2).flatten(2)
 
-        x = self.model.embed_tokens(tokens)
+        x, training = self.model.embed_tokens(tokens), torch.is_grad_enabled()
         for i, layer in enumerate(self.model.layers):
-            inputs = x, cos, sin, partial(attend, layer=i)
-            if self.recompute and torch.is_grad_enabled():
+            inputs = x, cos, sin, partial(attend, layer=i), self.compiled and training
+            if self.recompute and training:
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)

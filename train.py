@@ -256,6 +256,9 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
 def open_inputs(config: Config):
     """The tokenizer. What the config names and is not there is an error before the run folder, in
     which another run may lie, is touched."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise ConfigError(f"compile=True needs a C++ compiler, there is no {compiler}: install one")
     try:
         load_prompts(config.prompts)
         if config.init_from == "scratch":
@@ -312,7 +315,7 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
     for label, phase in phases(config).items():
         trained, state = checkpoint.load(Path(phase.out_dir), home)
         trained, reference = copy.deepcopy(policy) if trained is None else trained, policy
-        trained.recompute = config.recompute
+        trained.recompute, trained.compiled = config.recompute, config.compile
         if spread:
             trained, reference = (shard(m, device) for m in (trained, copy.deepcopy(policy)))
         state = train(trained, reference, source, teachers, phase, tokenizer, state, begin, label)

@@ -1,6 +1,7 @@
 """The policy equals transformers' Llama, and sharing a prefix changes nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,20 @@ def test_llama3_rule_reaches_far_positions(tmp_path):
     with torch.no_grad():
         mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 300, 0))
         assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_compute_the_same(recompute):
+    eager, compiled = tiny(n_kv_head=2), tiny(n_kv_head=2)
+    compiled.compiled, compiled.recompute = True, recompute
+    for shape in (dict(), dict(B=2, P=17, C=2, N=3)):
+        logps = [model.logprobs(*layout(**shape)) for model in (eager, compiled)]
+        assert torch.allclose(*logps, atol=1e-5, rtol=0)
+        for logp in logps:
+            logp.exp().sum().backward()
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_shared_prefix_equals_separate_rows():
