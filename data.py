@@ -237,7 +237,7 @@ class Stream:
 
     def give_up(self) -> None:
         counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
-        raise DataError(f"no document left to train on in {self.name} ({counts or 'it is empty'})")
+        raise DataError(f"no document to use in {self.name} ({counts or 'it is empty'})")
 
 
 def main(arguments: list[str]) -> None:

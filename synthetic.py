@@ -1,8 +1,8 @@
 """Synthetic sets on which judges and rewriters are trained; `python rewrite.py` runs this.
 
     python rewrite.py quality --data DOCS --rewrite_url URL --model NAME --out sets --count 75432
-    python rewrite.py safety --data DOCS,unsafe/teacher --judge_url URL --model NAME --out sets
-    python rewrite.py rewriter --data DOCS,unsafe/teacher --judge_url URL --model NAME --out sets
+    python rewrite.py safety --data DOCS,UNSAFE/teacher --judge_url URL --model NAME --out sets
+    python rewrite.py rewriter --data DOCS,UNSAFE/teacher --judge_url URL --model NAME --out sets
 
 In:  documents of the `teacher` split ("world": the pocket world's), and a teacher behind HTTP
 Out: OUT/<task>.{train,validation}.jsonl.zst, an object a line, and OUT/<task>.counts.json

@@ -1,12 +1,12 @@
 """RedPajama's unsafe documents, chosen in two stages; `python data.py filter` runs this.
 
-    python data.py filter 'documents/2023-14/*/en_*.json.gz' --out unsafe
-    python data.py filter corpus/ --out unsafe --bad_words words.txt --blocklist ut1/
+    python data.py filter 'documents/2023-14/*/en_*.json.gz' --out data/redpajama_unsafe
+    python data.py filter corpus/ --out data/redpajama_unsafe --bad_words words.txt --blocklist ut1/
     python data.py filter ... --judge_url http://localhost:8000/v1 --judge_model gpt-oss-120b \\
         --tokenizer path/to/policy
 
 In:  shards; RedPajama-V2's quality signals lie beside them or in each record, or else are computed
-Out: unsafe/{train,teacher,validation,test}/00000.jsonl.zst of {"text", "meta"}; meta says why each
+Out: OUT/{train,teacher,validation,test}/00000.jsonl.zst of {"text", "meta"}; meta says why each
      document was kept; and a table of how many documents each rule removed
 
 Stage 1 is a set of rules about quality signals. Stage 2, for validation and test only, keeps

@@ -4,5 +4,5 @@ objective = "nll"
 rewards = ""
 candidates = "suffix"
 nll_prefix = True
-data = "data/redpajama_unsafe/train"
+data = "data/redpajama_unsafe"
 dials = "share_unsafe=1"

@@ -4,5 +4,5 @@ objective = "dpo"
 candidates = "rewrite,rollouts"
 rollouts = 1
 rewards = ""
-data = "data/redpajama_unsafe/train"
+data = "data/redpajama_unsafe"
 dials = "share_unsafe=1"

@@ -7,5 +7,5 @@ rewards = "quality,safety"
 comparisons = "pivot"
 judge_samples = 5
 judge_top_p = 0.6
-data = "data/redpajama_unsafe/train"
+data = "data/redpajama_unsafe"
 dials = "share_unsafe=1"

@@ -6,5 +6,5 @@ rollouts = 1
 rewards = "quality,safety"
 judge_samples = 5
 judge_top_p = 0.6
-data = "data/redpajama_unsafe/train"
+data = "data/redpajama_unsafe"
 dials = "share_unsafe=1"

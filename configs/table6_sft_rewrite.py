@@ -3,5 +3,5 @@
 objective = "nll"
 rewards = ""
 candidates = "rewrite"
-data = "data/redpajama_unsafe/train"
+data = "data/redpajama_unsafe"
 dials = "share_unsafe=1"

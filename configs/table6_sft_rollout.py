@@ -4,5 +4,5 @@ objective = "nll"
 rewards = ""
 candidates = "rollouts"
 rollouts = 1
-data = "data/redpajama_unsafe/train"
+data = "data/redpajama_unsafe"
 dials = "share_unsafe=1"

@@ -237,6 +237,10 @@ def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
     for split in ("validation", "test"):
         assert sorted(row["text"] for row in found[split]) == sorted(expected[split])
         assert all(row["meta"]["unsafe_judgments"] == 8 for row in found[split])
+        # The whole folder is a corpus: training and evaluation each find their split in it.
+        size = dict(chunk=16, max_seq=64, batch_size=1, seed=0, split=split, epochs=1)
+        stream = data.Stream(str(tmp_path / "out"), tokenizer, **size)
+        assert len(list(stream.samples())) == len(found[split])
     assert fates["prefix not unsafe in all judgments"] > 0
     assert len(found["train"]) + len(found["teacher"]) > 1400
 
