@@ -1,4 +1,7 @@
-"""The README's commands exist, and their flags are taken."""
+"""The README's commands exist, their flags are taken, and its links lead where they say.
+
+`PYTHONPATH=. python tests/test_readme.py` renews the line numbers in its links to functions.
+"""
 
 import re
 import shlex
@@ -9,7 +12,9 @@ import pytest
 import config as configuration
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
+TEXT = "\n\n".join((README, *PAGES.values()))
 BLOCKS = re.findall(r"(?:^    \S.*\n(?:    .*\n)*)", TEXT, re.M)
 LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 INLINE = re.findall(r"`((?:python|pytest|make|torchrun) [^`]+)`", TEXT)
@@ -45,3 +50,43 @@ def test_command(command):
         if name and words[at] != "train.py":
             sources = [ROOT / words[at], *ROOT.glob("*.py")]
             assert any(f'"--{name[1]}"' in s.read_text() for s in sources), f"no flag {word}"
+
+
+def line_of(file: str, name: str) -> int:
+    """Where a function, class or method ("Class.method") of a file is defined."""
+    lines, at = (ROOT / file).read_text(encoding="utf-8").splitlines(), -1
+    for i, part in enumerate(name.split(".")):
+        head = re.compile(rf"{'    ' * i}(?:async )?(?:def|class) {part}\b")
+        at = next(n for n in range(at + 1, len(lines)) if head.match(lines[n]))
+    return at + 1
+
+
+def renewed(text: str) -> str:
+    """text with each link [`name`](file.py#Lnumber) led to the line of that definition."""
+    link = r"\[`([\w.]+)`\]\(([\w/]+\.py)#L\d+\)"
+    return re.sub(link, lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[2], m[1])})", text)
+
+
+def test_links_lead_to_the_lines_of_functions():
+    assert README.count("#L") > 15
+    assert renewed(README) == README, "PYTHONPATH=. python tests/test_readme.py renews them"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_between_pages():
+    for page, text in {ROOT / "README.md": README, **PAGES}.items():
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            led = (page.parent / path).resolve() if path else page
+            assert led.exists(), f"{page.name}: {target}"
+            if anchor and led.suffix == ".md":
+                assert anchor in anchors(led.read_text(encoding="utf-8")), f"{page.name}: {target}"
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(renewed(README), encoding="utf-8")
