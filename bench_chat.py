@@ -140,18 +140,11 @@ def judge_client(n_calls: int = 1000, concurrency: int = 256, rounds: int = 5) -
                 wall, cpu = time.perf_counter() - began, time.process_time() - cpu
                 if turn:
                     seen.setdefault(name, []).append((n_calls / wall, 1000 * cpu / n_calls))
-    rows = []
+    rows, peer_rate = [], statistics.median(rate for rate, _ in seen["openai"])
     for name, runs in seen.items():
-        ratios = [run[0] / peer[0] for run, peer in zip(runs, seen["openai"], strict=True)]
-        rows.append(
-            {
-                "client": name,
-                "concurrency": concurrency,
-                "judgments_per_second": statistics.median(run[0] for run in runs),
-                "cpu_ms_per_call": statistics.median(run[1] for run in runs),
-                "ratio": statistics.median(ratios),
-            }
-        )
+        rate, cpu = map(statistics.median, zip(*runs, strict=True))
+        row = dict(client=name, concurrency=concurrency, judgments_per_second=rate)
+        rows.append(row | dict(cpu_ms_per_call=cpu, ratio=rate / peer_rate))
     return rows
 
 

@@ -12,7 +12,7 @@ A failed request is never an answer: it is repeated, or the answer's text is Non
 TeacherError (asking again cannot help) or TeacherGone (nobody has answered for a long time).
 
 Why aiohttp: `requests` needs a thread for every request in flight, and the official client (on
-httpx) spends about ten times the CPU per call (bench_judge.py), CPU that training wants.
+httpx) spends about ten times the CPU per call (bench_chat.py), CPU that training wants.
 """
 
 import asyncio

@@ -110,7 +110,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
 
         Nothing in it waits for other processes, of which one may have failed.
         """
-        # 1. Prefixes, their candidates, and the questions about them.
+        # 1 and 2. Prefixes and their candidates; the questions about them go out.
         while len(queue) <= config.overlap and step + len(queue) < config.max_steps:
             teachers.check_stop()
             asked = time.time()
@@ -121,7 +121,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
             queue.append(pool)
             for name, seconds in pool.seconds.items():
                 clock[name] += seconds
-        # 2. Rewards.
+        # 3. Rewards.
         asked = time.time()
         reward, scores = rewards_of(queue[0], teachers)
         clock["judge_wait"] += time.time() - asked
@@ -147,7 +147,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 sampler = whole_model(policy, device)  # all processes take part: not in `agreed`
                 pool, reward, scores = agreed(functools.partial(judged, sampler, clock))
                 del sampler  # a copy, where the policy is spread
-                # 3. The update.
+                # 4. The update.
                 began = time.time()
                 metrics, picked = update(policy, reference, optimizer, pool, reward, step, config)
                 clock["update"] = time.time() - began
