@@ -141,4 +141,5 @@ def unpack(saved: dict) -> Pool:
 def autocast(config: Config, device: torch.device):
     """float32 weights and bfloat16 arithmetic where config.dtype asks for it."""
     on = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    # Cached casts of a spread policy's layers would be a whole copy of it.
+    return torch.autocast(device.type, torch.bfloat16, on, cache_enabled=not config.shard)

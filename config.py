@@ -344,6 +344,8 @@ def parse_rewards(rewards) -> dict[str, float]:
         if kind not in REWARDS:
             raise ConfigError(f"rewards: {kind} is none of {', '.join(REWARDS)}")
         weights[kind] = convert(f"the weight of {kind}", weight, float, "rewards") if colon else 1.0
+        if not 0 < weights[kind] < math.inf:
+            raise ConfigError(f"rewards: the weight of {kind} must be positive, leave it out else")
     return weights
 
 

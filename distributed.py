@@ -1,6 +1,7 @@
 """The processes of a torchrun: who we are, and sums over everybody. One process needs nothing."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ def world_size() -> int:
 
 
 def all_sum(pairs: dict) -> dict:
-    """{name: (sum, count)} added up over all processes, which must name the same things."""
+    """{name: (sum, count)} added up over all processes that name it."""
     if not dist.is_initialized():
         return pairs
     everyone = gather(pairs)
@@ -45,21 +46,38 @@ def agreed(work):
         result = work()
     except Exception as e:
         error = e
-    for each in gather(error):
+    everyone = gather(error)
+    if error is not None:
+        raise error  # rather than its copy, which has lost its traceback
+    for each in everyone:
         if each is not None:
             raise each
     return result
 
 
-def start(kind: str) -> torch.device:
-    """Join the other processes, if torchrun started any; "auto" is CUDA where there is one."""
+def start(kind: str, patience: float) -> torch.device:
+    """Join the other processes, if torchrun started any; "auto" is CUDA where there is one.
+
+    patience: seconds that a process may wait for its teachers before it gives up; the others stand
+    in a collective operation meanwhile, which must not time out before.
+    """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(kind)
+    except RuntimeError as e:
+        raise ConfigError(f"device={kind}: {e}") from None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found.get(kind.partition(":")[0], True):
+    if not found.get(device.type, True):
         raise ConfigError(f"device={kind}: PyTorch finds none here; set device=auto")
-    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(kind)
+    several = "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    if device.type == "cuda":
+        if several and device.index is not None:
+            raise ConfigError(f"device={kind}: torchrun gives each process its own; say cuda")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # Triton, streams and graphs use the current device
+    if several:
+        timeout = timedelta(seconds=2 * patience + 600)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return device

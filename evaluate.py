@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import eval_sets
+from candidates import autocast
 from chat import Chat, TeacherError, TeacherGone
 from checkpoint import write_text
 from config import Config, dials_of
@@ -539,17 +540,18 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     out = Path(args.out)
     extra = truthfulqa(args.harness, ("base", "checkpoint")) if "factuality" in args.suites else {}
-    written, sets = write_all(args, out.parent)
+    with autocast(Config(), torch.device(args.device)):  # on a GPU as in training
+        written, sets = write_all(args, out.parent)
     warning = same_judge(args.checkpoint, args.judge_url, args.judge_model)
     if warning:
         print(warning, file=sys.stderr)
     with (
-        start_teacher()
+        start_teacher(**dials_of(Config(dials=args.dials)))
         if args.judge_url == "world"
         else contextlib.nullcontext(args.judge_url) as url
     ):
         # A record for each judge: the same question to another judge is another question.
-        record = f"judgments-{hash_of(args.judge_url, args.judge_model)[:8]}.sqlite"
+        record = f"judgments-{hash_of(args.judge_url, args.judge_model, args.dials)[:8]}.sqlite"
         chat = Chat(url, args.judge_model, cache=out.parent / record)
         judge = Judge(chat, max_tokens=args.judge_max_tokens, prompts=args.prompts)
         try:

@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 @cache
 def compiled_halves():
-    """Block.before and Block.after by torch.compile, once for all layers and shapes."""
+    """Block.before and Block.after by torch.compile, once for all layers and most shapes."""
     return [torch.compile(half, dynamic=True) for half in (Block.before, Block.after)]
 
 
@@ -248,7 +248,8 @@ class Llama(nn.Module):
         hidden = self(tokens, pad, P, N - 1)
         first = hidden[:, None, P - 1 : P].expand(B, C, 1, -1)  # predicts every first token
         rest = hidden[:, P:].unflatten(1, (C, N - 1)) if N > 1 else first[:, :, :0]
-        hidden = torch.cat((first, rest), dim=2)  # [B, C, N, d]
+        # Autocast leaves them float32, which the 16-bit kernels would not take.
+        hidden = torch.cat((first, rest), dim=2).to(autocast_dtype(self))  # [B, C, N, d]
         targets = continuations
         if lengths is not None:
             beyond = torch.arange(N, device=prefix.device) >= lengths[:, :, None]
@@ -260,6 +261,13 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         return self.lm_head(hidden)
+
+
+def autocast_dtype(model: Llama) -> torch.dtype:
+    """The type that the model's linear layers compute in."""
+    weight = model.lm_head.weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 # --- Hugging Face folders ------------------------------------------------------------------------
@@ -416,6 +424,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:  # how torch says that there is none
         raise ModelError(f"device {device}: {e}") from None
+    if str(device).startswith("cuda:"):
+        torch.cuda.set_device(device)  # Triton, streams and graphs use the current device
     with torch.device("meta"):
         model = Llama(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}

@@ -12,14 +12,7 @@ import math
 import torch
 from torch import nn
 
-from model import Block, Llama, rotate
-
-
-def autocast_dtype(model: Llama) -> torch.dtype:
-    """The type that the model's linear layers compute in."""
-    weight = model.lm_head.weight
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+from model import Block, Llama, autocast_dtype, rotate
 
 
 class PackedLinear:
@@ -86,11 +79,12 @@ def packed_weights(model: Llama):
     cpu, dtype = model.lm_head.weight.device.type == "cpu", autocast_dtype(model)
     x86 = cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     blocks = [b for b in model.model.layers if x86 and b.mlp.gate_proj.weight.numel() >= 1 << 17]
-    for block in blocks:
-        packed = PackedBlock(block, dtype)
-        block.before, block.after = packed.before, packed.after
+    packed = [PackedBlock(block, dtype) for block in blocks]
+    head = PackedLinear(model.lm_head.weight, dtype) if blocks else None
+    for block, fast in zip(blocks, packed, strict=True):
+        block.before, block.after = fast.before, fast.after
     if blocks:
-        model.lm_head.forward = PackedLinear(model.lm_head.weight, dtype)
+        model.lm_head.forward = head
     try:
         yield
     finally:

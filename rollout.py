@@ -18,8 +18,8 @@ import torch
 
 from kernels import use_triton
 from kernels.attention import decode_attention
-from model import Llama, rope_tables
-from packed import autocast_dtype, packed_weights
+from model import Llama, autocast_dtype, rope_tables
+from packed import packed_weights
 
 
 @dataclass
@@ -43,10 +43,10 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 def uniforms(seed: int, index: torch.Tensor, K: int, N: int) -> torch.Tensor:
     """Counter-based uniform numbers in (0, 1): float32 [B, K, N] keyed by (seed, index, k, n)."""
-    x = torch.tensor(signed(seed), dtype=torch.int64)
+    x = mix(torch.tensor(signed(seed)))  # else seed s at index i is seed i at index s
     for axis in (index.cpu()[:, None, None], torch.arange(K)[:, None], torch.arange(N)):
         x = mix((x ^ axis) + signed(0x9E3779B97F4A7C15))
-    return (((x >> 40) & (2**24 - 1)).float() + 0.5) / 2**24
+    return (((x >> 41) & (2**23 - 1)).float() + 0.5) / 2**23  # one bit more would round to 1
 
 
 def sample(logits, u, temperature: float, top_p: float):
@@ -95,7 +95,7 @@ class Decoder:
         parts = zip(
             prefix.split(rows), pad.split(rows), self.prefix.split(rows, dim=2), strict=True
         )
-        last = [model(tokens, p, P, 0, kv)[:, -1] for tokens, p, kv in parts]
+        last = [model(tokens, p, P, 0, kv)[:, -1].clone() for tokens, p, kv in parts]
         self.first = model.logits(torch.cat(last))
         self.own = cache(B, K, c.n_kv_head, N)  # [L, 2, B, K, Hkv, N, D]
         after_prefix = (P - pad)[:, None] + torch.arange(N, device=device)
@@ -104,12 +104,13 @@ class Decoder:
         self.token = prefix.new_zeros(B, K)
         self.at = prefix.new_zeros(1)  # tokens of each continuation computed so far
         graphed = self.prefix.is_cuda and use_triton(self.prefix)
-        self.run = self.capture() if graphed else self.compute
+        # Not self.compute: an object that holds itself keeps its caches until a collection.
+        self.replay = self.capture() if graphed else None
 
     def step(self, token):
         """token int64 [B, K], the newest of each continuation -> logits [B, K, V] of the next."""
         self.token.copy_(token)
-        self.run()
+        self.replay() if self.replay else self.compute()
         self.at += 1
         return self.logits
 

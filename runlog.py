@@ -86,7 +86,7 @@ class Collapse:
             self.see(json.loads(line))
 
     def see(self, line: dict) -> list[str]:
-        if "rollout.nll" not in line:
+        if line.get("rollout.nll") is None:
             return []
         values = {name: line[name] for name in (*SHRUNK, "rollout.repeated")}
         self.recent.append(values)

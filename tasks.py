@@ -10,10 +10,8 @@ finished teacher will be asked with. Out: a stream of batches like data.Stream's
 A row may hold an "answer", which objective=nll with candidates=suffix learns from: a cold start.
 """
 
-import asyncio
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +19,8 @@ import torch
 from config import Config
 from data import OTHERS, Stream, digest
 from evaluate import continue_batch, summarise
-from judge import VERDICTS, Scores, load_prompts, parse, render
+from hub import local_folder
+from judge import VERDICTS, Scores, load_prompts, parse, render, together
 from rewrite import clean, last_five_words
 from sources import DataError, Skips, list_files, records
 from template import Template
@@ -88,7 +87,8 @@ class TaskStream(Stream):
     def __init__(self, source, tokenizer, *, prompts, folder: str, supervised: bool, **how):
         super().__init__(source, tokenizer, **how)
         self.supervised = supervised
-        self.prompts, self.template = load_prompts(prompts), Template(Path(folder), tokenizer)
+        self.prompts = load_prompts(prompts)
+        self.template = Template(local_folder(folder, weights=False), tokenizer)
 
     def sample(self, text: str, epoch: int, mine: bool):
         row = json.loads(text)
@@ -130,21 +130,23 @@ class TaskRewards:
     async def _score(self, rows, texts):
         tally = Counter()
         asked = [
-            asyncio.gather(*(self._one(row, text, tally) for text in candidates))
+            together([self._one(row, text, tally) for text in candidates])
             for row, candidates in zip(rows, texts, strict=True)
         ]
-        found = await asyncio.gather(*asked)  # [B][C] of {name: value}
+        found = await together(asked)  # [B][C] of {name: value}
         names = sorted({name for row in found for each in row for name in each})
         by_kind = {
             name: np.array([[each.get(name, np.nan) for each in row] for row in found])
             for name in names
         }
-        plain = [values for name, values in by_kind.items() if "." not in name]
-        reward = np.nansum(plain, axis=0)
-        reward[np.isnan(plain).all(axis=0)] = np.nan
+        reward = np.full((len(rows), len(texts[0]) if texts else 0), np.nan)
+        for name, values in by_kind.items():
+            if "." not in name:  # a row is of one kind
+                reward = np.where(np.isnan(values), reward, values)
         examples = [
-            dict(kind=rows[0]["task"], candidates=[text], verdict=value, answer=text)
-            for text, value in zip(texts[0], reward[0], strict=True)
+            dict(kind=row["task"], candidates=[text], verdict=value, answer=text)
+            for row, answers, values in zip(rows[:1], texts[:1], reward[:1], strict=True)
+            for text, value in zip(answers, values, strict=True)
         ]
         counts = tally["calls"], tally["failed"], tally["absent"]
         return Scores(reward, by_kind, *counts, examples)
@@ -173,7 +175,7 @@ class TaskRewards:
             pair = {first: passage, second: row["original"], "prefix": row["prefix"]}
             asked.append(self.judge.verdict("quality", sample, tally, **pair))
             asked.append(self.judge.verdict("safety", sample, tally, text=passage))
-        labels = [label for label, _ in await asyncio.gather(*asked)]
+        labels = [label for label, _ in await together(asked)]
         wins = [
             label == ("A" if sample % 2 == 0 else "B")
             for sample, label in enumerate(labels[::2])

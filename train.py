@@ -42,7 +42,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from candidates import ask, make_pool, pack, rewards_of, unpack
+from candidates import ask, autocast, make_pool, pack, rewards_of, unpack
 from chat import TeacherError, TeacherGone
 from checkpoint import CheckpointError, write_text
 from cost import estimate
@@ -329,7 +329,9 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         )
     if not sets:
         return {}
-    return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk, wait=teachers.wait)
+    examiner, wait = teachers.examiner, teachers.wait
+    with autocast(config, device):
+        return evaluate(policies, sets, examiner, tokenizer, config.chunk, wait=wait)
 
 
 def lock(run: Path):
@@ -428,7 +430,7 @@ def warn_of_foreign_texts(config: Config):
 
 
 def run(config: Config, resume: bool):
-    device = start(config.device)
+    device = start(config.device, config.give_up_after)
     tokenizer = open_inputs(config)
     with contextlib.ExitStack() as stack:
         if rank() == 0:

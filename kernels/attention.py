@@ -562,7 +562,8 @@ def _decode(
     R = K * (H // Hkv)  # rows that share a kv head's prefix
     config = _config("decode_prefix", D)
     rows = -(-R // config["BM"])
-    splits = min(-(-P // config["BN"]), max(2 * cores(q) // (B * Hkv * rows), 1))  # fill the GPU
+    fill = 2 * cores(q) // max(B * Hkv * rows, 1)  # tiles for every processor
+    splits = min(-(-P // config["BN"]), max(fill, 1))
     part = q.new_empty(B, Hkv, splits, R, D, dtype=torch.float32)
     lse = q.new_empty(B, Hkv, splits, R, dtype=torch.float32)
     if splits:

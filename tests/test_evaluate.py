@@ -234,6 +234,12 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     second = out.with_name("second.json")
     evaluate.main([*common, "--suite=quality,coherence", f"--out={second}"])  # another metric
     assert json.loads(second.read_text())["overall"]["checkpoint"]["quality"]["n"] == 16
+    safety = {}
+    for noise in (0, 1):  # a teacher that always errs says the contrary
+        dials = f"--dials=noise={noise}"
+        evaluate.main([*common, "--data=none", "--suite=safety", dials, f"--out={second}"])
+        safety[noise] = json.loads(second.read_text())["overall"]["checkpoint"]["safety"]["mean"]
+    assert safety[0] + safety[1] == pytest.approx(1)
     weights = tmp_path / "ckpt0" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(AssertionError):  # other weights are another policy

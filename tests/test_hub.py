@@ -1,6 +1,7 @@
 """hf:// and https folders: fetched once, resumed where they broke off, one clear line otherwise."""
 
 import http.server
+import json
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import hub
 from model import Llama, ModelConfig, load_model, save_model
+from tasks import Rows, TaskStream
 from tokenizer import load_tokenizer
 
 
@@ -62,6 +64,24 @@ def test_a_folder_behind_a_url(server, tmp_path):
     count = len(server.asked)
     load_model(server.url)
     assert len(server.asked) == count
+
+
+def test_a_teacher_behind_a_url_is_trained_with_its_chat_template(server, tmp_path):
+    tokenizer = load_tokenizer("world")
+    tokenizer.save(tmp_path / "ckpt")
+    config = json.loads((tmp_path / "ckpt" / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}user : {{ m.content }} bot :{% endfor %}"
+    (tmp_path / "ckpt" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "ckpt" / "config.json").write_text("{}")
+    server.files = {p.name: p.read_bytes() for p in (tmp_path / "ckpt").iterdir()}
+    row = {"task": "safety", "text": "mirela owns a hat", "label": "SAFE"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    how = dict(prompts="prompts/tiny", folder=server.url, supervised=True, window=9)
+    size = dict(chunk=20, max_seq=99, batch_size=1)
+    batch = next(
+        TaskStream(Rows(str(tmp_path / "rows.jsonl"), "judge"), tokenizer, **how, **size).batches()
+    )
+    assert batch.prefix_text[0].startswith("user :") and batch.prefix_text[0].endswith("bot :")
 
 
 def test_what_cannot_be_had_is_one_clear_line(server, monkeypatch):

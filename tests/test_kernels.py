@@ -160,7 +160,7 @@ def test_kernels_in_the_interpreter():
 
 
 def test_logprob_is_float32_under_autocast():
-    """--dtype=bfloat16 without a GPU: bfloat16 hidden states, float32 weights and arithmetic."""
+    """--dtype=bfloat16: bfloat16 hidden states, float32 weights; on a CPU float32 arithmetic."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(6, 8, generator=rng).bfloat16()
     weight = torch.randn(11, 8, generator=rng)

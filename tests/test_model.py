@@ -9,6 +9,7 @@ from hostile import places, spoilt, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model
 from model import Llama, ModelConfig, ModelError, load_model, preset, read_config, save_model
 
 LLAMA3 = {
@@ -81,6 +82,28 @@ def test_llama3_rule_reaches_far_positions(tmp_path):
     with torch.no_grad():
         mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 300, 0))
         assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_under_autocast_the_kernels_get_16_bits(monkeypatch):
+    """On a GPU float32 inputs would go to the slow definitions without a word."""
+    seen = {}
+
+    def recorded(name, function):
+        def call(x, *rest, **how):
+            seen[name] = x.dtype
+            return function(x, *rest, **how)
+
+        monkeypatch.setattr(model, name, call)
+
+    for name in ("prefix_attention", "linear_logprob"):
+        recorded(name, getattr(model, name))
+    policy = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = policy.logprobs(*layout())
+    logp.sum().backward()
+    assert seen == dict.fromkeys(("prefix_attention", "linear_logprob"), torch.bfloat16)
+    assert logp.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")

@@ -1,11 +1,14 @@
 """The sampler: cached as uncached, exact frequencies, the trainer's log-probabilities."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from model import Llama, ModelConfig
 from packed import packed_weights
-from rollout import rollout, sample, uniforms
+from rollout import Decoder, rollout, sample, uniforms
 
 V, EOS = 23, 22
 
@@ -173,6 +176,24 @@ def test_uniforms_are_uniform_and_uncorrelated():
         a, b = u.narrow(axis, 0, u.shape[axis] - 1), u.narrow(axis, 1, u.shape[axis] - 1)
         assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.02
     assert torch.equal(u[5:6], uniforms(3, torch.tensor([5]), 16, 64).double())
+    largest = uniforms(0, torch.tensor([13297]), 1, 16)[0, 0, 15]  # all of its bits are ones
+    assert 1 - 1e-6 < largest < 1
+    one, other = (set(uniforms(seed, torch.arange(64), 1, 1).flatten().tolist()) for seed in (0, 1))
+    assert len(one & other) < 3  # of 64 among 8 million: seeds share nothing
+
+
+@torch.no_grad()
+def test_nothing_keeps_the_caches_alive(model):
+    """The caches go with the last reference, not with some later garbage collection."""
+    gc.disable()
+    try:
+        decoder = Decoder(model, *prefixes(), 2, 3)
+        decoder.step(torch.zeros(3, 2, dtype=torch.int64))
+        held = weakref.ref(decoder)
+        del decoder
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_top_p_never_leaves_the_nucleus():

@@ -112,6 +112,7 @@ def test_judge_rewards():
     assert scores.reward.tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
     assert scores.by_kind["safety.readable"][1].tolist() == [1, 1, 0, 1]
     assert all(math.isnan(value) for value in scores.by_kind["quality"][1])
+    assert TaskRewards(Judge()).score([], []).reward.size == 0  # a process without a prompt
 
 
 def test_rewriter_rewards():
