@@ -354,6 +354,11 @@ def names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether the objective compares the policy with the frozen initial one."""
+    return config.objective == "dpo" or (config.objective == "grpo" and bool(config.grpo_kl))
+
+
 def help_text() -> str:
     lines = [
         "usage: python train.py [config.py ...] [--key=value ...]",

@@ -7,7 +7,7 @@ prompt's characters / 4 plus the texts at full length, an answer is ANSWER_TOKEN
 are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk aside.
 """
 
-from config import Config, names
+from config import Config, names, needs_reference
 from judge import load_prompts
 from model import ModelConfig
 
@@ -67,48 +67,62 @@ def parameters(shape: ModelConfig) -> int:
     return shape.n_layer * layer + tables + shape.d_model
 
 
+def learned(config: Config) -> int:
+    """Candidates of each prefix whose log-probabilities the objective needs."""
+    return {"dpo": 2, "grpo": pool_size(config)}.get(config.objective, 1)
+
+
 def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
-    """FLOPs a step: 2 per parameter and token forward, 4 backward; attention's own on top."""
+    """FLOPs a step: 2 per weight and token forward, 4 backward, and what the backward pass computes
+    again (the logits; with recompute=True the layers); attention's own on top. The output layer
+    runs on the predicting tokens alone."""
     B, N, P, K = config.batch_size, config.chunk, config.max_seq - config.chunk, config.rollouts
-    weights = 2 * (parameters(shape) - shape.vocab_size * shape.d_model)  # embedding is a look-up
-    if shape.tie_embeddings:
-        weights += 2 * shape.vocab_size * shape.d_model
+    output = 2 * shape.vocab_size * shape.d_model
+    weights = 2 * parameters(shape) - output * (1 if shape.tie_embeddings else 2)
     per_key = 4 * shape.n_layer * shape.n_head * shape.head_dim
-    learned = {"dpo": 2, "grpo": pool_size(config)}.get(config.objective, 1)
-    prefix = weights * P + per_key * P * P / 2
-    continuation = weights * N + per_key * N * (P + N / 2)
-    forward = B * (prefix + learned * continuation)
-    out = {"update": 3 * forward}
-    if config.objective == "dpo":
-        out["reference"] = forward
+
+    def layers(continuations: int) -> float:
+        """Of a prefix and its continuations, whose last token predicts nothing and is not fed."""
+        fed = continuations * (N - 1)
+        return weights * (P + fed) + per_key * (P * P / 2 + fed * (P + N / 2))
+
+    C = learned(config)
+    hidden = layers(C)
+    logits = output * (P + N - 1 if config.nll_prefix else C * N)
+    out = {"update": B * ((4 if config.recompute else 3) * hidden + 4 * logits)}
+    if needs_reference(config):
+        out["reference"] = B * (hidden + logits)
     if "rollouts" in names(config.candidates):
-        out["rollouts"] = B * (prefix + K * continuation)
+        out["rollouts"] = B * (layers(K) + output * (1 + K * (N - 1)))
     return out
 
 
 def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
-    """Bytes on one GPU: float32 weights, gradients and Adam's two moments; the reference; the
-    sampler's cache for this process's prefixes; activations of one micro-batch. shard=True spreads
-    the first two and samples from a whole copy of the weights."""
+    """Bytes on one GPU: float32 weights, gradients and Adam's two moments; the other policies that
+    stay beside them; the sampler's cache for this process's prefixes; activations of one
+    micro-batch. shard=True spreads the first two, keeps the baseline in the computer's memory and
+    samples from a whole copy of the weights."""
     size, count = (2 if bf16 else 4), parameters(shape)
     N, P = config.chunk, config.max_seq - config.chunk
     cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size
-    learned = {"dpo": 2, "grpo": pool_size(config)}.get(config.objective, 1)
-    row = P + learned * N
-    rows = max(1, config.micro_batch_tokens // row)
+    row = P + learned(config) * N
+    prefixes = -(-config.batch_size // config.gpus)
+    rows = min(prefixes, max(1, config.micro_batch_tokens // row))
     per_token = shape.n_layer * (16 * shape.d_model + 4 * shape.d_ff) * size
     if config.recompute:  # the input of every layer, and one layer in full
         per_token = per_token // shape.n_layer + shape.n_layer * shape.d_model * size
-    share = config.gpus if config.shard else 1
+    spread = config.shard and config.gpus > 1
+    share = config.gpus if spread else 1
     out = {
         "weights, gradients, optimiser": 16.0 * count / share,
-        "reference": 4.0 * count / share if config.objective == "dpo" else 0.0,
-        "activations of a micro-batch": float(min(rows, config.batch_size) * row * per_token),
+        "initial policy (the reference)": 4.0 * count / share,
     }
+    if config.baseline and config.task == "pretrain" and not spread:
+        out["next-token baseline, for the evaluation"] = 4.0 * count
+    out["activations of a micro-batch"] = float(rows * row * per_token)
     if "rollouts" in names(config.candidates):
-        if config.shard:
+        if spread:
             out["whole weights while sampling"] = 4.0 * count
-        prefixes = -(-config.batch_size // config.gpus)
         out["cache of prefixes and rollouts"] = float(prefixes * cache * (P + config.rollouts * N))
     return out
 
