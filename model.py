@@ -301,17 +301,8 @@ def read_object(path: Path) -> dict:
     return value
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
-    path = local_folder(folder, weights=False) / "config.json"
-    if not path.exists():
-        why = "has no config.json" if path.parent.is_dir() else "does not exist"
-        raise ModelError(f"the model folder {path.parent} {why}")
-    hf = read_object(path)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def only_supported(hf: dict, path: Path):
+    """ModelError for what a Llama of this file would compute differently."""
     fixed = {
         "model_type": (hf.get("model_type"), "llama"),
         "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
@@ -322,42 +313,67 @@ def read_config(folder: str | Path) -> ModelConfig:
     for key, (found, needed) in fixed.items():
         if found != needed:
             raise ModelError(f"{path}: {key} is {found!r:.80}, only {needed!r} is supported")
+
+
+def size(hf: dict, key: str, path: Path, default=None) -> int:
+    """A dimension of the model; ModelError unless it is a positive integer below its limit."""
+    value, limit = hf.get(key, default), LARGEST.get(key, 2**31)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
+        raise ModelError(
+            f"{path}: {key} must be a positive integer below {limit}, found {value!r:.80}"
+        )
+    return value
+
+
+def number(key: str, value, path: Path) -> float:
+    """value as a float; ModelError unless it is a positive number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise ModelError(f"{path}: {key} must be a positive number, found {value!r:.80}")
+    return float(value)
+
+
+def rope_of(hf: dict, path: Path) -> tuple[float, dict | None]:
+    """(theta, scaling) as ModelConfig holds them, from either of transformers' two spellings."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind not in ("default", "llama3"):
         raise ModelError(f"{path}: rope type {kind!r:.80} is neither default nor llama3")
-
-    def size(key, default=None):
-        value = hf.get(key, default)
-        limit = LARGEST.get(key, 2**31)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
-            raise ModelError(
-                f"{path}: {key} must be a positive integer below {limit}, found {value!r:.80}"
-            )
-        return value
-
-    def number(key, value):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise ModelError(f"{path}: {key} must be a positive number, found {value!r:.80}")
-        return float(value)
-
-    heads, d_model = size("num_attention_heads"), size("hidden_size")
-    config = ModelConfig(
-        vocab_size=size("vocab_size"),
-        n_layer=size("num_hidden_layers"),
-        n_head=heads,
-        n_kv_head=size("num_key_value_heads", heads),
-        d_model=d_model,
-        d_ff=size("intermediate_size"),
-        head_dim=size("head_dim", d_model // heads) if hf.get("head_dim") else d_model // heads,
-        max_seq=size("max_position_embeddings", 2048),
-        rope_theta=number("rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        norm_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-    )
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        config.rope_scaling = {key: number(f"rope {key}", rope.get(key)) for key in keys}
-        if config.rope_scaling["low_freq_factor"] >= config.rope_scaling["high_freq_factor"]:
+        scaling = {key: number(f"rope {key}", rope.get(key), path) for key in keys}
+        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ModelError(f"{path}: rope low_freq_factor must be below high_freq_factor")
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    return number("rope_theta", theta, path), scaling
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
+    path = local_folder(folder, weights=False) / "config.json"
+    if not path.exists():
+        why = "has no config.json" if path.parent.is_dir() else "does not exist"
+        raise ModelError(f"the model folder {path.parent} {why}")
+    hf = read_object(path)
+    only_supported(hf, path)
+    theta, scaling = rope_of(hf, path)
+    heads, d_model = size(hf, "num_attention_heads", path), size(hf, "hidden_size", path)
+    per_head = d_model // heads
+    config = ModelConfig(
+        vocab_size=size(hf, "vocab_size", path),
+        n_layer=size(hf, "num_hidden_layers", path),
+        n_head=heads,
+        n_kv_head=size(hf, "num_key_value_heads", path, heads),
+        d_model=d_model,
+        d_ff=size(hf, "intermediate_size", path),
+        head_dim=size(hf, "head_dim", path) if hf.get("head_dim") else per_head,
+        max_seq=size(hf, "max_position_embeddings", path, 2048),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6), path),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
     if config.n_head % config.n_kv_head or config.head_dim % 2 or not config.head_dim:
         raise ModelError(
             f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
