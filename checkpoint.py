@@ -13,27 +13,12 @@ import torch
 from safetensors import SafetensorError
 
 from distributed import rank
+from files import flush
 from model import load_model, save_model
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file."""
-
-
-def flush(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str):
-    """Write a file under a temporary name and rename it: it is there whole or as it was."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
 
 
 def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Path:

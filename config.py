@@ -10,7 +10,6 @@ import difflib
 import importlib.util
 import json
 import math
-import os
 import re
 import runpy
 import sys
@@ -19,6 +18,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from files import write_text
 from world import Dials
 
 
@@ -373,8 +373,5 @@ def help_text() -> str:
 
 
 def write(config: Config, path: Path):
-    """Whole or not at all: a run that is killed meanwhile finds its settings again."""
-    temporary = path.with_name(f".{path.name}")
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """As JSON; a run that is killed meanwhile finds its settings again."""
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -33,10 +33,10 @@ from tqdm import tqdm
 import eval_sets
 from candidates import autocast
 from chat import Chat, TeacherError, TeacherGone
-from checkpoint import write_text
 from config import Config, dials_of
 from data import SPLITS, DataError
 from eval_sets import HeldOut, held_out_sets
+from files import write_text
 from hf_policy import HFPolicy, load_hf
 from hub import local_folder
 from judge import VERDICTS, Judge, together

@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from candidates import Pool
-from checkpoint import write_text
 from config import Config, names
 from distributed import all_sum
+from files import write_text
 from update import learning_rate
 
 

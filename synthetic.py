@@ -23,7 +23,6 @@ import contextlib
 import difflib
 import hashlib
 import json
-import os
 import re
 import sqlite3
 import sys
@@ -39,6 +38,7 @@ from tqdm import tqdm
 from chat import Chat, TeacherError, TeacherGone
 from config import Config, ConfigError, dials_of
 from data import digest, in_split, sample_of
+from files import write_bytes, write_text
 from judge import Judge, load_prompts, question_seed, render, together
 from rewrite import REFUSAL, clean, last_five_words
 from sources import DataError, Skips, list_files, records, text_of
@@ -309,15 +309,6 @@ def told(fates: Counter) -> str:
     return ", ".join(f"{what}: {count:,}" for what, count in fates.items() if count)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def write(options, sets: dict[str, list], fates: Counter) -> dict:
     """The files; counts.json last. -> what is in it."""
     counts = {
@@ -331,9 +322,9 @@ def write(options, sets: dict[str, list], fates: Counter) -> dict:
     for name, rows in sets.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         packed = zstandard.ZstdCompressor().compress(lines.encode("utf-8", "replace"))
-        write_atomically(Path(options.out) / f"{options.task}.{name}.jsonl.zst", packed)
+        write_bytes(Path(options.out) / f"{options.task}.{name}.jsonl.zst", packed)
     text = json.dumps(counts, indent=2) + "\n"
-    write_atomically(Path(options.out) / f"{options.task}.counts.json", text.encode())
+    write_text(Path(options.out) / f"{options.task}.counts.json", text)
     return counts
 
 

@@ -44,11 +44,12 @@ from tqdm import tqdm
 import checkpoint
 from candidates import ask, autocast, make_pool, pack, rewards_of, unpack
 from chat import TeacherError, TeacherGone
-from checkpoint import CheckpointError, write_text
+from checkpoint import CheckpointError
 from cost import estimate
 from data import DataError, Stream
 from distributed import agreed, gather, rank, start, world_size
 from evaluate import evaluate, held_out_sets, table
+from files import write_text
 from hub import DownloadError
 from judge import load_prompts
 from model import Llama, ModelError, load_model, preset, read_config
