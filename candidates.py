@@ -134,6 +134,7 @@ def pack(pool: Pool) -> dict:
 
 
 def unpack(saved: dict) -> Pool:
+    """The Pool that `pack` was given, on the CPU and not yet asked about: scores None, no times."""
     fields = {name: value for name, value in saved.items() if name != "batch"}
     return Pool(batch=Batch(**saved["batch"]), seconds={}, **fields)
 

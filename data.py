@@ -41,6 +41,9 @@ OTHERS = ("a sample of another rank",)
 
 @dataclass
 class Batch:
+    """One process's share of a batch, on the CPU: B prefixes, perhaps none, of at most P tokens
+    each, and the N tokens that follow them in their documents."""
+
     prefix: torch.Tensor  # int64 [B, P], padded on the left with the end-of-text id
     pad: torch.Tensor  # int32 [B], number of padding tokens
     suffix: torch.Tensor  # int64 [B, N]

@@ -35,14 +35,16 @@ class ModelError(ValueError):
 
 @dataclass
 class ModelConfig:
+    """The shape of a Llama; config.json's names for it are in write_config."""
+
     vocab_size: int
     n_layer: int
     n_head: int
-    n_kv_head: int  # grouped-query attention when smaller than n_head
-    d_model: int
-    d_ff: int
-    head_dim: int
-    max_seq: int = 2048
+    n_kv_head: int  # divides n_head; grouped-query attention when smaller
+    d_model: int  # width of the residual stream
+    d_ff: int  # width inside the MLP
+    head_dim: int  # even; n_head * head_dim need not be d_model
+    max_seq: int = 2048  # positions it was made for
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # None, or the llama3 rule as config.json spells it
     norm_eps: float = 1e-5
@@ -189,6 +191,10 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
+    """The policy: `forward` gives hidden states [..., d], `logits` of them [..., V], and `logprobs`
+    scores continuations without these. `initialise` (by seed) or load_model gives the weights, in
+    training float32; the layers compute in autocast's type where that is on."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

@@ -131,6 +131,8 @@ def is_ids(found, vocabulary: int) -> bool:
 
 
 def number(body: dict, name: str, default, low, high, kind=int):
+    """body[name] as `kind` (int or float), default where absent or null; Refusal 400 unless it is
+    a number from low to high, and a whole one where an int is asked for."""
     value = body.get(name)
     if value is None:
         return default
@@ -142,6 +144,7 @@ def number(body: dict, name: str, default, low, high, kind=int):
 
 
 def flag(body: dict, name: str) -> bool:
+    """body[name], False where absent or null; Refusal 400 for what is no boolean."""
     value = body.get(name)
     if not isinstance(value, bool | None):
         raise Refusal(400, f"{name} must be true or false", param=name)

@@ -106,6 +106,10 @@ class Teachers:
 
 
 def make_judge(chat, config: Config, store=None) -> Judge:
+    """The judge of a config, asked through `chat`; store: SQLite file that keeps its pools.
+
+    ValueError where config.prompts is no folder, or a prompt in it does not show what ours shows.
+    """
     return Judge(
         chat,
         rewards=names(config.rewards),

@@ -235,6 +235,10 @@ def phases(config: Config) -> dict[str, Config]:
 
 
 def initial_policy(config: Config, tokenizer, device) -> Llama:
+    """The policy before the first step, float32 on the device: new weights by seed, or init_from's.
+
+    ModelError where they cannot be read, or hold fewer positions or tokens than the run needs.
+    """
     if config.init_from == "scratch":
         shape = preset(config.model, tokenizer.vocab_size)
         shape.max_seq = max(shape.max_seq, config.max_seq)

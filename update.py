@@ -161,6 +161,8 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def make_optimizer(policy, config: Config):
+    """AdamW over the parameters, spread or not; weight decay on matrices alone. `update` sets each
+    step's learning rate."""
     matrices = [p for p in policy.parameters() if p.dim() > 1]
     vectors = [p for p in policy.parameters() if p.dim() == 1]
     groups = [
