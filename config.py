@@ -118,7 +118,7 @@ class Config:
     rewrite_url: str = key("world", "as judge_url")
     rewrite_model: str = key("rewriter", "model name sent to rewrite_url")
     rewrite_temperature: float = key(1.0, "sampling of the rewriter")
-    concurrency: int = key(256, "questions in flight at once")
+    concurrency: int = key(256, "questions in flight at once, of each process and kind of teacher")
     timeout: float = key(120.0, "seconds for one answer before it is asked again")
     give_up_after: float = key(600.0, "seconds without any answer before the run stops, resumable")
     prompts: str = key("prompts", "folder of prompt files; copy it to change the wording")
