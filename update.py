@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from candidates import Pool, autocast
-from config import Config
-from distributed import all_sum, gather
+from config import Config, needs_reference
+from distributed import gather
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
 from rollout import uniforms
 from shard import is_sharded, whole
@@ -53,7 +53,7 @@ def micro_batches(rows, width: int, budget: int):
 
 def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, config: Config):
     """Sum of the objective over some rows and, for logging, sums of what it was made of."""
-    device = next(policy.parameters()).device
+    device, temperature = next(policy.parameters()).device, config.temperature or 1.0
     rows, columns = picked["rows"][part], picked["columns"][part]
     prefix, pad = pool.batch.prefix[rows].to(device), pool.batch.pad[rows].to(device)
     # Padding common to these rows need not be computed.
@@ -63,33 +63,36 @@ def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, con
     layout = (prefix, pad, continuations, lengths)
     if config.nll_prefix:
         layout = whole_documents(*layout)
+    anchor = None
     with autocast(config, device):
-        logp = policy.logprobs(*layout, config.temperature or 1.0)  # [R, C', N]
-        if config.objective == "grpo":
-            old = pool.old[rows[:, None], columns].to(device)
-            gain = advantages(reward[rows], config.grpo_std).float().to(device)
-            how = dict(divide_by_length=config.grpo_length, kl=config.grpo_kl)
-            if config.grpo_kl:
-                with torch.no_grad():
-                    how["reference"] = reference.logprobs(*layout, config.temperature or 1.0)
-            return grpo_loss(logp, old, gain, lengths, config.grpo_clip, **how).sum(), {}
-        if config.objective != "dpo":
-            loss = nll_loss(logp[:, 0], layout[3][:, 0]).sum()
-            return loss, {}
-        with torch.no_grad():
-            reference_logp = reference.logprobs(*layout, config.temperature or 1.0)
-    policy_sum, reference_sum = logp.sum(dim=2), reference_logp.sum(dim=2)  # [R, 2]
+        logp = policy.logprobs(*layout, temperature)  # [R, C', N]
+        if needs_reference(config):
+            with torch.no_grad():
+                anchor = reference.logprobs(*layout, temperature)
+    if config.objective == "dpo":
+        return preference(logp, anchor, lengths, config)
+    if config.objective == "grpo":
+        old = pool.old[rows[:, None], columns].to(device)
+        gain = advantages(reward[rows], config.grpo_std).float().to(device)
+        how = dict(divide_by_length=config.grpo_length, kl=config.grpo_kl, reference=anchor)
+        return grpo_loss(logp, old, gain, lengths, config.grpo_clip, **how).sum(), {}
+    return nll_loss(logp[:, 0], layout[3][:, 0]).sum(), {}
+
+
+def preference(logp, anchor, lengths, config: Config):
+    """DPO on pairs (chosen, rejected): log-probabilities of policy and reference [R, 2, N], lengths
+    [R, 2] -> as `losses`."""
+    policy_sum, reference_sum = logp.sum(dim=2), anchor.sum(dim=2)  # [R, 2]
     if config.length_norm:
         policy_sum, reference_sum = policy_sum / lengths, reference_sum / lengths
     loss = dpo_loss(policy_sum, reference_sum, config.beta)
     if config.nll_weight:
         loss = loss + config.nll_weight * nll_loss(logp[:, 0], lengths[:, 0]) / lengths[:, 0]
-    moved = (policy_sum - reference_sum).detach().sum(dim=0)
-    right = ((policy_sum - reference_sum).diff(dim=1) < 0).sum()
+    moved = (policy_sum - reference_sum).detach()
     return loss.sum(), {
-        "dpo.chosen_shift": moved[0],
-        "dpo.rejected_shift": moved[1],
-        "dpo.accuracy": right,
+        "dpo.chosen_shift": moved[:, 0].sum(),
+        "dpo.rejected_shift": moved[:, 1].sum(),
+        "dpo.accuracy": (moved[:, 0] > moved[:, 1]).sum(),
     }
 
 
@@ -99,7 +102,7 @@ def idle(policy, reference, config: Config):
     one = torch.zeros(1, 1, dtype=torch.int64, device=next(policy.parameters()).device)
     layout = one, one[0], one[None]
     logp = policy.logprobs(*layout)
-    if config.objective == "dpo" or (config.objective == "grpo" and config.grpo_kl):
+    if needs_reference(config):
         with torch.no_grad():
             reference.logprobs(*layout)
     return logp.sum() * 0
@@ -119,7 +122,7 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
         count = int(pool.lengths[rows, picked["chosen"]].sum())
         if config.nll_prefix:
             count += int((pool.batch.prefix.shape[1] - 1 - pool.batch.pad[rows]).sum())
-    total = all_sum({"count": (count, 0)})["count"][0]
+    total = sum(gather(count))
     width = pool.batch.prefix.shape[1] + C * pool.tokens.shape[2]
     metrics = {"loss": (0.0, 0), "not_finite": (0.0, 1)}
     parts = micro_batches(rows, width, config.micro_batch_tokens)
@@ -140,7 +143,7 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
             dist.all_reduce(p.grad)
     norm = float(whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)))
     finite = math.isfinite(metrics["loss"][0]) and math.isfinite(norm)
-    if all_sum({"not_finite": (not finite, 0)})["not_finite"][0]:  # on any process: none moves
+    if not all(gather(finite)):  # on one process: none moves
         optimizer.zero_grad(set_to_none=True)
         return metrics | {"not_finite": (1.0, 1), "grad_norm": (norm, 1)}, picked
     for group in optimizer.param_groups:
