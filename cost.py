@@ -119,6 +119,8 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     }
     if config.baseline and config.task == "pretrain" and not spread:
         out["next-token baseline, for the evaluation"] = 4.0 * count
+    if bf16 and not spread:  # autocast keeps them for the length of a forward pass
+        out["their copies in bfloat16"] = 2.0 * count * (2 if needs_reference(config) else 1)
     out["activations of a micro-batch"] = float(rows * row * per_token)
     if "rollouts" in names(config.candidates):
         if spread:

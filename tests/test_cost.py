@@ -107,6 +107,7 @@ def test_memory_holds_the_policies_that_training_keeps():
     held = cost.memory(Config(objective="rf_nll"), SHAPE, bf16=True)
     assert held["weights, gradients, optimiser"] == 16 * count
     assert held[base] == held[baseline] == 4 * count  # float32 in bfloat16 runs too
+    assert held["their copies in bfloat16"] == 2 * count  # rf_nll asks no reference
     assert baseline not in cost.memory(Config(baseline=False), SHAPE, bf16=True)
     assert baseline not in cost.memory(Config(task="judge"), SHAPE, bf16=True)
     spread = cost.memory(Config(shard=True, gpus=8), SHAPE, bf16=False)
