@@ -280,6 +280,8 @@ class Chat:
             self._heard = time.monotonic()
         task = self._asking[key] = asyncio.create_task(self._answer(key, body))
         task.add_done_callback(lambda _: self._asking.pop(key))
+        # What it raises is heard by its caller, or by nobody where the caller has given up.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)  # a caller that gives up must not waste the answer
 
     async def _answer(self, key: bytes, body: bytes) -> Answer:

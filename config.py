@@ -63,7 +63,7 @@ class Config:
     chunk: int = key(32, "N: tokens of a suffix and of every candidate")
     max_seq: int = key(96, "tokens of prefix + candidate; a prefix has at most max_seq - chunk")
     batch_size: int = key(32, "prefixes a step, over all processes")
-    dials: str = key("", "pocket world only: dials of world.py, e.g. 'unsafe=0.5,noise=0.1'")
+    dials: str = key("", "pocket world only: dials of world.py, e.g. 'share_unsafe=0.5,noise=0.1'")
 
     base_steps: int = key(
         1200, "next-token steps before the method when init_from=scratch", "Base and baseline"

@@ -143,22 +143,22 @@ def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
     def lines(title: str, rows: dict, unit: str, scale: float) -> list[str]:
         return [title, *(f"  {name:<40} {v / scale:>14,.2f} {unit}" for name, v in rows.items())]
 
-    return "\n".join(
-        [
-            f"{parameters(shape) / 1e6:,.1f}M parameters, {config.batch_size} prefixes a step, "
-            f"{pool_size(config)} candidates each, {total:,} steps",
-            f"questions a step: {sum(asked.values()):,} "
-            f"({', '.join(f'{kind} {count:,}' for kind, count in asked.items())}), "
-            f"{total * sum(asked.values()):,} in all",
-            f"teacher tokens a step: {read:,} read, {written:,} written, "
-            f"{total * (read + written) / 1e9:,.2f} billion in all",
-            *lines("policy, a step", work, "TFLOP", 1e12),
-            *lines("memory of one GPU", held | {"sum": sum(held.values())}, "GB", 1e9),
-            f"seconds a step: policy {policy_seconds:,.2f} ({config.gpus} GPUs at "
-            f"{config.gpu_tflops:g} TFLOP/s), judge {judge_seconds:,.2f} (writing "
-            f"{config.judge_tokens_per_second:,.0f} tokens/s, reading ten times that), "
-            f"together {step:,.2f} with overlap={config.overlap}; {total * step / 3600:,.1f} hours",
-            f"price {price:,.0f} at {config.price_in:g} / {config.price_out:g} a million tokens "
-            "read / written",
-        ]
-    )
+    page = [
+        f"{parameters(shape) / 1e6:,.1f}M parameters, {config.batch_size} prefixes a step, "
+        f"{pool_size(config)} candidates each, {total:,} steps",
+        f"questions a step: {sum(asked.values()):,} "
+        f"({', '.join(f'{kind} {count:,}' for kind, count in asked.items())}), "
+        f"{total * sum(asked.values()):,} in all",
+        f"teacher tokens a step: {read:,} read, {written:,} written, "
+        f"{total * (read + written) / 1e9:,.2f} billion in all",
+        *lines("policy, a step", work, "TFLOP", 1e12),
+        *lines("memory of one GPU", held | {"sum": sum(held.values())}, "GB", 1e9),
+        f"seconds a step: policy {policy_seconds:,.2f} ({config.gpus} GPUs at "
+        f"{config.gpu_tflops:g} TFLOP/s), judge {judge_seconds:,.2f} (writing "
+        f"{config.judge_tokens_per_second:,.0f} tokens/s, reading ten times that), "
+        f"together {step:,.2f} with overlap={config.overlap}; {total * step / 3600:,.1f} hours",
+    ]
+    if price:
+        prices = f"{config.price_in:g} / {config.price_out:g}"
+        page.append(f"price {price:,.0f} at {prices} a million tokens read / written")
+    return "\n".join(page)

@@ -6,7 +6,7 @@ In: a step's pool, rewards and metrics. Out: log.jsonl; names with dots group wh
 import contextlib
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import torch
@@ -160,11 +160,18 @@ def show_example(pool: Pool, reward, scores) -> str:
     out = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"]
     for source, text, value in zip(pool.sources, pool.texts[0], reward[0].tolist(), strict=True):
         out.append(f"    {source:8} {value:5.2f}  {text!r}")
+    count: Counter = Counter()
+    names: dict[str, str] = {}
+    for source, text in zip(pool.sources, pool.texts[0], strict=True):
+        count[source] += 1
+        names.setdefault(text, f"{source} {count[source]}")
     seen: dict = {}
     for verdict in scores.examples:
         seen.setdefault(verdict["kind"], verdict)
     for verdict in seen.values():
-        out.append(f"    {verdict['kind']} verdict {verdict['verdict']}: {verdict['answer']!r}")
+        shown = " against ".join(names.get(text, "?") for text in verdict["candidates"])
+        found = f"{verdict['verdict']}: {verdict['answer']!r}"
+        out.append(f"    {verdict['kind']} of {shown}: {found}")
     tqdm.write("\n".join(out))
     return "\n".join(out)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chat import Chat
 from config import Config, names
-from judge import Judge
+from judge import Judge, render
 from rewrite import Rewriter
 from tasks import TaskRewards
 
@@ -25,7 +25,7 @@ class Teachers:
 
     def __init__(self, config: Config, world_url: str):
         run = Path(config.out_dir)
-        self.chats = []
+        self.chats, self.strangers = [], []
         self.stopped = False
         self.seen = Counter()
 
@@ -40,6 +40,8 @@ class Teachers:
                     cache=run / record,
                 )
             )
+            if url != "world":
+                self.strangers.append(self.chats[-1])
             return self.chats[-1]
 
         self.judge = make_judge(
@@ -59,6 +61,14 @@ class Teachers:
             model = config.eval_judge_model or config.judge_model
             exam = chat(config.eval_judge_url, model, "evaluation.sqlite")
             self.examiner = make_judge(exam, config)
+
+    def greet(self):
+        """A small question to every teacher but the pocket world's, so that a wrong URL, key or
+        model name ends the run before it has trained anything; waits for a server that starts."""
+        question = render(self.judge.prompts["safety"], text="The sun is out.")
+        how = dict(seed=0, temperature=0.0, top_p=1.0, max_tokens=16)
+        for chat in self.strangers:
+            self.wait(chat.run(chat.ask(question, **how)))
 
     def score(self, step: int, pool) -> Future:
         """Future of judge.Scores of a candidates.Pool."""

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -29,13 +30,15 @@ from collections import deque
 from pathlib import Path
 
 import config as configuration
-from config import Config, ConfigError, dials_of
+from config import Config, ConfigError, dials_of, names
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch, which takes seconds
     try:
         configuration.parse(sys.argv[1:])
     except ConfigError as e:
         sys.exit(f"error: {e}")
+    if not importlib.util.find_spec("torch"):
+        sys.exit("error: this Python has no PyTorch: source .venv/bin/activate")
 
 import torch
 import torch.distributed as dist
@@ -370,7 +373,8 @@ def settle(config: Config, resume: bool):
             while (aside := run.with_name(f"{run.name}.{number}")).exists():
                 number += 1
             run.rename(aside)
-            print(f"{run} held another run, which is now {aside}")
+            what = "the finished run of this command" if same else "another run"
+            print(f"{run} held {what}, which is now {aside}")
             held.close()
             held = lock(run)
     configuration.write(config, path)
@@ -427,11 +431,15 @@ def main(argv: list[str]):
 
 
 def warn_of_foreign_texts(config: Config):
-    judged = config.rewards and config.judge_url == "world"
-    rewritten = "rewrite" in config.candidates and config.rewrite_url == "world"
-    if config.data != "world" and config.task == "pretrain" and (judged or rewritten):
-        print("warning: the pocket world's teacher knows only its own texts: set judge_url and")
-        print("         rewrite_url, or leave rewrite out of the candidates")
+    """The pocket world's teacher knows only its own texts."""
+    if config.data == "world" or config.task != "pretrain":
+        return
+    if config.judge_url == "world" and (config.rewards or config.eval_prefixes):
+        print(f"warning: the pocket world's teacher judges; what it says of {config.data} means")
+        print("         nothing: set judge_url")
+    if config.rewrite_url == "world" and "rewrite" in names(config.candidates):
+        print("warning: the pocket world's teacher rewrites, which it can do with its own texts")
+        print("         alone: set rewrite_url, or leave rewrite out of the candidates")
 
 
 def run(config: Config, resume: bool):
@@ -452,6 +460,7 @@ def run(config: Config, resume: bool):
         stack.callback(teachers.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, teachers.stop))
+        agreed(teachers.greet if rank() == 0 else lambda: None)
         summary = run_phases(config, device, teachers, tokenizer)
         if rank() == 0:
             folder = Path(config.out_dir)
@@ -460,6 +469,7 @@ def run(config: Config, resume: bool):
                 print(f"\n{table(summary)}\n")
                 if config.judge_url != "world" and not config.eval_judge_url:
                     print("warning: judged by the judge of the training; see --eval_judge_url")
+                warn_of_foreign_texts(config)
             print(f"run folder {folder}, picture {plot_run(folder)}")
 
 

@@ -730,6 +730,8 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
             result = error_body(*explained)
         except web.HTTPRequestEntityTooLarge as error:  # aiohttp's limit, 1 MiB
             result, status = error_body("body_too_large", error.text), 413
+        except ConnectionError:  # the client has left
+            raise
         except Exception:
             logging.exception("a question to the pocket world failed")
             result, status = error_body("internal_error", "the teacher failed; see its log"), 500

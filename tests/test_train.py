@@ -97,7 +97,7 @@ def test_what_a_run_leaves(reference):
         "training base (nll, 12 steps), baseline (nll, 5 steps), method (dpo, 5 steps)" in printed
     )
     assert "base step   12 of 12" in printed and "baseline step    5 of 5" in printed
-    for words in ("self-improving", "next-token baseline", "quality win rate", "safety", "verdict"):
+    for words in ("self-improving", "next-token baseline", "quality win rate", "safety of "):
         assert words in printed
     for name in ("config.json", "environment.json", "judgments.sqlite", "training.png"):
         assert (out / name).stat().st_size > 0
@@ -235,6 +235,13 @@ def test_bad_input_is_one_clear_line(born, flags, code, words, tmp_path):
     assert words in done.stderr and "Traceback" not in done.stderr + done.stdout
     assert "sk-secret" not in done.stderr + done.stdout
     assert not any(b"sk-secret" in x.read_bytes() for x in tmp_path.rglob("*") if x.is_file())
+
+
+def test_a_wrong_judge_is_known_before_anything_is_trained(born, teacher_url, tmp_path):
+    url = teacher_url.removesuffix("/v1")
+    done = start(born, tmp_path / "out", f"--judge_url={url}", code=1)
+    assert "lack /v1?" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / "base").exists()
 
 
 def test_config_types_and_nearest_key(tmp_path):
