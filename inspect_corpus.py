@@ -114,12 +114,13 @@ def show_filter(options) -> None:
     """What the two readings of the unsafe filter would keep."""
     kept, seen = Counter(), 0
     try:
-        for _, signals, _ in islice(documents(options, Skips()), options.limit):
+        for _, signals, _ in islice(documents(options, Skips(), "either"), options.limit):
             seen += 1
             for reading in UNSAFE:
                 kept[first_failure(signals, reading) or f"kept, {reading}"] += 1
     except DataError:
-        print("filter     no quality signals; --bad_words or --blocklist would compute them")
+        print("filter     no quality signals: --unsafe both needs --bad_words and --blocklist,")
+        print("           --unsafe either one of them")
         return
     print(
         f"filter     of {seen:,} documents, curse words and blocklist: {kept['kept, both']:,} kept"

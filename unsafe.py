@@ -44,6 +44,10 @@ RULES = {  # what a document has to be, before anybody asks whether it is unsafe
     "top 2-gram at most 20 %": lambda s: s["top_2gram"] <= 0.2,
 }
 UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
+LISTS_NEEDED = {  # as many lists as reasons, where a corpus has no quality signals
+    "both": "--unsafe both needs --bad_words and --blocklist; with one of them say --unsafe either",
+    "either": "--unsafe either needs --bad_words or --blocklist",
+}
 PER_SHARD = 20_000  # documents
 OUTPUTS = [split for split in SPLITS if split != "all"]
 AT_ONCE = 8192  # documents that stage 2 sees together: one in fifty is asked about
@@ -162,9 +166,10 @@ def same_document(record: dict, signals: dict) -> bool:
     return url is None or "url" not in record or record["url"] == url
 
 
-def documents(options, skips: Skips) -> Iterator[tuple[str, dict, dict]]:
-    """(text, signals, meta) of every document that has signals, or gets them."""
+def documents(options, skips: Skips, unsafe: str) -> Iterator[tuple[str, dict, dict]]:
+    """(text, signals, meta) of every document that has signals, or gets them from enough lists."""
     bad_words, blocklist = read_bad_words(options.bad_words), read_blocklist(options.blocklist)
+    enough = bool(bad_words) + bool(blocklist) >= UNSAFE[unsafe]
     signalled = False  # some document before this one had signals
     for name in list_files(options.source):
         for number, record in records_with_signals(name, skips):
@@ -174,10 +179,9 @@ def documents(options, skips: Skips) -> Iterator[tuple[str, dict, dict]]:
             if text is None:
                 skips.note(reason, where)
                 continue
-            if not (quality or bad_words or blocklist):
+            if not (quality or enough):
                 if not signalled:
-                    what = f"{where} has no quality signals: give --bad_words or --blocklist"
-                    raise DataError(what)
+                    raise DataError(f"{where} has no quality signals: {LISTS_NEEDED[unsafe]}")
                 skips.note("no quality signals", where)
                 continue
             signalled = signalled or bool(quality)
@@ -246,7 +250,7 @@ class Shards:
 
 def stage_one(options, skips: Skips, fates: Counter) -> Iterator[tuple[str, str, dict]]:
     """(split, text, meta) of the documents that the rules keep; the others are counted by rule."""
-    for text, signals, meta in documents(options, skips):
+    for text, signals, meta in documents(options, skips, options.unsafe):
         if reason := first_failure(signals, options.unsafe):
             fates[reason] += 1
         else:

@@ -213,8 +213,17 @@ def test_signals_are_computed_where_there_are_none(tmp_path, capsys):
         out = tmp_path / reading
         fates = unsafe.run(options(tmp_path / "a.jsonl", out, unsafe=reading, **lists))
         assert sum(n for fate, n in fates.items() if "kept" in fate) == count
-    with pytest.raises(DataError, match="--bad_words"):
-        unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "none"))
+    for reading, given, words in (
+        ("both", {}, "needs --bad_words and --blocklist; with one"),
+        ("both", {"bad_words": lists["bad_words"]}, "needs --bad_words and --blocklist; with one"),
+        ("either", {}, "needs --bad_words or --blocklist"),
+    ):
+        with pytest.raises(DataError, match=words):
+            unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "no", unsafe=reading, **given))
+    one = options(
+        tmp_path / "a.jsonl", tmp_path / "one", unsafe="either", blocklist=lists["blocklist"]
+    )
+    assert sum(n for fate, n in unsafe.run(one).items() if "kept" in fate) == 2
 
 
 def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
