@@ -309,10 +309,22 @@ def load_engine(folder: str, size: int, device: str = "cpu"):
     """(Engine, tokenizer) of a folder; ValueError says what is wrong with it."""
     # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    check_folder(folder)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, dtype).requires_grad_(False)
     ends = {tokenizer.eos, *end_tokens(local_folder(folder, weights=False))}
     return Engine(model, ends, tokenizer.decode, size), tokenizer
+
+
+def check_folder(name: str):
+    """ValueError where a name, but for a URL, is no folder, or a run's that lies above its ckpt."""
+    if "://" in str(name):
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(f"there is no checkpoint folder {name}")
+    if (folder / "ckpt").is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{name} is a run: say {folder / 'ckpt'}")
 
 
 def end_tokens(folder: Path) -> list[int]:

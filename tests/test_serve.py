@@ -489,9 +489,14 @@ def test_sample_shows_checkpoints_side_by_side(folder, tmp_path, monkeypatch, ca
         engine.step()
     assert capsys.readouterr().out == sample.visible(tokenizer.decode(row.ids)) + "\n\n"
     assert sample.visible("é\x1b[2J\u202e\n") == "é\\x1b[2J\\u202e\n"
-    monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "none"), "w1"])
-    with pytest.raises(SystemExit, match="sample.py: there is no folder"):
-        sample.main()
+    (tmp_path / "run/ckpt").mkdir(parents=True)
+    for name, words in (
+        ("none", "there is no checkpoint folder .*none"),
+        ("run", "say .*run/ckpt"),
+    ):
+        monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / name), "w1"])
+        with pytest.raises(SystemExit, match=f"sample.py: .*{words}"):
+            sample.main()
     (tmp_path / "generation_config.json").write_text("[1]")
     monkeypatch.setattr("sys.argv", ["sample.py", other, "w1"])
     with pytest.raises(SystemExit, match="generation_config.json can't be read"):
