@@ -441,7 +441,11 @@ def parse_args(argv):
     flag.add_argument("--prompts", default="prompts", help="folder of prompt files")
     flag.add_argument("--seeds", type=int, default=1, help="judgments of each question; paper: 8")
     flag.add_argument("--device", default="cpu")
-    flag.add_argument("--out", default="evaluation.json", help="result with all continuations")
+    flag.add_argument(
+        "--out",
+        default="evaluation/result.json",
+        help="result with all continuations (default: %(default)s)",
+    )
     args = flag.parse_args(argv)
     check(flag, args)
     return args

@@ -1,11 +1,12 @@
 """Which comparison schedule names the best and the worst of K candidates, at how many questions?
 
-    python study.py                # 50 s of one core; prints a table, writes docs/comparisons.png
+    python study.py [PNG]    # 50 s of one core; prints a table, draws out/comparisons.png
 
 Offline, on continuations from the pocket world, whose true quality is known. The judge is simulated
 with three dials: noise flips a verdict, bias is how often the first option wins whatever it is,
 and blur makes close calls a matter of luck (logistic in the gap of true quality over blur)."""
 
+import argparse
 import random
 from pathlib import Path
 
@@ -100,18 +101,28 @@ def draw(rows, file):
         line[0].set_ylabel("true quality lost (best + worst)")
     axes[0][0].legend()
     figure.tight_layout()
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "picture",
+        type=Path,
+        nargs="?",
+        default="out/comparisons.png",
+        help="where the quality lost against the questions is drawn (default: %(default)s)",
+    )
+    picture = parser.parse_args().picture
     rows = study()
     print("| K | judge | schedule | questions | rounds | best | worst | quality lost |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for k, judge, name, questions, rounds, best, worst, regret in rows:
         cost = f"| {k} | {judge} | {name} | {questions:.0f} | {rounds:.0f} "
         print(cost + f"| {best:.0%} | {worst:.0%} | {regret:.3f} |")
-    draw(rows, Path("docs/comparisons.png"))
+    draw(rows, picture)
+    print(picture)
 
 
 if __name__ == "__main__":
