@@ -243,13 +243,21 @@ class Stream:
         raise DataError(f"no document to use in {self.name} ({counts or 'it is empty'})")
 
 
+USAGE = """usage: python data.py inspect PATH | filter PATH --out DIR
+
+  python data.py inspect --help   what is in a corpus
+  python data.py filter --help    RedPajama's unsafe documents, chosen in two stages"""
+
+
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["filter"]:
         import unsafe as command
     elif arguments[:1] == ["inspect"]:
         import inspect_corpus as command
+    elif arguments in (["-h"], ["--help"]):
+        return print(USAGE)
     else:
-        sys.exit("usage: python data.py inspect PATH | filter PATH --out DIR   (--help for more)")
+        sys.exit(USAGE)
     try:
         command.main(arguments[1:])
     except (ValueError, OSError, sqlite3.Error) as error:
