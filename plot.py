@@ -1,10 +1,12 @@
 """Pictures of runs: python plot.py RUN [RUN2 ...]
 
 In: run folders' log.jsonl and summary.json, finished or not. Out: RUN/training.png with the reward,
-the share of each source among the chosen, and the evaluation; of several runs RUN/compared.png, in
-the first one's folder, with their curves over each other.
+the share of each source among the chosen, and the evaluation (the loss where nothing is judged, of
+the base and the baseline before the method begins); of several runs RUN/compared.png, in the first
+one's folder, with their curves over each other.
 """
 
+import argparse
 import contextlib
 import json
 import sys
@@ -21,9 +23,12 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The lines of a run's log; the last one of a run that still writes may be cut off."""
-    lines = []
-    for text in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    """The lines of a run's log, none before its method begins; the last one of a run that still
+    writes may be cut off."""
+    path, lines = run / "log.jsonl", []
+    if not path.exists() and (run / "environment.json").exists():  # it trains its base
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines
@@ -42,6 +47,15 @@ def draw_curve(ax, log: list[dict], key: str, label: str):
         steps, values = zip(*points, strict=True)
         (curve,) = ax.plot(steps, smooth(list(values)), label=label)
         ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
+
+
+def draw_losses(ax, run: Path, log: list[dict]):
+    """The loss of a run, before its method begins those of its base and its baseline."""
+    before = [run / name for name in ("base", "baseline") if (run / name / "log.jsonl").exists()]
+    logs = {run.resolve().name: log} if log else {path.name: read_log(path) for path in before}
+    for name, lines in logs.items():
+        draw_curve(ax, lines, "loss", NAMES.get(name, name))
+    finish(ax, "loss")
 
 
 def draw_curves(ax, log: list[dict], prefix: str, names: list[str], ylabel: str):
@@ -100,7 +114,10 @@ def plot_run(run: Path) -> Path:
         draw_curves(axes[0], log, "reward.", kinds, "reward by kind of prompt")
         draw_curves(axes[1], log, "reward.", parts, "share")
     else:
-        draw_curves(axes[0], log, "reward.", sources, "reward (sum over kinds)")
+        if rewards:
+            draw_curves(axes[0], log, "reward.", sources, "reward (sum over kinds)")
+        else:
+            draw_losses(axes[0], run, log)
         draw_curves(axes[1], log, "chosen.", sources, "share of the chosen")
     axes[1].set_ylim(0, 1)
     if summary:
@@ -163,9 +180,12 @@ def plot_runs(runs: list[Path]) -> Path:
 
 
 if __name__ == "__main__":
-    folders = [Path(name) for name in sys.argv[1:]]
-    if not folders or sys.argv[1].startswith("-"):
-        sys.exit("usage: python plot.py RUN [RUN2 ...]")
+    parser = argparse.ArgumentParser(
+        description="Draws RUN/training.png of one run, its curves and evaluation; of several "
+        "FIRST_RUN/compared.png, their curves over each other."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or not")
+    folders = parser.parse_args().runs
     try:
         print(plot_run(folders[0]) if len(folders) == 1 else plot_runs(folders))
     except (FileNotFoundError, NotADirectoryError) as e:

@@ -18,7 +18,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
-from plot import NAMES, plot_run, read_log, read_summary
+from config import Config
+from plot import NAMES, overall, plot_run, read_log, read_summary
 from replay import pools_by_step, recorded_judge
 
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
@@ -177,21 +178,33 @@ def pools_of(run: Path, count: int) -> list[dict]:
 
 
 def evaluation_table(summary: dict) -> str:
-    """A row a policy and kind of prefix, as in summary.json."""
+    """A row a policy and kind of prefix, and one for its mean: what train.py prints at the end."""
     if "suites" not in summary:
         return ""
-    head = "".join(f"<th>{html.escape(suite)}</th>" for suite in summary["suites"])
-    rows = [
-        f"<tr><td>{html.escape(NAMES.get(policy, policy))}</td><td>{html.escape(kind)}</td>"
-        + "".join(
-            f"<td>{cell[suite]:.1%}</td>" if cell.get(suite) is not None else "<td></td>"
-            for suite in summary["suites"]
-        )
-        + "</tr>"
-        for policy, kinds in summary["policies"].items()
-        for kind, cell in kinds.items()
-    ]
-    return f"<table><tr><th></th><th>prefixes</th>{head}</tr>{''.join(rows)}</table>"
+    cells = [cell for kinds in summary["policies"].values() for cell in kinds.values()]
+    nll = any(cell.get("nll") is not None for cell in cells)
+    columns, rows = [*summary["suites"], *["nll"] * nll], []
+    head = ["", "prefixes", *summary["suites"], *["held-out NLL"] * nll]
+    for policy, kinds in summary["policies"].items():
+        for kind, cell in kinds.items():
+            rows.append(
+                [NAMES.get(policy, policy), kind, *(shown(c, cell.get(c)) for c in columns)]
+            )
+        if len(kinds) > 1:
+            means = [shown(c, overall(kinds, c)) for c in columns]
+            rows.append([NAMES.get(policy, policy), "mean", *means])
+
+    def line(cells: list[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    body = "".join(line(cells, "th" if cells[1] == "mean" else "td") for cells in rows)
+    return f"<table>{line(head, 'th')}{body}</table>"
+
+
+def shown(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if column == "nll" else f"{value:.1%}"
 
 
 def page(run: Path, pools: list[dict]) -> str:
@@ -207,6 +220,9 @@ def page(run: Path, pools: list[dict]) -> str:
     )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     policy += f"script-src 'sha256-{script}'"
+    judge = config["judge_model"]
+    if judge == Config.judge_model:  # no name of its own: its place says more
+        judge = config["judge_url"]
     title = html.escape(f"{run.resolve().name}: {config['objective']}, {config['candidates']}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -215,7 +231,7 @@ def page(run: Path, pools: list[dict]) -> str:
 <h1>{title}</h1>
 <p class="quiet">{len(read_log(run)):,} of {config["max_steps"]:,} steps, policy from
 {html.escape(config["init_from"])}, data {html.escape(config["data"])}, judge
-{html.escape(config["judge_model"])}</p>
+{html.escape(judge)}</p>
 <img alt="reward, share of the chosen, evaluation" src="data:image/png;base64,{picture}">
 {evaluation_table(read_summary(run))}
 <details><summary>settings</summary><table class="settings">{settings}</table></details>

@@ -83,6 +83,31 @@ def test_bars_are_means_over_what_was_judged():
     assert [text.get_text() for text in ax.texts] == ["75", "50", "-"]
 
 
+def test_the_evaluation_has_means_and_the_price():
+    cell = {"quality": 0.5, "nll": 1.0, "n": {"nll": 1, "quality": 1}}
+    kinds = {"clean": cell, "unsafe": cell | {"quality": 1.0, "nll": 4.0}}
+    text = report.evaluation_table({"suites": ["quality"], "policies": {"method": kinds}})
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in text.split("</tr>")]
+    assert rows[0] == ["", "prefixes", "quality", "held-out NLL"]
+    assert rows[3] == ["self-improving", "mean", "75.0%", "2.50"]
+
+
+def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
+    """Its base's loss is drawn; a folder without environment.json is no run."""
+    young = tmp_path / "young"
+    (young / "base").mkdir(parents=True)
+    shutil.copy(run / "config.json", young)
+    (young / "base/log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(FileNotFoundError):
+        plot.plot_run(young)
+    (young / "environment.json").write_text("{}")
+    drawn, draw = [], plot.draw_curve
+    monkeypatch.setattr(plot, "draw_curve", lambda ax, *rest: drawn.append(rest) or draw(ax, *rest))
+    assert "0 of " in report.write_report(young, 2).read_text(encoding="utf-8")
+    assert [(len(log), key, name) for log, key, name in drawn] == [(2, "loss", "base")]
+    assert plot.plot_runs([young, run]).exists()
+
+
 def test_curves_of_several_runs(run, tmp_path):
     """Runs that have not finished, of the same name in two folders, and one that is not there."""
     other = shutil.copytree(run, tmp_path / run.name)
