@@ -194,6 +194,10 @@ def write_table(out: Path, name: str, seeds: list[int]) -> str:
     return text
 
 
+HOW_TO_RUN = """run what is missing: python reproduce.py table6 [rollouts ...], or reproduce.py all
+a row takes 1 to 10 minutes of one core for each seed; a seed's base, once for all rows, 5 to 12"""
+
+
 def listing(out: Path, seeds: list[int]) -> str:
     lines = []
     for name, rows in TABLES.items():
@@ -204,7 +208,7 @@ def listing(out: Path, seeds: list[int]) -> str:
                 runs = [folder(out, row, seed) / "evaluation.json" for seed in seeds]
                 finished = sum(run.exists() for run in runs)
                 lines.append(f"  {finished}/{len(seeds)}  {row.label:<40} {row.config} {changes}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", HOW_TO_RUN])
 
 
 def seed_list(text: str) -> list[int]:
@@ -221,9 +225,10 @@ def main(argv: list[str]) -> int:
     flag.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     args = flag.parse_args(argv)
     out = args.out.absolute()
-    wanted = list(TABLES) if args.tables == ["all"] else args.tables
+    wanted = list(TABLES) if "all" in args.tables else args.tables
     if unknown := [name for name in wanted if name not in TABLES]:
-        flag.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+        known = f"{', '.join(TABLES)}, and all of them: all"
+        flag.error(f"no table {', '.join(unknown)}; there are {known}")
     if args.list or not wanted:
         print(listing(out, args.seeds))
         return 0

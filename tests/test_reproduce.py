@@ -125,6 +125,14 @@ def test_page_without_and_with_runs():
         assert len(lines) == 2 + 16 and lines[-1].startswith("| 16 |")
 
 
+def test_the_list_says_how_to_run_a_table(tmp_path, capsys):
+    assert reproduce.main([f"--out={tmp_path}"]) == 0
+    assert "python reproduce.py table6" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reproduce.main([f"--out={tmp_path}", "table9"])
+    assert "all of them: all" in capsys.readouterr().err
+
+
 def test_record_and_table(tmp_path):
     cell = {"quality": 0.7, "coherence": 0.5, "factuality": 0.5, "safety": 0.9, "nll": 1.5}
     policies = {
