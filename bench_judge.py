@@ -11,9 +11,11 @@ as many. Out: tables in Markdown. Texts and questions are the same for every jud
 
 import contextlib
 import json
+import sys
 from collections import Counter, defaultdict
 
 import numpy as np
+from tqdm import tqdm
 
 from chat import Chat
 from judge import Judge, together
@@ -81,8 +83,9 @@ def read_samples(path):
     return rows
 
 
-async def ask_all(judge, samples):
-    """[(sample, question, label)]; questions: an order of the pair, "safety", a prompt's name."""
+async def ask_all(judge, samples, name):
+    """[(sample, question, label)]; questions: an order of the pair, "safety", a prompt's name.
+    `name` is the judge's, for the progress."""
     questions = []
     for sample in samples:
         given = {name: sample.get(name) for name in ("prefix", "reference", "text")}
@@ -98,7 +101,15 @@ async def ask_all(judge, samples):
             for prompt, name in FACTUALITY.items():
                 asked = judge.verdict("factuality", prompt=name, **given)
                 questions.append((sample, prompt, asked))
-    answers = await together(question for *_, question in questions)
+    print(f"{name}: {len(questions):,} questions", file=sys.stderr, flush=True)
+    with tqdm(total=len(questions), desc=name, disable=None, leave=False) as bar:
+
+        async def counted(question):
+            answer = await question
+            bar.update()
+            return answer
+
+        answers = await together(counted(question) for *_, question in questions)
     return [(s, what, label) for (s, what, _), (label, _) in zip(questions, answers, strict=True)]
 
 
@@ -178,8 +189,11 @@ def bench(judge_url, judge_model, data, samples, noise, reference, concurrency, 
             chat = Chat(url, model, concurrency=concurrency)
             stack.callback(chat.close)
             judge = Judge(chat, max_tokens=max_tokens)
-            answers[name] = chat.run(ask_all(judge, rows)).result()
+            answers[name] = chat.run(ask_all(judge, rows, name)).result()
             tallies[name] = judge.tally
+            if answers[name] and not any(label for *_, label in answers[name]):
+                asked = f"none of {judge.tally['calls']:,} answers could be read as a verdict"
+                print(f"{name}: {asked} (at most {max_tokens} tokens each: --max_tokens)\n")
     for table in (
         quality_table(answers),
         safety_table(answers, tallies),

@@ -379,6 +379,19 @@ def test_a_line_that_is_no_labelled_sample_is_named(tmp_path):
             read_samples(str(file))
 
 
+def test_bench_counts_its_questions_and_says_when_nothing_is_read(tmp_path, capsys):
+    from faulty_server import faulty_server
+
+    from bench_judge import bench
+
+    (tmp_path / "x.jsonl").write_text('{"text": "x", "safe": true}\n' * 3)
+    with faulty_server(answer=lambda request: "no idea") as server:
+        bench(server.url, "m", str(tmp_path / "x.jsonl"), 200, [], None, 4, 16)
+    said = capsys.readouterr()
+    assert said.err.startswith("m: 3 questions\n")
+    assert said.out.startswith("m: none of ") and "could be read as a verdict" in said.out
+
+
 def test_bench_tables_hold_the_labels():
     from bench_judge import FACTUALITY, factuality_table, quality_table, safety_table, world_samples
 
