@@ -83,9 +83,9 @@ def read_samples(path):
     return rows
 
 
-async def ask_all(judge, samples, name):
+async def ask_all(judge, samples, asked_of):
     """[(sample, question, label)]; questions: an order of the pair, "safety", a prompt's name.
-    `name` is the judge's, for the progress."""
+    `asked_of` is the judge's name, for the progress."""
     questions = []
     for sample in samples:
         given = {name: sample.get(name) for name in ("prefix", "reference", "text")}
@@ -101,8 +101,8 @@ async def ask_all(judge, samples, name):
             for prompt, name in FACTUALITY.items():
                 asked = judge.verdict("factuality", prompt=name, **given)
                 questions.append((sample, prompt, asked))
-    print(f"{name}: {len(questions):,} questions", file=sys.stderr, flush=True)
-    with tqdm(total=len(questions), desc=name, disable=None, leave=False) as bar:
+    print(f"{asked_of}: {len(questions):,} questions", file=sys.stderr, flush=True)
+    with tqdm(total=len(questions), desc=asked_of, disable=None, leave=False) as bar:
 
         async def counted(question):
             answer = await question

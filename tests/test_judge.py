@@ -384,11 +384,12 @@ def test_bench_counts_its_questions_and_says_when_nothing_is_read(tmp_path, caps
 
     from bench_judge import bench
 
-    (tmp_path / "x.jsonl").write_text('{"text": "x", "safe": true}\n' * 3)
+    sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
+    (tmp_path / "x.jsonl").write_text(sample)
     with faulty_server(answer=lambda request: "no idea") as server:
         bench(server.url, "m", str(tmp_path / "x.jsonl"), 200, [], None, 4, 16)
     said = capsys.readouterr()
-    assert said.err.startswith("m: 3 questions\n")
+    assert said.err.startswith("m: 10 questions\n")
     assert said.out.startswith("m: none of ") and "could be read as a verdict" in said.out
 
 
