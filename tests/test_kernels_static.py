@@ -50,8 +50,7 @@ def test_configurations(arch):
             continue
         ours, plain = (rows[f"{kernel} {D}"] for kernel in ("forward", "plain"))
         (matrix, other), (plain_matrix, plain_other) = ours["loops"][0], plain["loops"][0]
-        # The Triton that torch 2.13 brings, 3.7, schedules one instruction more on gfx942.
-        most = plain_other if triton.__version__.startswith("3.9") else 1.01 * plain_other
-        assert matrix == plain_matrix and other <= most
-        assert ours["registers"] <= plain["registers"]
-        assert ours["occupancy"] >= plain["occupancy"]
+        assert matrix == plain_matrix and ours["occupancy"] >= plain["occupancy"]
+        # For gfx942 Triton 3.7 and 3.8 take a few registers and instructions more.
+        slack = 1.0 if arch != "gfx942" or triton.__version__.startswith("3.9") else 1.06
+        assert other <= slack * plain_other and ours["registers"] <= slack * plain["registers"]
