@@ -549,6 +549,9 @@ def main(argv=None) -> int:
     warning = same_judge(args.checkpoint, args.judge_url, args.judge_model)
     if warning:
         print(warning, file=sys.stderr)
+    if args.judge_url == "world" and (args.data not in ("world", "none") or args.named):
+        foreign = "warning: the pocket world's teacher judges, and knows only its own texts"
+        print(f"{foreign}: set --judge_url", file=sys.stderr)
     with (
         start_teacher(**dials_of(Config(dials=args.dials)))
         if args.judge_url == "world"
