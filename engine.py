@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hub import local_folder
+from hub import check_folder, local_folder
 from model import Llama, load_model, rope_tables
 from rollout import sample
 from tokenizer import load_tokenizer
@@ -314,17 +314,6 @@ def load_engine(folder: str, size: int, device: str = "cpu"):
     model = load_model(folder, device, dtype).requires_grad_(False)
     ends = {tokenizer.eos, *end_tokens(local_folder(folder, weights=False))}
     return Engine(model, ends, tokenizer.decode, size), tokenizer
-
-
-def check_folder(name: str):
-    """ValueError where a name, but for a URL, is no folder, or a run's that lies above its ckpt."""
-    if "://" in str(name):
-        return
-    folder = Path(name)
-    if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint folder {name}")
-    if (folder / "ckpt").is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{name} is a run: say {folder / 'ckpt'}")
 
 
 def end_tokens(folder: Path) -> list[int]:

@@ -38,7 +38,7 @@ from data import SPLITS, DataError
 from eval_sets import HeldOut, held_out_sets
 from files import write_text
 from hf_policy import HFPolicy, load_hf
-from hub import local_folder
+from hub import check_folder, local_folder
 from judge import VERDICTS, Judge, together
 from model import ModelError, load_model
 from plot import NAMES, overall
@@ -103,6 +103,7 @@ class Checkpoint:
     """A folder whose continuations are kept, by what is in it: loaded when one is missing."""
 
     def __init__(self, folder: str, device: str, kept: "Generations"):
+        check_folder(folder)
         self.folder, self.device, self.kept = folder, device, kept
         self.tokenizer = load_tokenizer(folder)
 

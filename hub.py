@@ -129,3 +129,14 @@ def fetch(url: str, name: str, folder: Path, optional: bool = False) -> bool:
         ) from None
     part.replace(final)
     return True
+
+
+def check_folder(name: str):
+    """ValueError where a name, but for a URL, is no folder, or a run's that lies above its ckpt."""
+    if "://" in str(name):
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(f"there is no checkpoint folder {name}")
+    if (folder / "ckpt").is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{name} is a run: say {folder / 'ckpt'}")

@@ -249,6 +249,8 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     for wrong in ("--sets=beauty=x", "--sets=toxigen", "--sets=toxigen=", "--seeds=0", "--suite=,"):
         with pytest.raises(SystemExit):
             evaluate.main([*checkpoints, wrong])
+    with pytest.raises(ValueError, match="there is no checkpoint folder /nowhere"):
+        evaluate.main(["/nowhere", f"--out={second}"])
     with pytest.raises(ModelError, match="reads 2048 tokens, --max_seq is 4096"):
         evaluate.main([*checkpoints, "--max_seq=4096"])
     nothing = ["--data=none", f"--sets=toxigen={tmp_path / 'toxigen.csv'}", "--suite=quality"]
