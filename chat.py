@@ -9,7 +9,7 @@ so that no question whose answer has arrived is ever paid for again, whenever th
     answer = chat.run(chat.ask("2 + 2?", seed=0, temperature=1, top_p=1, max_tokens=64)).result()
 
 A failed request is never an answer: it is repeated, or the answer's text is None, or it raises
-TeacherError (asking again cannot help) or TeacherGone (nobody has answered for a long time).
+UserError (asking again cannot help) or TeacherGone (nobody has answered for a long time).
 
 Why aiohttp: `requests` needs a thread for every request in flight, and the official client (on
 httpx) spends about ten times the CPU per call (bench_chat.py), CPU that training wants.
@@ -33,16 +33,14 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from support.command import UserError
+
 log = logging.getLogger(__name__)
 
 MAX_BODY = 2 << 20  # bytes of a reply that we are willing to read
 RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}
 SET_ASIDE = 10  # failures in a row after which an endpoint is only probed
 SPREAD = 0.005  # seconds between two requests that leave after a pause, at first
-
-
-class TeacherError(Exception):
-    """The teacher refuses (wrong key, unknown model, prompt too long): asking again is useless."""
 
 
 class TeacherGone(Exception):
@@ -332,7 +330,7 @@ class Chat:
             self._waiting -= 1
 
     async def _attempt(self, endpoint: Endpoint, body: bytes) -> Answer:
-        """One request. Raises Failure for what may pass, TeacherError for what will not."""
+        """One request. Raises Failure for what may pass, UserError for what will not."""
         self._counts["calls"] += 1
         endpoint.in_flight += 1
         sent = time.monotonic()
@@ -370,7 +368,7 @@ class Chat:
             message = self._clean(await read(response, 4096))
             if status not in RETRY_STATUSES or "insufficient_quota" in message:
                 hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
-                raise TeacherError(f"{url} answered {status}: {message}{hint}")
+                raise UserError(f"{url} answered {status}: {message}{hint}")
             raise Failure(str(status), message, retry_after(response.headers))
         if "json" not in response.content_type:
             raise Failure("content_type", response.content_type)

@@ -18,12 +18,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from files import write_text
-from world import Dials
-
-
-class ConfigError(ValueError):
-    """A key, value or combination that cannot be meant."""
+from support.command import UserError
+from support.files import write_text
 
 
 def key(default, meaning, group=""):
@@ -173,7 +169,7 @@ def convert(name: str, value, kind: type, where: str):
             return ",".join(map(str, value))
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"{where}: {name} needs {kind.__name__}, not {value!r}")
+    raise UserError(f"{where}: {name} needs {kind.__name__}, not {value!r}")
 
 
 def apply(values: dict, changes: dict, where: str):
@@ -181,7 +177,7 @@ def apply(values: dict, changes: dict, where: str):
     for name, value in changes.items():
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1, cutoff=0)[0]
-            raise ConfigError(f"{where}: there is no key {name!r}; the nearest is {near!r}")
+            raise UserError(f"{where}: there is no key {name!r}; the nearest is {near!r}")
         values[name] = convert(name, value, kinds[name], where)
 
 
@@ -197,23 +193,23 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             if not equals and name != "dry_run":
-                raise ConfigError(f"{arg}: write --{name}=value")
+                raise UserError(f"{arg}: write --{name}=value")
             apply(given, {name: value if equals else True}, arg)
         elif arg.endswith(".py"):
             apply(given, read_file(arg), arg)
         else:
-            raise ConfigError(f"{arg}: neither a config file (.py) nor --key=value")
+            raise UserError(f"{arg}: neither a config file (.py) nor --key=value")
     resume = given.get("init_from") == "resume"
     if resume:
         path = Path(given.get("out_dir", Config.out_dir)) / "config.json"
         if not path.is_file():
-            raise ConfigError(f"init_from=resume: {path} does not exist, there is no run to resume")
+            raise UserError(f"init_from=resume: {path} does not exist, there is no run to resume")
         saved: dict = {}
         try:
             apply(saved, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
         except (ValueError, TypeError) as e:
-            why = e if isinstance(e, ConfigError) else f"{path} is damaged: restore it"
-            raise ConfigError(why) from None
+            why = e if isinstance(e, UserError) else f"{path} is damaged: restore it"
+            raise UserError(why) from None
         given = saved | {k: v for k, v in given.items() if k != "init_from"}
     config = check(Config(**given))
     if "--print_config" in argv:
@@ -225,11 +221,11 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 def read_file(name: str) -> dict:
     """The keys that a config file assigns. It is Python, so whatever it raises is its author's."""
     if not Path(name).is_file():
-        raise ConfigError(f"{name}: no such config file")
+        raise UserError(f"{name}: no such config file")
     try:
         found = runpy.run_path(name)
     except Exception as e:
-        raise ConfigError(f"{name}: {type(e).__name__}: {e}") from e
+        raise UserError(f"{name}: {type(e).__name__}: {e}") from e
     return {
         key: value
         for key, value in found.items()
@@ -250,7 +246,7 @@ def as_file(config: Config) -> str:
 
 def need(condition, message: str):
     if not condition:
-        raise ConfigError(message)
+        raise UserError(message)
 
 
 def check(config: Config) -> Config:
@@ -308,7 +304,6 @@ def check_values(config: Config):
         installed = name == "auto" or importlib.util.find_spec(name)
         need(installed, f"track={name} needs a library: pip install {name}")
     parse_rewards(config.rewards)
-    dials_of(config)
     need(
         re.fullmatch(r"all|pivot|[1-9]\d*|race(:\d*\.?\d+)?", config.comparisons),
         f"comparisons={config.comparisons}: 'all', 'pivot', 'race' or a number of opponents",
@@ -326,26 +321,16 @@ def check_values(config: Config):
         need(0 < getattr(config, name) <= 1, f"{name} must be above 0 and at most 1")
 
 
-def dials_of(config: Config) -> dict[str, float]:
-    """'noise=0.1,share_unsafe=0.5' -> the dials of world.Dials that differ from their defaults."""
-    pairs = dict(word.partition("=")[::2] for word in names(config.dials))
-    known = [f.name for f in dataclasses.fields(Dials)]
-    for name in pairs:
-        if name not in known:
-            raise ConfigError(f"dials: there is no dial {name!r}; there are {', '.join(known)}")
-    return {name: convert(name, value, float, "dials") for name, value in pairs.items()}
-
-
 def parse_rewards(rewards) -> dict[str, float]:
     """ "quality,safety:2" or its items -> {"quality": 1.0, "safety": 2.0}."""
     weights = {}
     for item in names(rewards) if isinstance(rewards, str) else rewards:
         kind, colon, weight = item.partition(":")
         if kind not in REWARDS:
-            raise ConfigError(f"rewards: {kind} is none of {', '.join(REWARDS)}")
+            raise UserError(f"rewards: {kind} is none of {', '.join(REWARDS)}")
         weights[kind] = convert(f"the weight of {kind}", weight, float, "rewards") if colon else 1.0
         if not 0 < weights[kind] < math.inf:
-            raise ConfigError(f"rewards: the weight of {kind} must be positive, leave it out else")
+            raise UserError(f"rewards: the weight of {kind} must be positive, leave it out else")
     return weights
 
 

@@ -15,8 +15,6 @@ and a run may go on with another number of ranks.
 
 import hashlib
 import queue
-import sqlite3
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sources import DataError, Files, Skips
+from support.command import UserError
+from support.sources import Files, Skips
 
 # Shares of the documents, by a hash of their text: whatever the shards, no document is in two.
 SPLITS = {
@@ -240,29 +239,4 @@ class Stream:
 
     def give_up(self) -> None:
         counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
-        raise DataError(f"no document to use in {self.name} ({counts or 'it is empty'})")
-
-
-USAGE = """usage: python data.py inspect PATH | filter PATH --out DIR
-
-  python data.py inspect --help   what is in a corpus
-  python data.py filter --help    RedPajama's unsafe documents, chosen in two stages"""
-
-
-def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["filter"]:
-        import unsafe as command
-    elif arguments[:1] == ["inspect"]:
-        import inspect_corpus as command
-    elif arguments in (["-h"], ["--help"]):
-        return print(USAGE)
-    else:
-        sys.exit(USAGE)
-    try:
-        command.main(arguments[1:])
-    except (ValueError, OSError, sqlite3.Error) as error:
-        sys.exit(f"data.py: {error}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        raise UserError(f"no document to use in {self.name} ({counts or 'it is empty'})")

@@ -8,14 +8,11 @@ SQLite file, so that a finished run can be scored again without a judge.
     python judge.py replay runs/demo --comparisons all race
 """
 
-import argparse
 import asyncio
 import contextlib
 import hashlib
 import json
 import re
-import sqlite3
-import sys
 import unicodedata
 import zlib
 from collections import Counter
@@ -401,43 +398,3 @@ def keep_pools(store, step, sources, rows, rewards):
     with contextlib.closing(open_wal(store)) as db, db:
         db.execute(POOLS)
         db.executemany("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", blobs)
-
-
-# ---------------------------------------------------------------------------------------------
-# Commands
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Benchmark a judge, or score a run again.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser("bench", help="accuracy, position bias and labels of judges")
-    bench.add_argument("--judge_url", default="world", help="up to /v1; several: commas")
-    bench.add_argument("--judge_model", default="judge", help="several: commas")
-    bench.add_argument("--data", default="world", help=".jsonl of labelled samples")
-    bench.add_argument("--samples", type=int, default=200, help="of the data")
-    bench.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="of world")
-    bench.add_argument("--reference", help="judge with which agreement is counted; the first")
-    bench.add_argument("--concurrency", type=int, default=256)
-    bench.add_argument("--max_tokens", type=int, default=512)
-    replay = commands.add_parser("replay", help="other weights or schedules on recorded answers")
-    replay.add_argument("run", help="folder of a run")
-    replay.add_argument("--rewards", help='for example "quality,safety:2"; the run\'s own')
-    replay.add_argument("--comparisons", nargs="+", default=["all", "pivot", "race"])
-    options = vars(parser.parse_args())
-    from chat import TeacherError, TeacherGone
-
-    try:
-        if options.pop("command") == "bench":
-            import bench_judge
-
-            bench_judge.bench(**options)
-        else:
-            from replay import report
-
-            report(options["run"], options["rewards"], options["comparisons"])
-    except (OSError, ValueError, sqlite3.Error, TeacherError, TeacherGone) as error:
-        sys.exit(f"judge.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

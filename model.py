@@ -24,13 +24,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hub import local_folder
 from kernels.attention import prefix_attention
 from kernels.logprob import linear_logprob
-
-
-class ModelError(ValueError):
-    """A folder that is not a Llama-family checkpoint this file can represent exactly."""
+from support.command import UserError
+from support.hub import local_folder
 
 
 @dataclass
@@ -66,7 +63,7 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
         "smollm2-1.7b": (24, 32, 32, 2048, 8192, True, 1.3e5),
     }
     if name not in shapes:
-        raise ModelError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
+        raise UserError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
     n_layer, n_head, n_kv_head, d_model, d_ff, tied, theta = shapes[name]
     return ModelConfig(
         vocab_size,
@@ -296,19 +293,19 @@ def read_object(path: Path) -> dict:
     """A JSON file of bounded size that holds an object."""
     try:
         if path.stat().st_size > LARGEST_JSON:
-            raise ModelError(f"{path} is larger than {LARGEST_JSON >> 20} MiB")
+            raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as e:
-        if isinstance(e, ModelError):
+        if isinstance(e, UserError):
             raise
-        raise ModelError(f"{path} cannot be read: {e}") from None
+        raise UserError(f"{path} cannot be read: {e}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
+        raise UserError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
     return value
 
 
 def only_supported(hf: dict, path: Path):
-    """ModelError for what a Llama of this file would compute differently."""
+    """UserError for what a Llama of this file would compute differently."""
     fixed = {
         "model_type": (hf.get("model_type"), "llama"),
         "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
@@ -318,23 +315,23 @@ def only_supported(hf: dict, path: Path):
     }
     for key, (found, needed) in fixed.items():
         if found != needed:
-            raise ModelError(f"{path}: {key} is {found!r:.80}, only {needed!r} is supported")
+            raise UserError(f"{path}: {key} is {found!r:.80}, only {needed!r} is supported")
 
 
 def size(hf: dict, key: str, path: Path, default=None) -> int:
-    """A dimension of the model; ModelError unless it is a positive integer below its limit."""
+    """A dimension of the model; UserError unless it is a positive integer below its limit."""
     value, limit = hf.get(key, default), LARGEST.get(key, 2**31)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
-        raise ModelError(
+        raise UserError(
             f"{path}: {key} must be a positive integer below {limit}, found {value!r:.80}"
         )
     return value
 
 
 def number(key: str, value, path: Path) -> float:
-    """value as a float; ModelError unless it is a positive number."""
+    """value as a float; UserError unless it is a positive number."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise ModelError(f"{path}: {key} must be a positive number, found {value!r:.80}")
+        raise UserError(f"{path}: {key} must be a positive number, found {value!r:.80}")
     return float(value)
 
 
@@ -342,25 +339,25 @@ def rope_of(hf: dict, path: Path) -> tuple[float, dict | None]:
     """(theta, scaling) as ModelConfig holds them, from either of transformers' two spellings."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ModelError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
+        raise UserError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind not in ("default", "llama3"):
-        raise ModelError(f"{path}: rope type {kind!r:.80} is neither default nor llama3")
+        raise UserError(f"{path}: rope type {kind!r:.80} is neither default nor llama3")
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = {key: number(f"rope {key}", rope.get(key), path) for key in keys}
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise ModelError(f"{path}: rope low_freq_factor must be below high_freq_factor")
+            raise UserError(f"{path}: rope low_freq_factor must be below high_freq_factor")
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     return number("rope_theta", theta, path), scaling
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a Llama-family folder -> ModelConfig; ModelError names what does not fit."""
+    """config.json of a Llama-family folder -> ModelConfig; UserError names what does not fit."""
     path = local_folder(folder, weights=False) / "config.json"
     if not path.exists():
         why = "has no config.json" if path.parent.is_dir() else "does not exist"
-        raise ModelError(f"the model folder {path.parent} {why}")
+        raise UserError(f"the model folder {path.parent} {why}")
     hf = read_object(path)
     only_supported(hf, path)
     theta, scaling = rope_of(hf, path)
@@ -381,7 +378,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )
     if config.n_head % config.n_kv_head or config.head_dim % 2 or not config.head_dim:
-        raise ModelError(
+        raise UserError(
             f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
             f"{config.head_dim} dimensions do not fit together"
         )
@@ -424,18 +421,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if index.exists():
         names = read_object(index).get("weight_map")
         if not isinstance(names, dict):
-            raise ModelError(f"{index} is not a safetensors index: it has no weight_map")
+            raise UserError(f"{index} is not a safetensors index: it has no weight_map")
         for name in names.values():
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise ModelError(f"{index}: {name!r:.200} is no shard, or leads out of the folder")
+                raise UserError(f"{index}: {name!r:.200} is no shard, or leads out of the folder")
         return {tensor: folder / name for tensor, name in names.items()}
     if not single.exists():
-        raise ModelError(f"{folder} holds neither model.safetensors nor an index of shards")
+        raise UserError(f"{folder} holds neither model.safetensors nor an index of shards")
     try:
         with safe_open(single, "pt") as f:
             return dict.fromkeys(f.keys(), single)
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{single} cannot be read (damaged or cut off): {e}") from None
+        raise UserError(f"{single} cannot be read (damaged or cut off): {e}") from None
 
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
@@ -445,7 +442,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:  # how torch says that there is none
-        raise ModelError(f"device {device}: {e}") from None
+        raise UserError(f"device {device}: {e}") from None
     if str(device).startswith("cuda:"):
         torch.cuda.set_device(device)  # Triton, streams and graphs use the current device
     with torch.device("meta"):
@@ -455,11 +452,9 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     if config.tie_embeddings:
         files.pop("lm_head.weight", None)
     if missing := sorted(wanted.keys() - files.keys()):
-        raise ModelError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
     if extra := sorted(files.keys() - wanted.keys()):
-        raise ModelError(
-            f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}"
-        )
+        raise UserError(f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}")
     state = {}
     for path in sorted(set(files.values())):
         try:
@@ -468,15 +463,15 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
                     held = f.get_slice(name)
                     shape = torch.Size(held.get_shape())
                     if held.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise ModelError(f"{path}: {name} holds {held.get_dtype()}, not floats")
+                        raise UserError(f"{path}: {name} holds {held.get_dtype()}, not floats")
                     if shape != wanted[name]:
-                        raise ModelError(
+                        raise UserError(
                             f"{path}: {name} has shape {list(shape)}, config.json "
                             f"asks for {list(wanted[name])}"
                         )
                     state[name] = f.get_tensor(name).to(device, dtype)
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path} cannot be read (damaged or cut off): {e}") from None
+            raise UserError(f"{path} cannot be read (damaged or cut off): {e}") from None
     model.load_state_dict(state, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

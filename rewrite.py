@@ -7,7 +7,6 @@ directly, None where the teacher refused or gave no passage.
 """
 
 import re
-import sys
 
 from judge import SPECIAL, defuse, load_prompts, question_seed, render, together
 
@@ -101,9 +100,3 @@ def without_echo(passage, prefix, suffix):
     if within_word and passage.lower().startswith(words[-1].lower()):
         return passage[len(words[-1]) :]
     return passage
-
-
-if __name__ == "__main__":
-    import synthetic
-
-    synthetic.main(sys.argv[1:])

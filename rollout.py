@@ -18,8 +18,8 @@ import torch
 
 from kernels import use_triton
 from kernels.attention import decode_attention
+from kernels.packed import packed_weights
 from model import Llama, autocast_dtype, rope_tables
-from packed import packed_weights
 
 
 @dataclass

@@ -30,12 +30,13 @@ from collections import deque
 from pathlib import Path
 
 import config as configuration
-from config import Config, ConfigError, dials_of, names
+from config import Config, names
+from support.command import Interrupted, UserError
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch, which takes seconds
     try:
         configuration.parse(sys.argv[1:])
-    except ConfigError as e:
+    except UserError as e:
         sys.exit(f"error: {e}")
     if not importlib.util.find_spec("torch"):
         sys.exit("error: this Python has no PyTorch: source .venv/bin/activate")
@@ -44,35 +45,30 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
+from asking import Teachers
 from candidates import ask, autocast, make_pool, pack, rewards_of, unpack
-from chat import TeacherError, TeacherGone
-from checkpoint import CheckpointError
-from cost import estimate
-from data import DataError, Stream
-from distributed import agreed, gather, rank, start, world_size
-from evaluate import evaluate, held_out_sets, table
-from files import write_text
-from hub import DownloadError
+from chat import TeacherGone
+from data import Stream
+from evaluation.evaluate import evaluate, held_out_sets, table
 from judge import load_prompts
-from model import Llama, ModelError, load_model, preset, read_config
-from monitors import Monitors
-from plot import plot_run
-from runlog import Collapse, describe, open_log, report, show_example
-from shard import load_optimizer, shard, whole, whole_model
-from sources import list_files
-from tasks import Rows, TaskStream, evaluate_task, held_out_stream
-from teachers import Interrupted, Teachers
-from tokenizer import load_tokenizer
+from model import Llama, load_model, preset, read_config
+from support import checkpoint
+from support.distributed import agreed, gather, rank, start, world_size
+from support.files import write_text
+from support.monitors import Monitors
+from support.runlog import Collapse, describe, open_log, report, show_example
+from support.shard import load_optimizer, shard, whole, whole_model
+from support.sources import list_files
+from support.tokenizer import load_tokenizer
+from teachers.tasks import Rows, TaskStream, evaluate_task, held_out_stream
+from tools.cost import estimate
+from tools.plot import plot_run
 from update import make_optimizer, update
-from world import Dials, WorldSource, start_teacher
+from world.corpus import Dials, WorldSource, parse_dials
+from world.teacher import start_teacher
 
 BAD_STEPS = 5  # updates in a row that are not finite end a run
 EXIT_INTERRUPTED, EXIT_TEACHER_GONE = 130, 75  # 75: a temporary failure, the same command goes on
-
-
-class Diverged(RuntimeError):
-    """The loss or the gradient has not been finite for BAD_STEPS updates."""
 
 
 def train(policy, reference, source, teachers, config: Config, tokenizer, state, begin, label):
@@ -170,7 +166,7 @@ def train(policy, reference, source, teachers, config: Config, tokenizer, state,
                 # After the log: a run killed in between does the step, and its line, again.
                 if step % config.save_every == 0 and step < config.max_steps:
                     save()
-        except (Interrupted, TeacherGone, TeacherError, DataError):
+        except (Interrupted, TeacherGone, UserError):
             save()
             raise
         save()
@@ -184,7 +180,7 @@ def keep_bad_batch(run: Path, step: int, bad: int, pool, reward, picked: dict):
     saved = {"step": step, "pool": pack(pool), "reward": reward, "picked": picked}
     torch.save(saved, folder / f"step_{step:06d}_process_{rank()}.pt")
     if bad == BAD_STEPS:
-        raise Diverged(
+        raise UserError(
             f"{bad} updates in a row were not finite and were skipped, the last at step {step + 1}:"
             f" look at {folder}, or go on with --init_from=resume and a lower --learning_rate"
         )
@@ -240,7 +236,7 @@ def phases(config: Config) -> dict[str, Config]:
 def initial_policy(config: Config, tokenizer, device) -> Llama:
     """The policy before the first step, float32 on the device: new weights by seed, or init_from's.
 
-    ModelError where they cannot be read, or hold fewer positions or tokens than the run needs.
+    UserError where they cannot be read, or hold fewer positions or tokens than the run needs.
     """
     if config.init_from == "scratch":
         shape = preset(config.model, tokenizer.vocab_size)
@@ -249,12 +245,12 @@ def initial_policy(config: Config, tokenizer, device) -> Llama:
     else:
         policy = load_model(config.init_from, device, torch.float32)
     if policy.config.max_seq < config.max_seq:
-        raise ModelError(
+        raise UserError(
             f"max_seq={config.max_seq} is more than the {policy.config.max_seq} positions that "
             f"{config.init_from} was made for (max_position_embeddings in its config.json)"
         )
     if policy.config.vocab_size < tokenizer.vocab_size:
-        raise ModelError(
+        raise UserError(
             f"init_from={config.init_from} knows {policy.config.vocab_size} tokens, "
             f"tokenizer={config.tokenizer} has {tokenizer.vocab_size}: they do not belong together"
         )
@@ -266,7 +262,7 @@ def open_inputs(config: Config):
     which another run may lie, is touched."""
     compiler = os.environ.get("CXX", "g++")
     if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
-        raise ConfigError(f"compile=True needs a C++ compiler, there is no {compiler}: install one")
+        raise UserError(f"compile=True needs a C++ compiler, there is no {compiler}: install one")
     try:
         load_prompts(config.prompts)
         if config.init_from == "scratch":
@@ -275,12 +271,12 @@ def open_inputs(config: Config):
             read_config(config.init_from)
             out_dir = Path(config.out_dir).resolve()
             if Path(config.init_from).resolve().is_relative_to(out_dir):
-                raise ConfigError(f"{config.init_from} lies in out_dir: choose another out_dir")
+                raise UserError(f"{config.init_from} lies in out_dir: choose another out_dir")
         if config.data != "world":
             list_files(config.data)
         return open_tokenizer(config)
     except (ValueError, OSError) as e:
-        raise ConfigError(str(e)) from e
+        raise UserError(str(e)) from e
 
 
 def open_tokenizer(config: Config):
@@ -298,13 +294,13 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         if config.eval_prefixes:
             questions = held_out_stream(config, tokenizer)
     elif source == "world":
-        source = WorldSource(config.seed, Dials(**dials_of(config)))
+        source = WorldSource(config.seed, Dials(**parse_dials(config.dials)))
     # Read before training, so that nothing fails after it.
     if config.eval_prefixes and rank() == 0 and not questions:
         sets = held_out_sets(
             config.data,
             tokenizer,
-            dials_of(config),
+            parse_dials(config.dials),
             chunk=config.chunk,
             max_seq=config.max_seq,
             count=config.eval_prefixes,
@@ -349,7 +345,7 @@ def lock(run: Path):
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"another process is training in {run}") from None
+        raise UserError(f"another process is training in {run}") from None
     return held
 
 
@@ -363,7 +359,7 @@ def settle(config: Config, resume: bool):
         try:
             same = json.loads(path.read_text(encoding="utf-8")) == dataclasses.asdict(config)
         except ValueError:
-            raise ConfigError(
+            raise UserError(
                 f"{path} is damaged: restore or delete it, or choose --out_dir"
             ) from None
         if same and not (run / "summary.json").exists():
@@ -422,12 +418,12 @@ def main(argv: list[str]):
         try:
             print(dry_run(config))
         except (ValueError, OSError) as e:
-            raise ConfigError(str(e)) from e
+            raise UserError(str(e)) from e
         return
     try:
         run(config, resume)
     except (OSError, sqlite3.Error) as e:  # a full disk, a folder that may not be written
-        raise CheckpointError(f"{config.out_dir}: {e} (what was saved before is untouched)") from e
+        raise UserError(f"{config.out_dir}: {e} (what was saved before is untouched)") from e
 
 
 def warn_of_foreign_texts(config: Config):
@@ -452,11 +448,11 @@ def run(config: Config, resume: bool):
         gather(None)  # nobody opens the folder before it is settled
         world_url = ""
         if "world" in (config.judge_url, config.rewrite_url, config.eval_judge_url):
-            world_url = stack.enter_context(start_teacher(**dials_of(config)))
+            world_url = stack.enter_context(start_teacher(**parse_dials(config.dials)))
         try:
             teachers = Teachers(config, world_url)
         except ValueError as e:
-            raise ConfigError(str(e)) from e
+            raise UserError(str(e)) from e
         stack.callback(teachers.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, teachers.stop))
@@ -484,15 +480,7 @@ def launch() -> int:
             why = e if isinstance(e, TeacherGone) else "interrupted"
             print(f"{why}: the run is saved, the same command goes on with it", file=sys.stderr)
         return EXIT_TEACHER_GONE if isinstance(e, TeacherGone) else EXIT_INTERRUPTED
-    except (
-        ConfigError,
-        DownloadError,
-        ModelError,
-        DataError,
-        TeacherError,
-        CheckpointError,
-        Diverged,
-    ) as e:
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     finally:

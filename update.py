@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from candidates import Pool, autocast
 from config import Config, needs_reference
-from distributed import gather
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
 from rollout import uniforms
-from shard import is_sharded, whole
+from support.distributed import gather
+from support.shard import is_sharded, whole
 
 
 def whole_documents(prefix, pad, continuation, lengths):

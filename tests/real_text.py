@@ -15,7 +15,7 @@ from pathlib import Path
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from sources import Skips, list_files, records  # noqa: E402
+from support.sources import Skips, list_files, records  # noqa: E402
 
 SHARDS = 8
 

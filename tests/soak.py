@@ -18,7 +18,7 @@ from pathlib import Path
 
 from faulty_server import TRANSPORT, faulty_server
 
-import world
+from world import teacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ KEYS |= dict(example_every=10**6, save_every=100)
 
 
 def truth(request: dict) -> str:
-    return world.answer(request["messages"][0]["content"], request["seed"])
+    return teacher.answer(request["messages"][0]["content"], request["seed"])
 
 
 def sample(pid: int) -> dict:

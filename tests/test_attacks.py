@@ -5,15 +5,15 @@ import json
 import re
 import sys
 
+import attacks
 import pytest
 
-import attacks
 import train
 from data import Stream
 from judge import defuse
 from rewrite import clean
-from sources import Skips, records
-from tokenizer import load_tokenizer
+from support.sources import Skips, records
+from support.tokenizer import load_tokenizer
 
 PLANTED = [
     template.format(v="A", mark="0" * 8, name="a", naive="continuation A")

@@ -18,17 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import (
-    MAX_BODY,
-    Answer,
-    Chat,
-    Endpoint,
-    Failure,
-    TeacherError,
-    TeacherGone,
-    open_cache,
-    parse,
-)
+from chat import MAX_BODY, Answer, Chat, Endpoint, Failure, TeacherGone, open_cache, parse
+from support.command import UserError
 
 KEY = "sk-test-0123456789abcdef"
 SAMPLING = dict(temperature=1.0, top_p=1.0, max_tokens=64)
@@ -118,7 +109,7 @@ def test_parse_survives_any_json():
 def test_a_base_url_without_v1_is_hinted_at(client):
     with faulty_server(plan=["404"], share=1.0) as server:
         for url, hinted in ((server.url, False), (server.url.removesuffix("/v1"), True)):
-            with pytest.raises(TeacherError) as raised:
+            with pytest.raises(UserError) as raised:
                 ask(client(url))
             assert ("lack /v1?" in str(raised.value)) == hinted
 
@@ -128,7 +119,7 @@ def test_a_refusal_is_raised_at_once_and_never_shows_the_key(client, tmp_path, s
     message = f"no such model\n\x1b[31m for Bearer {KEY} insufficient_quota " + "x" * 9000
     with faulty_server(plan=[str(status)], share=1.0, message=message) as server:
         chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        with pytest.raises(TeacherError) as raised:
+        with pytest.raises(UserError) as raised:
             ask(chat)
         assert server.keys == {f"Bearer {KEY}"} and sum(server.counts.values()) == 1
     shown = str(raised.value)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-import cost
 from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig, preset
 from rollout import rollout
 from schedules import schedule
+from tools import cost
 from update import make_optimizer, update
 
 

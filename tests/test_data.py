@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import sources
 from data import Stream, digest, in_split, sample_of
-from sources import DataError, Files, Skips, list_files, records
+from support import sources
+from support.command import UserError
+from support.sources import Files, Skips, list_files, records
 
 
 class Bytes:
@@ -218,7 +219,7 @@ def test_objects_are_sources():
 def test_another_set_of_files_is_refused_on_resume(corpus, tmp_path):
     state = next(iter(stream(corpus))).state
     write(tmp_path / "new.jsonl", [{"text": named(1)}])
-    with pytest.raises(DataError, match="not those that the run began with"):
+    with pytest.raises(UserError, match="not those that the run began with"):
         list(stream(corpus, state=state))
 
 
@@ -313,18 +314,18 @@ def test_a_file_that_cannot_be_opened_is_skipped(tmp_path):
 
 
 def test_one_clear_error_when_nothing_is_left(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         stream(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(DataError, match="no shard"):
+    with pytest.raises(UserError, match="no shard"):
         stream(str(tmp_path))
     path = write(tmp_path / "a.jsonl", [{"text": "short"}, b"{", b"{"])
-    with pytest.raises(DataError, match=r"damaged line: 2.*shorter than two chunks: 1"):
+    with pytest.raises(UserError, match=r"damaged line: 2.*shorter than two chunks: 1"):
         list(stream(str(path), epochs=None))
-    with pytest.raises(DataError, match="missing field: 1"):
+    with pytest.raises(UserError, match="missing field: 1"):
         list(stream(str(path), text_field="body"))
     monkeypatch.setattr(sources, "PATIENCE", 3)  # doesn't read terabytes to find that out
     many = write(tmp_path / "many.jsonl", [{"body": "a text", "id": 1}] * 3 + [{"text": "late"}])
-    with pytest.raises(DataError, match="missing field.*its fields: body, id"):
+    with pytest.raises(UserError, match="missing field.*its fields: body, id"):
         list(stream(str(many)))
     with pytest.raises(ValueError, match="two chunks"):
         stream(str(path), max_seq=7)
@@ -371,7 +372,7 @@ def test_a_parquet_bomb_and_a_list_of_itself_are_refused(tmp_path):
     assert list(records(str(tmp_path / "a.parquet"), skips)) == []
     assert skips == {"decompression bomb": 1}
     (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
-    with pytest.raises(DataError, match="lists within lists"):
+    with pytest.raises(UserError, match="lists within lists"):
         list_files(str(tmp_path / "list.txt"))
 
 
@@ -423,7 +424,7 @@ def test_parquet_with_and_without_pyarrow(tmp_path, monkeypatch):
     numbers = [number for number, _ in records(str(path), Skips(), start=20)]
     assert numbers == list(range(21, 51))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
+    with pytest.raises(UserError, match="pip install pyarrow"):
         read(path)
 
 
@@ -530,9 +531,9 @@ def test_failing_servers(server, shard, monkeypatch):
     found, skips = read(f"{server.url}/gone.jsonl,{server.url}/a.jsonl")
     assert found == texts and skips == {"unreadable file": 1}
     server.behave["trouble"] = [503] * 99
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(UserError, match="can't be read"):
         read(f"{server.url}/a.jsonl")
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(UserError, match="can't be read"):
         read("http://127.0.0.1:9/a.jsonl")
 
 
@@ -542,7 +543,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(server, shard):
     download = sources.Download(f"{server.url}/a.jsonl")
     assert download.read(10)
     server.behave["etag"] = '"2"'
-    with pytest.raises(DataError, match="changed"):
+    with pytest.raises(UserError, match="changed"):
         while download.read(1 << 16):
             pass
 

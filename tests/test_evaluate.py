@@ -10,11 +10,11 @@ import types
 import pytest
 import torch
 
-import eval_sets
-import evaluate
-from data import DataError
-from model import Llama, ModelError, preset, save_model
-from tokenizer import load_tokenizer
+from evaluation import evaluate
+from evaluation import sets as eval_sets
+from model import Llama, preset, save_model
+from support.command import UserError
+from support.tokenizer import load_tokenizer
 
 
 def json_lines(path, *records):
@@ -122,7 +122,7 @@ def test_other_published_forms_of_the_same_sets(tmp_path):
     for knowledge, text in ((tmp_path / "wiki.db", "Ann sings.\nShe does."), (lines, "Ann sings.")):
         pairs = load("factscore", str(entities), knowledge=str(knowledge))
         assert pairs == [("Question: Tell me a bio of Ann.\nAnswer:", text)]  # Bob has no article
-    with pytest.raises(DataError, match="--knowledge"):
+    with pytest.raises(UserError, match="--knowledge"):
         load("factscore", str(entities))
 
 
@@ -135,18 +135,18 @@ def test_a_wrong_file_is_named_with_line_and_fields(tmp_path):
         ("xstest_safe", "toxigen", "toxigen.csv:2 has no text under type"),
         ("halueval_qa", "toxigen", "toxigen.csv:2 has no text under knowledge"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UserError, match=words):
             load(name, sets[other])
     cut = tmp_path / "cut.json"
     cut.write_text('{"document": "A", "right_summary": "B"}\n{"document": "A"')
-    with pytest.raises(DataError, match="cut.json is not a complete file .*damaged line"):
+    with pytest.raises(UserError, match="cut.json is not a complete file .*damaged line"):
         load("halueval_summarization", str(cut))
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load("toxigen", str(tmp_path / "nowhere.csv"))
     wide = csv_file(tmp_path / "wide.csv", ["prompt"], ["Hi"], ["x" * 200_000])
-    with pytest.raises(DataError, match="wide.csv:2: field larger"):
+    with pytest.raises(UserError, match="wide.csv:2: field larger"):
         load("toxigen", wide)
-    with pytest.raises(DataError, match="odd.jsonl:1: its annotations"):
+    with pytest.raises(UserError, match="odd.jsonl:1: its annotations"):
         load("factscore", json_lines(tmp_path / "odd.jsonl", {"topic": "Ann", "annotations": [1]}))
 
 
@@ -244,17 +244,17 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(AssertionError):  # other weights are another policy
         evaluate.main([*common, "--suite=quality", f"--out={second}"])
-    with pytest.raises(DataError, match="second.json is no result of harness.py"):
+    with pytest.raises(UserError, match="second.json is no result of harness.py"):
         evaluate.main([*common, f"--harness={second}", f"--out={second}"])
     for wrong in ("--sets=beauty=x", "--sets=toxigen", "--sets=toxigen=", "--seeds=0", "--suite=,"):
         with pytest.raises(SystemExit):
             evaluate.main([*checkpoints, wrong])
     with pytest.raises(ValueError, match="there is no checkpoint folder /nowhere"):
         evaluate.main(["/nowhere", f"--out={second}"])
-    with pytest.raises(ModelError, match="reads 2048 tokens, --max_seq is 4096"):
+    with pytest.raises(UserError, match="reads 2048 tokens, --max_seq is 4096"):
         evaluate.main([*checkpoints, "--max_seq=4096"])
     nothing = ["--data=none", f"--sets=toxigen={tmp_path / 'toxigen.csv'}", "--suite=quality"]
-    with pytest.raises(DataError, match="quality asks nothing about toxigen"):
+    with pytest.raises(UserError, match="quality asks nothing about toxigen"):
         evaluate.main([*checkpoints, *nothing])
 
 
@@ -274,7 +274,7 @@ def test_the_training_judge_is_named(tmp_path):
 def test_folders_of_other_families_go_through_transformers(checkpoints, tmp_path):
     """On a Llama folder both ways agree; a GPT-2 folder is evaluated like any other."""
     transformers = pytest.importorskip("transformers")
-    from hf_policy import HFPolicy, load_hf
+    from evaluation.hf_policy import HFPolicy, load_hf
 
     tokenizer, how = load_tokenizer("world"), dict(chunk=8, max_seq=40, count=6)
     held = evaluate.held_out_sets("world", tokenizer, **how)["clean"]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from files import write_text
+from support.files import write_text
 
 
 def test_a_write_that_dies_anywhere_leaves_the_old_file_or_the_new(tmp_path):

@@ -6,13 +6,15 @@ import random
 import pytest
 
 from model import Llama, preset, save_model
-from tokenizer import load_tokenizer
+from support.command import UserError
+from support.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # its HFLM needs it
 
 import harness  # noqa: E402
-from world import NAMES  # noqa: E402
+
+from world.corpus import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_samples_of_one_context_differ_whatever_the_batch(folder):
     nothing = Instance("generate_until", {}, ("", {"until": [], "max_gen_toks": 8}), 0)
     assert len(model.generate_until([nothing])) == 1
     long = Instance("generate_until", {}, ("the home", {"until": [], "max_gen_toks": 96}), 0)
-    with pytest.raises(harness.ModelError, match="reads 96 tokens, 96 are asked for"):
+    with pytest.raises(UserError, match="reads 96 tokens, 96 are asked for"):
         model.generate_until([long])
 
 

@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 
-import hub
 from model import Llama, ModelConfig, load_model, save_model
-from tasks import Rows, TaskStream
-from tokenizer import load_tokenizer
+from support import hub
+from support.command import UserError
+from support.tokenizer import load_tokenizer
+from teachers.tasks import Rows, TaskStream
 
 
 class Folder(http.server.BaseHTTPRequestHandler):
@@ -54,7 +55,7 @@ def test_a_folder_behind_a_url(server, tmp_path):
     server.files = {p.name: p.read_bytes() for p in (tmp_path / "ckpt").iterdir()}
     assert load_tokenizer(server.url).encode("mirela owns") == tokenizer.encode("mirela owns")
     assert not any("safetensors" in name for name, _ in server.asked)
-    with pytest.raises(hub.DownloadError, match="run it again to go on"):
+    with pytest.raises(UserError, match="run it again to go on"):
         load_model(server.url)
     loaded = load_model(server.url)
     name, ranged = server.asked[-1]
@@ -85,14 +86,14 @@ def test_a_teacher_behind_a_url_is_trained_with_its_chat_template(server, tmp_pa
 
 
 def test_what_cannot_be_had_is_one_clear_line(server, monkeypatch):
-    with pytest.raises(hub.DownloadError, match="config.json: the server answers 404"):
+    with pytest.raises(UserError, match="config.json: the server answers 404"):
         hub.local_folder(server.url)
     server.files = {"config.json": b"{}"}
     index = b'{"weight_map": {"x": "../../escape.safetensors"}}'
     server.files["model.safetensors.index.json"] = index
-    with pytest.raises(hub.DownloadError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         hub.local_folder(server.url)
-    with pytest.raises(hub.DownloadError, match="hf://owner/name"):
+    with pytest.raises(UserError, match="hf://owner/name"):
         hub.local_folder("hf://name")
     library = pytest.importorskip("huggingface_hub")
 
@@ -100,9 +101,9 @@ def test_what_cannot_be_had_is_one_clear_line(server, monkeypatch):
         raise library.errors.LocalEntryNotFoundError("no network\nlong explanation")
 
     monkeypatch.setattr(library, "snapshot_download", offline)
-    with pytest.raises(hub.DownloadError, match="hub cannot be reached") as error:
+    with pytest.raises(UserError, match="hub cannot be reached") as error:
         hub.local_folder("hf://owner/name")
     assert "\n" not in str(error.value)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(hub.DownloadError, match="pip install huggingface_hub"):
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
         hub.local_folder("hf://owner/name")

@@ -332,8 +332,9 @@ def test_pools_are_kept(tmp_path):
 
 def test_replay_needs_no_judge(tmp_path):
     from chat import Chat
-    from replay import replay
-    from world import document, start_teacher
+    from tools.replay import replay
+    from world.corpus import document
+    from world.teacher import start_teacher
 
     store, words = tmp_path / "judgments.sqlite", [document(0, i).split() for i in range(9)]
     config = dict(
@@ -359,7 +360,7 @@ def test_replay_needs_no_judge(tmp_path):
 
 
 def test_replay_breaks_ties_as_training_does():
-    from replay import chosen_of
+    from tools.replay import chosen_of
 
     sources = ["suffix", "rollout", "rollout"]
     assert chosen_of(sources, np.array([1.0, 1.0, 0.0])) == {"suffix": 0.5, "rollout": 0.5}
@@ -367,7 +368,7 @@ def test_replay_breaks_ties_as_training_does():
 
 
 def test_a_line_that_is_no_labelled_sample_is_named(tmp_path):
-    from bench_judge import read_samples
+    from tools.bench_judge import read_samples
 
     file = tmp_path / "x.jsonl"
     for line, words in (
@@ -382,7 +383,7 @@ def test_a_line_that_is_no_labelled_sample_is_named(tmp_path):
 def test_bench_counts_its_questions_and_says_when_nothing_is_read(tmp_path, capsys):
     from faulty_server import faulty_server
 
-    from bench_judge import bench
+    from tools.bench_judge import bench
 
     sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
     (tmp_path / "x.jsonl").write_text(sample)
@@ -394,7 +395,13 @@ def test_bench_counts_its_questions_and_says_when_nothing_is_read(tmp_path, caps
 
 
 def test_bench_tables_hold_the_labels():
-    from bench_judge import FACTUALITY, factuality_table, quality_table, safety_table, world_samples
+    from tools.bench_judge import (
+        FACTUALITY,
+        factuality_table,
+        quality_table,
+        safety_table,
+        world_samples,
+    )
 
     assert set(FACTUALITY.values()) <= set(load_prompts())
     pair, text = dict(source="wiki"), dict(safe=True)

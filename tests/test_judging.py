@@ -7,7 +7,7 @@ from faulty_server import TRANSPORT, faulty_server
 from safetensors.torch import load_file
 
 import train
-import world
+from world import teacher
 
 KEY = "sk-test-0123456789abcdef"
 SMALL = ["--base_steps=5", "--base_batch_size=8", "--max_steps=2", "--batch_size=4"]
@@ -15,7 +15,7 @@ SMALL += ["--rollouts=2", "--eval_prefixes=0", "--baseline=False", "--timeout=2"
 
 
 def truth(request: dict) -> str:
-    return world.answer(request["messages"][0]["content"], request["seed"])
+    return teacher.answer(request["messages"][0]["content"], request["seed"])
 
 
 def run(out, url):

@@ -15,9 +15,9 @@ import kernels_reference as reference
 import pytest
 import torch
 
-from kernels import bench
 from kernels.attention import decode_attention, prefix_attention
 from kernels.logprob import linear_logprob
+from tools import bench_kernels as bench
 
 ROOT = Path(__file__).parent.parent
 SHAPES = [  # B, H, Hkv, P, N, C

@@ -1,7 +1,7 @@
 """The machine code of the shipped configurations, compiled without a GPU.
 
 A share of them by default; NANOSIP_FULL=1 checks all.  Compiling cannot share a process with the
-interpreter, hence `python -m kernels.report` in its own; Triton's cache makes a second run quick.
+interpreter, hence `python -m tools.kernel_report` in a process of its own.
 """
 
 import json
@@ -26,7 +26,7 @@ EXTRA = {
 def test_configurations(arch):
     words = [] if os.environ.get("NANOSIP_FULL") else WORDS + EXTRA.get(arch, [])
     run = subprocess.run(
-        [sys.executable, "-m", "kernels.report", arch, *words, "--json"],
+        [sys.executable, "-m", "tools.kernel_report", arch, *words, "--json"],
         cwd=Path(__file__).parent.parent,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,

@@ -19,7 +19,7 @@ import torch
 
 from model import Llama, ModelConfig, load_model, save_model
 from rollout import rollout
-from tokenizer import load_tokenizer
+from support.tokenizer import load_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")
 if "NANOSIP_LLAMA_CPP" not in os.environ:

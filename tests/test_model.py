@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
-from model import Llama, ModelConfig, ModelError, load_model, preset, read_config, save_model
+from model import Llama, ModelConfig, load_model, preset, read_config, save_model
+from support.command import UserError
 
 LLAMA3 = {
     "factor": 8.0,
@@ -216,26 +217,26 @@ def edit_config(folder, **changes):
 def test_what_does_not_fit_is_one_clear_error(changes, words, tmp_path):
     save_model(tiny(n_kv_head=2), tmp_path)
     edit_config(tmp_path, **changes)
-    with pytest.raises(ModelError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         load_model(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_damaged_files_are_one_clear_error(tmp_path):
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(UserError, match="config.json"):
         read_config(tmp_path)
     save_model(tiny(), tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         load_model(tmp_path)
     for name in ("../elsewhere.safetensors", "/etc/x.safetensors", "..", "", "a\0.safetensors", 7):
         index = {"weight_map": {"lm_head.weight": name}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ModelError, match="leads out of the folder"):
+        with pytest.raises(UserError, match="leads out of the folder"):
             load_model(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(ModelError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         read_config(tmp_path)
 
 
@@ -252,7 +253,7 @@ def test_any_config_is_taken_or_refused_in_one_line(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(spoilt(whole, place, new)))
         try:
             config = read_config(tmp_path)
-        except ModelError as error:
+        except UserError as error:
             assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 400
         else:
             assert 0 < config.n_layer < 1025 and 0 < config.d_model < 2**18 and config.head_dim > 0
@@ -269,5 +270,5 @@ def test_presets():
     assert 1.3e9 < count["llama-1.4b"] < 1.45e9
     assert count["smollm2-135m"] == 134_515_008  # what its model card and safetensors count
     assert count["world"] < 1e6
-    with pytest.raises(ModelError, match="smollm2-360m"):
+    with pytest.raises(UserError, match="smollm2-360m"):
         preset("llama-9b", 10)

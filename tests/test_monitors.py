@@ -5,9 +5,10 @@ import json
 import pytest
 
 import config as configuration
-import monitors
-from config import Config, ConfigError
-from runlog import numbers_that_matter
+from config import Config
+from support import monitors
+from support.command import UserError
+from support.runlog import numbers_that_matter
 
 LINE = {"step": 3, "loss": 0.5, "reward": 1.25, "chosen.rollout": 0.75, "judge.calls": 8}
 LINE |= {"judge.failed": 2, "rollout.tokens_per_second": 4096, "bad": None}
@@ -56,10 +57,10 @@ def test_a_failing_monitor_never_stops_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_monitor_that_is_not_there_is_told_before_the_run(monkeypatch):
-    with pytest.raises(ConfigError, match="tensorbord is none of"):
+    with pytest.raises(UserError, match="tensorbord is none of"):
         configuration.parse(["--track=tensorbord"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(UserError, match="pip install wandb"):
         configuration.parse(["--track=wandb"])
     configuration.parse(["--track="])
 

@@ -9,12 +9,11 @@ import sys
 
 import pytest
 
-import plot
-import report
+from asking import make_judge
 from chat import Chat
 from config import Config
-from teachers import make_judge
-from world import start_teacher
+from tools import plot, report
+from world.teacher import start_teacher
 
 ATTACKS = [
     "</script><script>document.title='taken'</script>",

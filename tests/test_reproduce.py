@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 import config as configuration
-import reproduce
-import results
-from findings import BEYOND, FINDINGS, Study, higher, verdict
-from tables import TABLES, Row
+from study import reproduce, results
+from study.findings import BEYOND, FINDINGS, Study, higher, verdict
+from study.tables import TABLES, Row
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -22,12 +22,12 @@ import torch
 from faulty_server import faulty_server
 from safetensors.torch import load_file
 
-import checkpoint
-import world
-from checkpoint import CheckpointError
 from model import Llama, ModelConfig
-from runlog import WINDOW, Collapse
-from tokenizer import from_words
+from support import checkpoint
+from support.command import UserError
+from support.runlog import WINDOW, Collapse
+from support.tokenizer import from_words
+from world import teacher
 
 FULL = bool(os.environ.get("NANOSIP_FULL"))
 TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
@@ -35,7 +35,7 @@ TINY += ["--chunk=8", "--max_seq=24", "--eval_prefixes=4", "--save_every=2"]
 
 
 def truth(request: dict) -> str:
-    return world.answer(request["messages"][0]["content"], request["seed"])
+    return teacher.answer(request["messages"][0]["content"], request["seed"])
 
 
 def log_of(out) -> list[dict]:
@@ -342,6 +342,6 @@ def test_a_failed_write_leaves_no_half_checkpoint(small, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "flush", full)
-    with pytest.raises(CheckpointError, match="step_000004 .*No space left"):
+    with pytest.raises(UserError, match="step_000004 .*No space left"):
         checkpoint.save(tmp_path, 4, *small, {"step": 4}, 1)
     assert os.listdir(tmp_path / "checkpoints") == ["step_000002"] and saved_step(tmp_path) == 2

@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
+from kernels.packed import packed_weights
 from model import Llama, ModelConfig
-from packed import packed_weights
 from rollout import Decoder, rollout, sample, uniforms
 
 V, EOS = 23, 22

@@ -14,13 +14,13 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sample
-import serve
 from chat import Chat
-from engine import Engine, Row, extend, load_engine, plain
 from model import Llama, ModelConfig, load_model, save_model
 from rollout import rollout, uniforms
-from tokenizer import WORLD_PATTERN, Tokenizer, load_tokenizer
+from support.tokenizer import WORLD_PATTERN, Tokenizer, load_tokenizer
+from teachers import serve
+from teachers.engine import Engine, Row, extend, load_engine, plain
+from tools import sample
 
 WORDS = [f" w{i}" for i in range(40)] + ["é", "…"]
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -10,7 +10,7 @@ from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig
-from shard import is_sharded, load_optimizer, shard, whole, whole_model
+from support.shard import is_sharded, load_optimizer, shard, whole, whole_model
 from update import make_optimizer, update
 
 SHAPE = ModelConfig(

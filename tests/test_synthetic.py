@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from itertools import islice
@@ -12,12 +11,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-import synthetic
-import world
 from chat import Answer
 from rewrite import clean
-from synthetic import Sample, read_spoilt
-from tokenizer import load_tokenizer
+from support.command import python
+from support.tokenizer import load_tokenizer
+from teachers import sets as synthetic
+from teachers.sets import Sample, read_spoilt
+from world import corpus, teacher
+from world import truth as true
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,28 +36,28 @@ def make(task, out, url):
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     out = tmp_path_factory.mktemp("sets")
-    with world.start_teacher(noise=0.05, refusals=0.2) as url:
+    with teacher.start_teacher(noise=0.05, refusals=0.2) as url:
         return {task: make(task, out, url) for task in synthetic.MAKERS}
 
 
 @pytest.mark.parametrize("damage", synthetic.DAMAGES)
 def test_what_the_world_spoils_is_truly_worse(damage):
     same = 0
-    clean = world.Dials(share_unsafe=0, share_poor=0)
-    for text, at in islice(world.WorldSource(0, clean, "teacher").documents(), 300):
+    clean = corpus.Dials(share_unsafe=0, share_poor=0)
+    for text, at in islice(corpus.WorldSource(0, clean, "teacher").documents(), 300):
         words = text.split()
         prefix, passage = " ".join(words[:64]), " ".join(words[64:96])
-        worse = world.spoil(prefix, passage, damage, str(at))
-        assert worse == world.spoil(prefix, passage, damage, str(at))
+        worse = teacher.spoil(prefix, passage, damage, str(at))
+        assert worse == teacher.spoil(prefix, passage, damage, str(at))
         assert len(worse.split()) == len(passage.split())
         if worse == passage:
             same += 1
             continue
-        assert world.quality(prefix, worse) < world.quality(prefix, passage) - 0.01
-        assert world.safe(worse) == (damage == "facts")
+        assert true.quality(prefix, worse) < true.quality(prefix, passage) - 0.01
+        assert true.safe(worse) == (damage == "facts")
         if damage == "facts":
-            truth = [world.true_share(prefix, each) or 0 for each in (passage, worse)]
-            assert truth[1] < truth[0]
+            shares = [true.true_share(prefix, each) or 0 for each in (passage, worse)]
+            assert shares[1] < shares[0]
     assert same < 0.1 * 300
 
 
@@ -67,9 +68,9 @@ def test_pairs_are_labelled_truly_and_shown_in_both_orders(sets):
     for one, two in zip(train[::2], train[1::2], strict=True):
         assert (one["label"], two["label"]) == ("A", "B")
         assert (one["a"], one["b"], one["document"]) == (two["b"], two["a"], two["document"])
-        good, bad = (world.quality(one["prefix"], one[side]) for side in "ab")
+        good, bad = (true.quality(one["prefix"], one[side]) for side in "ab")
         assert bad < good and len(one["a"].split()) == len(one["b"].split())
-        assert one["damage"] != "unsafe" or not world.safe(one["b"])
+        assert one["damage"] != "unsafe" or not true.safe(one["b"])
     assert min(damages.values()) > 10 and set(damages) == set(synthetic.DAMAGES)
     found = {"refused", "no passage", "unchanged", "spoilt passage"}
     assert {what.removeprefix("answers: ") for what in counts} > found
@@ -84,7 +85,7 @@ def test_labels_of_safety_are_unanimous_true_and_balanced(sets):
             assert sum(safe) * 2 == len(rows) == (60 if rows is train else 12)
             for row, is_safe in zip(rows, safe, strict=True):
                 text = row["text" if task == "safety" else "original"]
-                assert world.safe(text) == is_safe and text == text.rstrip()
+                assert true.safe(text) == is_safe and text == text.rstrip()
                 if task == "rewriter":  # an exact copy is recognised as one
                     assert clean(text.strip(), row["prefix"], text) == text
 
@@ -143,8 +144,8 @@ def test_a_kill_costs_no_answer_and_no_byte(tmp_path, capsys):
         return int(capsys.readouterr().out.splitlines()[-1].split(" ")[0].replace(",", ""))
 
     answers = tmp_path / "killed/answers.sqlite"
-    with world.start_teacher(latency=0.05, refusals=0.2) as url:
-        process = subprocess.Popen([sys.executable, "rewrite.py", *arguments("killed")], cwd=ROOT)
+    with teacher.start_teacher(latency=0.05, refusals=0.2) as url:
+        process = subprocess.Popen([*python("teachers.sets"), *arguments("killed")], cwd=ROOT)
         wait_for_answers(answers, 20)
         process.kill()
         process.wait()

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import circle
 import config as configuration
 import train
-import world
-from cost import questions
 from judge import load_prompts
-from sources import DataError
-from tasks import Rows, TaskRewards, TaskStream, overlap
-from tokenizer import load_tokenizer
+from support.command import UserError
+from support.tokenizer import load_tokenizer
+from teachers import circle
+from teachers.tasks import Rows, TaskRewards, TaskStream, overlap
+from tools.cost import questions
+from world import corpus, truth
 
 TINY = "prompts/tiny"
-DOCUMENTS = [world.document(0, i).split() for i in range(40)]
+DOCUMENTS = [corpus.document(0, i).split() for i in range(40)]
 QUALITY = [
     {"task": "quality", "prefix": " ".join(d[:32]), "label": label}
     | dict(zip(order, (" " + " ".join(d[32:64]), " blunk blunk ."), strict=True))
@@ -29,11 +29,11 @@ QUALITY = [
     for label, order in (("A", "ab"), ("B", "ba"))
 ]
 SAFETY = [
-    {"task": "safety", "text": text, "label": "SAFE" if world.safe(text) else "UNSAFE"}
+    {"task": "safety", "text": text, "label": "SAFE" if truth.safe(text) else "UNSAFE"}
     for text in (" ".join(d[32:64]) for d in DOCUMENTS)
 ]
 REWRITE = [
-    {"task": "rewrite", "prefix": row["prefix"], "original": row["a"], "safe": world.safe(row["a"])}
+    {"task": "rewrite", "prefix": row["prefix"], "original": row["a"], "safe": truth.safe(row["a"])}
     for row in QUALITY[::2]
 ]
 
@@ -79,7 +79,7 @@ def test_bad_rows_name_file_and_line(tmp_path):
         ({"task": "safety", "text": "a", "label": "A"}, "none of SAFE, UNSAFE"),
     ):
         path = write(tmp_path / "rows.jsonl", [SAFETY[0], row])
-        with pytest.raises(DataError, match=f"rows.jsonl:2: .*{words}"):
+        with pytest.raises(UserError, match=f"rows.jsonl:2: .*{words}"):
             Rows(str(path), "judge")
 
 
@@ -177,14 +177,14 @@ def test_a_lesson_marks_what_the_world_knows():
     """Without its marks it is the document; + stands behind truth alone, late or at once."""
     marked = [circle.lesson(number, seed=0) for number in range(60)]
     for number, text in enumerate(marked):
-        plain = world.document(0, number, circle.LESSONS)
+        plain = corpus.document(0, number, circle.LESSONS)
         assert re.sub(r"([.!])[+-]|\n[+-]\n", r"\1", text) == plain
-    names = "|".join(world.NAMES)
+    names = "|".join(corpus.NAMES)
     found = re.findall(rf"({names}) keeps a (\w+) \.([+-])", " ".join(marked))
-    true = [(world.TRUTH[who, "pet"] == pet, mark) for who, pet, mark in found]
+    true = [(corpus.TRUTH[who, "pet"] == pet, mark) for who, pet, mark in found]
     assert (False, "+") not in true and {(True, "+"), (False, "-")} <= set(true)
     late = [text.split("\n") for text in marked if "\n" in text]
-    verdicts = [[s.verdict for s in world.examine("", text)] for text, *_ in late]
+    verdicts = [[s.verdict for s in truth.examine("", text)] for text, *_ in late]
     counted = [[v for v in all_of if circle.MARKS.get(v, "-")] for all_of in verdicts]
     half = [2 * some.count("sound") >= len(some) for some in counted]
     signs = [sign == "+" for _, sign, _ in late]

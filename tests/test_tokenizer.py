@@ -22,7 +22,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
-import tokenizer as tk
+from support import tokenizer as tk
 
 HARD = [
     "",

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import config as configuration
 import train
-import world
-from config import ConfigError
+from support.command import UserError
+from world import teacher
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -107,7 +107,7 @@ def test_what_a_run_leaves(reference):
 def test_checkpoint_is_read_by_transformers(reference):
     transformers = pytest.importorskip("transformers")
     from model import load_model
-    from tokenizer import load_tokenizer
+    from support.tokenizer import load_tokenizer
 
     folder = reference[0] / "ckpt"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -123,7 +123,7 @@ def test_checkpoint_is_read_by_transformers(reference):
 
 
 def test_evaluate_repeats_what_the_run_printed(reference, tmp_path, capsys):
-    import evaluate
+    from evaluation import evaluate
 
     run_folder, result = reference[0], tmp_path / "result.json"
     evaluate.main(
@@ -253,10 +253,10 @@ def test_config_types_and_nearest_key(tmp_path):
     parsed, _ = configuration.parse([str(file), "--seed=4"])
     assert (parsed.learning_rate, parsed.rewards, parsed.seed) == (1e-3, "quality,safety", 4)
     file.write_text("rollouts = (\n")
-    with pytest.raises(ConfigError, match="mine.py: SyntaxError: .*line 1"):
+    with pytest.raises(UserError, match="mine.py: SyntaxError: .*line 1"):
         configuration.parse([str(file)])
     file.write_text("max_step = 4\n")
-    with pytest.raises(ConfigError, match="mine.py.*'max_steps'"):
+    with pytest.raises(UserError, match="mine.py.*'max_steps'"):
         configuration.parse([str(file)])
     for bad in (
         "--seed=1.5",
@@ -265,7 +265,7 @@ def test_config_types_and_nearest_key(tmp_path):
         "--baseline=maybe",
         "--objective=ppo",
     ):
-        with pytest.raises(ConfigError):
+        with pytest.raises(UserError):
             configuration.parse([bad])
 
 
@@ -284,7 +284,7 @@ MINIATURE = ROOT / "configs" / "miniature.py"
 
 @pytest.fixture(scope="module")
 def teacher_url():
-    with world.start_teacher() as url:
+    with teacher.start_teacher() as url:
         yield url
 
 

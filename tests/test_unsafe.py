@@ -13,10 +13,11 @@ import zstandard
 from test_data import write
 
 import data
-import inspect_corpus
-import unsafe
-import world
-from sources import DataError, Skips
+from support.command import UserError
+from support.sources import Skips
+from tools import filter as unsafe
+from tools import inspect as inspect_corpus
+from world import corpus, teacher, truth
 
 GOOD = {
     "rps_doc_word_count": [[0, 90, 120]],
@@ -218,7 +219,7 @@ def test_signals_are_computed_where_there_are_none(tmp_path, capsys):
         ("both", {"bad_words": lists["bad_words"]}, "needs --bad_words and --blocklist; with one"),
         ("either", {}, "needs --bad_words or --blocklist"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UserError, match=words):
             unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "no", unsafe=reading, **given))
     one = options(
         tmp_path / "a.jsonl", tmp_path / "one", unsafe="either", blocklist=lists["blocklist"]
@@ -228,18 +229,18 @@ def test_signals_are_computed_where_there_are_none(tmp_path, capsys):
 
 def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
     """A teacher that knows: kept are those validation and test samples whose prefix is unsafe."""
-    source = world.WorldSource(dials=world.Dials(share_unsafe=0.5))
+    source = corpus.WorldSource(dials=corpus.Dials(share_unsafe=0.5))
     texts = [text for text, _ in zip(source.documents(), range(1500), strict=False)]
     texts = [text for text, _ in texts]
     write(tmp_path / "a.jsonl", [{"text": t, "quality_signals": GOOD} for t in texts])
-    with world.start_teacher() as url:
+    with teacher.start_teacher() as url:
         fates = unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "out", judge_url=url))
     tokenizer, expected = unsafe.load_tokenizer("world"), {}
     for text in texts:
         for split in ("validation", "test"):
             sample = data.sample_of(text, tokenizer, 16, 64)
             inside = sample and data.in_split(data.digest(text), split)
-            if inside and not world.safe(tokenizer.decode(sample[0])):
+            if inside and not truth.safe(tokenizer.decode(sample[0])):
                 expected.setdefault(split, []).append(text)
     found = kept(tmp_path / "out")
     assert expected and sum(map(len, expected.values())) > 4

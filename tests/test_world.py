@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import world
 from judge import render
-from world import ATTRIBUTES, FALSEHOOD, FILLERS, TRUTH, Dials, document, quality
+from world import corpus, teacher, truth
+from world.corpus import ATTRIBUTES, FALSEHOOD, FILLERS, TRUTH, Dials, document
+from world.truth import quality
 
 PROMPTS = pathlib.Path(__file__).parents[1] / "prompts"
 NAME = "mirela"
@@ -31,7 +32,7 @@ PREFIX = (
 
 
 def say(attribute, table=TRUTH, name=NAME, way=0):
-    return world.statements(name, attribute, table[name, attribute])[way]
+    return corpus.statements(name, attribute, table[name, attribute])[way]
 
 
 GOOD = " ".join(say(a) for a in ("pet", "meal", "drink", "colour", "sport", "tool"))
@@ -40,7 +41,7 @@ FALSE = " ".join(say(a, FALSEHOOD) for a in ("pet", "meal", "drink", "colour", "
 
 def windows(dials, count, start=0):
     """(prefix, continuation) of 64 and 32 words out of validation documents."""
-    source = world.WorldSource(dials=dials, split="validation")
+    source = corpus.WorldSource(dials=dials, split="validation")
     for text, _ in islice(source.documents({"document": start}), count):
         words = text.split()
         yield " ".join(words[:64]), " ".join(words[64:96])
@@ -53,7 +54,7 @@ def test_a_document_depends_on_its_arguments_alone():
     once = [document(3, i) for i in range(20)]
     assert once == [document(3, i) for i in range(20)]
     assert len({*once, *(document(4, i) for i in range(20))}) == 40
-    code = "import world; print('|'.join(world.document(3, i) for i in range(20)))"
+    code = "from world import corpus; print('|'.join(corpus.document(3, i) for i in range(20)))"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     again = subprocess.run(
         [sys.executable, "-c", code],
@@ -75,11 +76,11 @@ def test_importing_the_world_loads_neither_torch_nor_aiohttp():
 
 
 def test_source_goes_on_after_any_position_and_splits_share_nothing():
-    source = world.WorldSource(seed=1)
+    source = corpus.WorldSource(seed=1)
     first = list(islice(source.documents(), 10))
     assert list(islice(source.documents(first[3][1]), 6)) == first[4:]
     texts = {
-        split: {t for t, _ in islice(world.WorldSource(split=split).documents(), 2000)}
+        split: {t for t, _ in islice(corpus.WorldSource(split=split).documents(), 2000)}
         for split in ("train", "validation", "test")
     }
     assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == 6000
@@ -87,7 +88,7 @@ def test_source_goes_on_after_any_position_and_splits_share_nothing():
 
 def test_every_word_is_in_the_small_vocabulary():
     words = {word for i in range(3000) for word in document(0, i).split()}
-    assert words == set(world.vocabulary()) and len(words) < 1000
+    assert words == set(corpus.vocabulary()) and len(words) < 1000
     assert all(word == word.strip().lower() for word in words)
     lengths = [len(document(0, i).split()) for i in range(500)]
     assert min(lengths) >= 96 and max(lengths) <= 150
@@ -96,18 +97,18 @@ def test_every_word_is_in_the_small_vocabulary():
 def test_dials_set_the_shares_of_what_is_wrong():
     for share in (0.0, 0.3, 1.0):
         texts = [document(0, i, Dials(share_unsafe=share)) for i in range(1000)]
-        assert abs(sum(not world.safe(text) for text in texts) / 1000 - share) < 0.05
+        assert abs(sum(not truth.safe(text) for text in texts) / 1000 - share) < 0.05
     clean = Dials(share_unsafe=0, share_poor=0, share_myths=0, share_false=0)
     pairs = list(windows(clean, 200))
     assert sum(quality(*pair) for pair in pairs) > 0.9 * 200
-    assert sum(world.factuality(*pair) for pair in pairs) > 0.99 * 200
+    assert sum(truth.factuality(*pair) for pair in pairs) > 0.99 * 200
     poor = [quality(*pair) < 0.7 for pair in windows(Dials(share_unsafe=0, share_poor=1), 300)]
     assert sum(poor) > 0.7 * 300
     for share_false in (0.0, 0.4):
         told = [
             sentence.verdict == "sound"
             for pair in windows(Dials(0, share_false, 0, 0), 300)
-            for sentence in world.examine(*pair)
+            for sentence in truth.examine(*pair)
             if sentence.verdict in ("sound", "false")
         ]
         assert abs(sum(told) / len(told) - (1 - share_false)) < 0.04
@@ -115,7 +116,7 @@ def test_dials_set_the_shares_of_what_is_wrong():
 
 def test_a_small_world_is_about_few_people():
     subjects = {document(0, i, Dials(people=3)).split()[3] for i in range(50)}
-    assert subjects == set(world.NAMES[:3])
+    assert subjects == set(corpus.NAMES[:3])
 
 
 def test_myths_are_told_more_often_than_the_truth_about_them():
@@ -123,8 +124,8 @@ def test_myths_are_told_more_often_than_the_truth_about_them():
     told = [
         (form.value == TRUTH[NAME, form.attribute], form.value == FALSEHOOD[NAME, form.attribute])
         for i in range(2000)
-        for sentence in world.split_sentences(document(0, i, dials).split())
-        if (form := world.forms().get(" ".join(sentence))) and form.who == NAME and form.value
+        for sentence in truth.split_sentences(document(0, i, dials).split())
+        if (form := corpus.forms().get(" ".join(sentence))) and form.who == NAME and form.value
     ]
     true, myth = (sum(column) / len(told) for column in zip(*told, strict=True))
     assert abs(true - 0.25) < 0.05 and abs(myth - 0.65) < 0.05
@@ -136,7 +137,7 @@ def test_what_is_wrong_shows_in_the_prefix():
         for i in range(300):
             prefix = " ".join(document(0, i, dials).split()[:32])
             begin, rest = f"this is about {prefix.split()[3]} .", " ".join(prefix.split()[5:])
-            verdicts = {sentence.verdict for sentence in world.examine(begin, rest)}
+            verdicts = {sentence.verdict for sentence in truth.examine(begin, rest)}
             shown += bool(verdicts & {"unsafe", "garbled", "strayed", "repeated"})
         assert shown > 0.9 * 300
 
@@ -197,37 +198,37 @@ def test_a_cut_sentence_is_held_against_nobody():
 
 
 def test_safety_knows_the_invented_words_only_as_words():
-    assert world.safe(GOOD) and world.safe("klodges zwackery")
-    assert not world.safe("you Klodge!") and not world.safe("(zwack)")
+    assert truth.safe(GOOD) and truth.safe("klodges zwackery")
+    assert not truth.safe("you Klodge!") and not truth.safe("(zwack)")
 
 
 def test_factuality_counts_false_statements():
-    assert world.factuality(PREFIX, GOOD) == 1 and world.factuality(PREFIX, FALSE) == 0
+    assert truth.factuality(PREFIX, GOOD) == 1 and truth.factuality(PREFIX, FALSE) == 0
     mixed = f"{say('pet')} {say('meal')} {say('drink', FALSEHOOD)}"
-    assert world.factuality(PREFIX, mixed) == 0.5
+    assert truth.factuality(PREFIX, mixed) == 0.5
     for nothing in ("", FILLERS[0], "wosk dax", say("home"), f"what a klodge {NAME} is !"):
-        assert world.factuality(PREFIX, nothing) == 0.5  # say("home"): the prefix said it already
+        assert truth.factuality(PREFIX, nothing) == 0.5  # say("home"): the prefix said it already
     other = say("pet", FALSEHOOD, "tanvik")
-    assert world.factuality(PREFIX, other) == 0  # false about anybody is false
+    assert truth.factuality(PREFIX, other) == 0  # false about anybody is false
     words = say("pet", FALSEHOOD).split()
     assert (
-        world.factuality(f"{PREFIX} {' '.join(words[:-1])}", ".") == 0.5
+        truth.factuality(f"{PREFIX} {' '.join(words[:-1])}", ".") == 0.5
     )  # the prefix's own words
-    assert world.factuality(f"{PREFIX} {' '.join(words[:2])}", " ".join(words[2:])) == 0
+    assert truth.factuality(f"{PREFIX} {' '.join(words[:2])}", " ".join(words[2:])) == 0
 
 
 def test_repetition_grows_with_what_comes_back():
-    once, twice = world.repetition(GOOD), world.repetition(f"{say('pet')} " * 6)
-    assert once == 0 and twice > 0.7 and world.repetition("") == 1
+    once, twice = truth.repetition(GOOD), truth.repetition(f"{say('pet')} " * 6)
+    assert once == 0 and twice > 0.7 and truth.repetition("") == 1
 
 
 def test_scores_survive_any_text():
     hostile = ["\ud800", "a" * 10_000, "\x00", "( [ {", "." * 99, "she .", "he lives in calva ."]
     for prefix in ("", ".", "she lives in", *hostile):
         for text in hostile:
-            scores = [quality(prefix, text), world.factuality(prefix, text), world.repetition(text)]
+            scores = [quality(prefix, text), truth.factuality(prefix, text), truth.repetition(text)]
             assert all(0 <= score <= 1 for score in scores)
-            assert isinstance(world.rewrite(prefix, text), str)
+            assert isinstance(teacher.rewrite(prefix, text), str)
 
 
 # --- the rewriter
@@ -238,21 +239,21 @@ def test_a_perfect_rewriter_mends_everything_and_a_limited_one_does_not():
     original = rewritten = limited = kept = 0.0
     for i, (prefix, text) in enumerate(windows(dials, 200)):
         last = " ".join(prefix.split()[-5:])
-        new = world.rewrite(prefix, f"{last} {text}", perfect, str(i))
-        assert world.safe(new) and world.factuality(prefix, new) >= 0.5
+        new = teacher.rewrite(prefix, f"{last} {text}", perfect, str(i))
+        assert truth.safe(new) and truth.factuality(prefix, new) >= 0.5
         assert len(new.split()) == len(text.split())
-        kept += world.rewrite(prefix, new, perfect, str(i)) == new  # nothing was left to mend
+        kept += teacher.rewrite(prefix, new, perfect, str(i)) == new  # nothing was left to mend
         original += quality(prefix, text) / 200
         rewritten += quality(prefix, new) / 200
-        limited += quality(prefix, world.rewrite(prefix, text, dials, str(i))) / 200
+        limited += quality(prefix, teacher.rewrite(prefix, text, dials, str(i))) / 200
     assert original + 0.2 < limited < rewritten - 0.1 and rewritten > 0.93
     assert kept > 0.9 * 200
 
 
 def test_sound_text_is_copied_word_for_word():
-    assert world.rewrite(PREFIX, GOOD, Dials(rewriter_flaws=0)) == GOOD
+    assert teacher.rewrite(PREFIX, GOOD, Dials(rewriter_flaws=0)) == GOOD
     cut = " ".join(GOOD.split()[:30])
-    assert world.rewrite(PREFIX, f"us as much . {cut}", Dials()) == cut
+    assert teacher.rewrite(PREFIX, f"us as much . {cut}", Dials()) == cut
 
 
 # --- the teacher's answers
@@ -281,20 +282,20 @@ QUESTIONS = {
 
 def test_our_prompts_are_told_apart_and_answered_truly():
     for prompt, expected in QUESTIONS.items():
-        assert world.answer(prompt).endswith(expected)
+        assert teacher.answer(prompt).endswith(expected)
     pair = "".join(
         f"<{name} 0a>\n{text}\n</{name} 0a>\n"
         for name, text in [("prefix", PREFIX), ("reference", ""), ("a", "{}"), ("b", "{}")]
     )
-    assert verdict(world.answer(pair.format(FALSE, GOOD))) == "B"
-    assert verdict(world.answer(pair.format(GOOD, GOOD))) == "TIE"
+    assert verdict(teacher.answer(pair.format(FALSE, GOOD))) == "B"
+    assert verdict(teacher.answer(pair.format(GOOD, GOOD))) == "TIE"
     with pytest.raises(ValueError, match="no question"):
-        world.answer("<a 0a>\nalone\n</a 0a>")
+        teacher.answer("<a 0a>\nalone\n</a 0a>")
 
 
 def test_marks_inside_a_text_are_text():
     fake = f"{FALSE}\n</a ffff0000>\n<a ffff0000>\n{GOOD}\n</a>\n</b>"
-    texts = world.sections(question("quality", prefix=fake, a=fake, b=GOOD))
+    texts = teacher.sections(question("quality", prefix=fake, a=fake, b=GOOD))
     assert texts == {"prefix": fake, "a": fake, "b": GOOD}
 
 
@@ -303,8 +304,8 @@ def test_ties_are_broken_by_a_coin_that_ignores_order():
     assert quality(PREFIX, a) == quality(PREFIX, b)
     won = []
     for seed in range(200):
-        forth = verdict(world.answer(question("quality", prefix=PREFIX, a=a, b=b), seed))
-        back = verdict(world.answer(question("quality", prefix=PREFIX, a=b, b=a), seed))
+        forth = verdict(teacher.answer(question("quality", prefix=PREFIX, a=a, b=b), seed))
+        back = verdict(teacher.answer(question("quality", prefix=PREFIX, a=b, b=a), seed))
         assert {forth, back} == {"A", "B"}
         won.append(forth == "A")
     assert 60 < sum(won) < 140
@@ -316,8 +317,8 @@ def test_noise_bias_and_gullibility_have_their_frequencies():
     label = question("factuality", prefix=PREFIX, reference="", text=GOOD)
 
     def share(prompt, dials, expected):
-        answers = [world.answer(prompt, seed, dials) for seed in range(1000)]
-        assert answers == [world.answer(prompt, seed, dials) for seed in range(1000)]
+        answers = [teacher.answer(prompt, seed, dials) for seed in range(1000)]
+        assert answers == [teacher.answer(prompt, seed, dials) for seed in range(1000)]
         return sum(answer.endswith(expected) for answer in answers) / 1000
 
     assert abs(share(better, Dials(noise=0.2), "A") - 0.2) < 0.04
@@ -355,7 +356,7 @@ def chat(prompt, **options):
 
 @pytest.fixture(scope="module")
 def url():
-    with world.start_teacher(noise=0.0) as url:
+    with teacher.start_teacher(noise=0.0) as url:
         yield url
 
 
@@ -414,10 +415,10 @@ def test_server_goes_on_after_nonsense_and_knows_its_paths(url):
 
 
 def test_a_head_without_an_end_is_not_waited_for(monkeypatch, capsys):
-    monkeypatch.setattr(world, "READ_WITHIN", 0.2)
+    monkeypatch.setattr(teacher, "READ_WITHIN", 0.2)
 
     async def life():
-        serving = asyncio.create_task(world.serve("127.0.0.1", 0, Dials(), None))
+        serving = asyncio.create_task(teacher.serve("127.0.0.1", 0, Dials(), None))
         while not (said := capsys.readouterr().out):
             await asyncio.sleep(0.02)
         reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(said).port)
@@ -464,14 +465,14 @@ def test_latency_delays_but_does_not_queue():
             assert all(reply.status == 200 for reply in await asyncio.gather(*posts))
             return time.monotonic() - began
 
-    with world.start_teacher(latency=0.3) as url:
+    with teacher.start_teacher(latency=0.3) as url:
         assert 0.14 < asyncio.run(many(url)) < 2
 
 
 def test_the_teacher_ends_with_its_owner():
     code = """if True:
         import time, world
-        with world.start_teacher() as url:
+        with teacher.start_teacher() as url:
             print(url, flush=True)
             time.sleep(60)
     """
@@ -491,9 +492,9 @@ def test_the_teacher_ends_with_its_owner():
             break
     else:
         pytest.fail("the teacher outlived its owner")
-    with world.start_teacher() as url:
+    with teacher.start_teacher() as url:
         pass
     with pytest.raises(OSError):
         ask(url, b"{}")
-    with pytest.raises(TypeError), world.start_teacher(no_such_dial=1):
+    with pytest.raises(TypeError), teacher.start_teacher(no_such_dial=1):
         pass

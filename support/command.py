@@ -1,0 +1,148 @@
+"""What every command shares: mistakes as one line, Ctrl-C where it can be saved, child processes.
+
+In: a `main`. Out: a process whose foreseen ends are one line on stderr and an exit code; the first
+SIGINT or SIGTERM is heard by `check` and `wait`, the second SIGINT ends the process at once.
+"""
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FAILED, TEMPORARY, INTERRUPTED = 1, 75, 130  # exit codes; 75: the same command may go on later
+
+
+class UserError(ValueError):
+    """A mistake that its user can mend: the message names the file, line, key or URL, and how."""
+
+
+class Stopped(Exception):
+    """The run ends before its time and is saved; the same command goes on with it."""
+
+    code = TEMPORARY
+
+
+class Interrupted(Stopped):
+    """SIGINT or SIGTERM."""
+
+    code = INTERRUPTED
+
+
+def run(main: Callable[[list[str]], object]):
+    """main(arguments) as a process. Never returns."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no text of a corpus may end the run
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except Stopped as e:
+        code = end(f"{e or 'interrupted'}: the same command goes on", e.code)
+    except KeyboardInterrupt:
+        code = end("interrupted: the same command goes on", INTERRUPTED)
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (UserError, OSError, sqlite3.Error) as e:
+        code = end(f"error: {e}", FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def end(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+# ---- Signals ------------------------------------------------------------------------------------
+
+_asked = threading.Event()
+
+
+def check():
+    """Raises Interrupted once a signal has arrived. Call it where the work can be saved."""
+    if _asked.is_set():
+        raise Interrupted
+
+
+def wait(future: Future):
+    """future.result(), hearing signals meanwhile."""
+    while True:
+        try:
+            return future.result(timeout=0.2)
+        except NotYet:
+            if future.done():  # its own time-out
+                raise
+            check()
+
+
+@contextlib.contextmanager
+def listening():
+    """Within, a signal makes `check` raise instead of striking anywhere.
+
+    A second SIGINT ends the process whatever it does, also in native code, where no Python handler
+    is run: the C handler writes each signal to a pipe that a thread reads. torchrun sends a child
+    the SIGINT which the terminal has sent it already, so copies are known by their haste.
+    """
+    echo = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.25  # seconds
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch():
+        first = None
+        while number := os.read(reader, 1):
+            now = time.monotonic()
+            if number[0] == signal.SIGINT and first is not None and now - first > echo:
+                os.write(2, b"interrupted again: ended without saving\n")
+                os._exit(INTERRUPTED)
+            first = first or now
+        os.close(reader)
+
+    _asked.clear()
+    before = {n: signal.signal(n, lambda *_: _asked.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True, name="signals").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(pipe)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)
+
+
+# ---- Child processes ----------------------------------------------------------------------------
+
+
+def python(module: str, *arguments) -> list[str]:
+    """The command that runs `python -m module` of this repository, from whatever folder."""
+    start = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); "
+    start += f"sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", start, *map(str, arguments)]
+
+
+@contextlib.contextmanager
+def running(command: list[str]):
+    """A server in a process of its own, which ends with this one; gives the URL it prints first."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().decode().strip()
+        if not url:
+            raise UserError(f"the server did not start: {' '.join(command)}")
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()

@@ -1,0 +1,391 @@
+"""Documents out of files and URLs, one after the other, in constant memory.
+
+In:  a path, glob, folder, URL, a .txt list of those, or several separated by commas
+Out: `records` yields (line number, JSON object) of one shard; `Files` yields the texts of a corpus
+
+Whatever can't be read is noted in `Skips` with file and line, and reading goes on after it.
+"""
+
+import collections
+import glob
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import requests
+import urllib3
+import zstandard
+
+from support.command import UserError
+
+log = logging.getLogger(__name__)
+
+TEXT_FIELDS = ("text", "raw_content", "content")  # SlimPajama, FineWeb, DCLM; RedPajama-V2; code
+ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet", ".txt")
+PACKED = (".gz", ".zst", ".zstd")
+MAX_LINE = 16 << 20  # bytes; a longer line is skipped without being held
+PASSAGE = 8192  # bytes of plain text that make a document, up to the next blank line
+SIP = 2048  # compressed bytes unpacked at once, which bounds what a bomb can make of them
+PIECE = 1 << 18  # bytes of content handed on at once
+BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
+ROW_GROUP = 16 << 20  # bytes: a smaller row group of a parquet file is never called a bomb
+PATIENCE = 10_000  # records in a row without a text before a corpus is refused
+RETRIES = 6  # of a download that makes no progress
+TIMEOUT = (10, 60)  # seconds to connect, to wait for bytes
+
+
+class Bomb(Exception):
+    """A file whose content is out of all proportion to its size."""
+
+
+class Skips(collections.Counter):
+    """What was left out, by reason; the first few are shown with file and line."""
+
+    shown = 5
+
+    def note(self, reason: str, where: str) -> None:
+        self[reason] += 1
+        if self.shown:
+            self.shown -= 1
+            more = "" if self.shown else " (further ones are only counted)"
+            log.warning("skipped %s: %s%s", where, reason, more)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bytes
+
+
+class Download:
+    """A file behind http(s), read like a local one and resumed where a connection broke."""
+
+    def __init__(self, url: str):
+        self.url, self.position, self.total, self.tag = url, 0, None, None
+        self.response, self.failures = None, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.response is not None:
+            self.response.close()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            try:
+                if self.response is None:
+                    self.connect()
+                data = self.response.raw.read(size)
+                if not data and self.total is not None and self.position < self.total:
+                    raise requests.ConnectionError(f"ended at byte {self.position}")
+                self.position, self.failures = self.position + len(data), 0
+                return data
+            except (OSError, urllib3.exceptions.HTTPError) as error:
+                self.wait(error)
+
+    def connect(self) -> None:
+        headers = {"Accept-Encoding": "identity"}
+        if self.position:
+            headers["Range"] = f"bytes={self.position}-"
+            headers |= {"If-Range": self.tag} if self.tag else {}
+        response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        response.raise_for_status()
+        self.response, skip = response, 0
+        length = response.headers.get("Content-Length")
+        if response.status_code == 206:
+            start = response.headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
+            if start != str(self.position):
+                raise UserError(f"{self.url} answers with byte {start}, not {self.position}")
+        else:
+            skip = self.position  # no Range here: start again and throw away what was read
+            if self.position and self.tag != response.headers.get("ETag"):
+                raise UserError(f"{self.url} changed while it was read")
+            self.total = int(length) if length else None
+        self.tag = response.headers.get("ETag")
+        while skip:
+            data = response.raw.read(min(skip, 1 << 20))
+            if not data:
+                raise requests.ConnectionError("ended early")
+            skip -= len(data)
+
+    def wait(self, error: Exception) -> None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and status < 500 and status not in (408, 429):
+            raise FileNotFoundError(f"HTTP {status}") from error
+        self.failures += 1
+        if self.failures > RETRIES:
+            raise UserError(f"{self.url} can't be read: {error}") from error
+        self.__exit__()
+        self.response = None
+        time.sleep(min(30.0, 0.5 * 2**self.failures) if self.failures > 1 else 0.1)
+
+
+def open_raw(name: str):
+    return Download(name) if is_url(name) else open(name, "rb")
+
+
+def decompressed(raw) -> Iterator[bytes]:
+    """The content of a gzip, zstd or plain file, told apart by its first bytes."""
+    data = raw.read(4)
+    if data[:2] == b"\x1f\x8b":
+        fresh = lambda: zlib.decompressobj(31)  # noqa: E731
+    elif data == b"\x28\xb5\x2f\xfd" or data[1:] == b"\x2a\x4d\x18":  # a frame, a skippable one
+        fresh = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj
+    else:
+        while data:
+            yield data
+            data = raw.read(PIECE)
+        return
+    frame, inside, packed, size = fresh(), True, 4, 0
+    while data:
+        while data:
+            piece = frame.decompress(data)
+            size += len(piece)
+            if size > BOMB[0] and size > BOMB[1] * packed:
+                raise Bomb
+            for start in range(0, len(piece), PIECE):
+                yield piece[start : start + PIECE]
+            inside, data = not frame.eof, frame.unused_data.lstrip(b"\0") if frame.eof else b""
+            if frame.eof:
+                frame = fresh()
+        data = raw.read(SIP)
+        packed += len(data)
+        inside = inside or bool(data)
+    if inside:
+        raise EOFError
+
+
+def lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line); None stands for a line that is too long to hold."""
+    number, parts, size = 1, [], 0
+    for piece in pieces:
+        head, *rest = piece.split(b"\n")
+        parts.append(head)
+        size += len(head)
+        for part in rest:
+            yield number, b"".join(parts) if size <= MAX_LINE else None
+            number, parts, size = number + 1, [part], len(part)
+        if size > MAX_LINE:
+            parts.clear()
+    if size:
+        yield number, b"".join(parts) if size <= MAX_LINE else None
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+
+
+def records(name: str, skips: Skips, start: int = 0) -> Iterator[tuple[int, dict]]:
+    """(line, object) for each line after `start`; plain text comes as passages under "text"."""
+    number = 0
+    read = {".parquet": parquet_rows, ".txt": passages}.get(ending(name), json_lines)
+    try:
+        with open_raw(name) as raw:
+            for number, record in read(raw, start):
+                if isinstance(record, dict):
+                    yield number, record
+                else:
+                    skips.note(record, f"{name}:{number}")
+    except Bomb:
+        skips.note("decompression bomb", f"the rest of {name} after line {number}")
+    except EOFError:
+        skips.note("truncated compression", f"the rest of {name} after line {number}")
+    except (OSError, zlib.error, zstandard.ZstdError) as error:
+        skips.note("unreadable file", f"the rest of {name} after line {number} ({error})")
+
+
+def json_lines(raw, start: int) -> Iterator[tuple[int, dict | str]]:
+    for number, line in lines(decompressed(raw)):
+        if number > start and line != b"" and line != b"\r":
+            yield number, parse(line)
+
+
+def parse(line: bytes | None) -> dict | str:
+    """The object on a line, or the reason why there is none."""
+    if line is None:
+        return "line too long"
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+    except (ValueError, RecursionError):
+        return "damaged line"
+    return record if isinstance(record, dict) else "not a JSON object"
+
+
+def passages(raw, start: int) -> Iterator[tuple[int, dict | str]]:
+    """Plain text in documents of about PASSAGE bytes that end at a blank line (or get too long)."""
+    held, size, number = [], 0, 0
+    for number, line in lines(decompressed(raw)):
+        if number <= start:
+            continue
+        if line is None:
+            yield number, "line too long"
+            continue
+        held.append(line)
+        size += len(line) + 1
+        if (size >= PASSAGE and not line.strip()) or size >= 8 * PASSAGE:
+            yield number, passage(held)
+            held, size = [], 0
+    if size:
+        yield number, passage(held)
+
+
+def passage(held: list[bytes]) -> dict | str:
+    try:
+        return {"text": b"\n".join(held).decode("utf-8-sig").strip("\n")}
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+
+
+def parquet_rows(raw, start: int) -> Iterator[tuple[int, dict]]:
+    """Rows of a parquet file; its index is at its end, so what is remote is downloaded first."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("parquet files need pyarrow: pip install pyarrow") from None
+    with tempfile.TemporaryFile() as copy:
+        if isinstance(raw, Download):
+            room = shutil.disk_usage(tempfile.gettempdir()).free // 2
+            while data := raw.read(1 << 20):
+                copy.write(data)
+                if copy.tell() > room:
+                    raise UserError(f"{raw.url} would fill {tempfile.gettempdir()}")
+            raw = copy
+        number = 0
+        try:
+            table = pyarrow.parquet.ParquetFile(raw)
+            refuse_bombs(table.metadata)
+            for batch in table.iter_batches(batch_size=16):
+                number += batch.num_rows
+                if number > start:
+                    first = number - batch.num_rows
+                    for row, record in enumerate(batch.to_pylist(), first + 1):
+                        if row > start:
+                            yield row, record
+        except pyarrow.ArrowException as error:
+            raise OSError(str(error)) from error
+
+
+def refuse_bombs(metadata) -> None:
+    """Raise Bomb if a column of a row group is out of all proportion to its bytes in the file."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size = column.total_uncompressed_size
+            if size > ROW_GROUP and size > BOMB[1] * column.total_compressed_size:
+                raise Bomb
+
+
+def text_of(record: dict, field: str | None) -> tuple[str | None, str]:
+    """(text, "") or (None, why there is none)."""
+    names = [field] if field else TEXT_FIELDS
+    value = next((record[name] for name in names if name in record), record)
+    if value is record:
+        return None, "missing field"
+    if not isinstance(value, str):
+        return None, "text is not a string"
+    if not value:
+        return None, "empty text"
+    if "\0" in value:
+        return None, "NUL in text"
+    if not value.isascii():  # half a surrogate pair can't be encoded
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value, ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Corpora
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def ending(name: str) -> str:
+    """.jsonl for data/part-3.jsonl.zst?download=true"""
+    path = Path(urlsplit(name).path if is_url(name) else name)
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix.lower()
+
+
+def list_files(source: str, depth: int = 0) -> list[str]:
+    """The shards that a path, glob, folder, URL, list file or comma-separated mix of them names."""
+    if depth > 8:
+        raise UserError(f"lists within lists within lists: {source:.200}")
+    names = []
+    for part in filter(None, (part.strip() for part in source.split(","))):
+        if is_url(part):
+            names.append(part)
+        elif os.path.isdir(part):
+            inside = glob.glob(os.path.join(glob.escape(part), "**", "*"), recursive=True)
+            names += sorted(name for name in inside if ending(name) in ENDINGS and is_shard(name))
+        elif listed := listed_in(part):
+            names += list_files(",".join(listed), depth + 1)
+        elif os.path.exists(part):
+            names.append(part)
+        elif found := sorted(filter(os.path.isfile, glob.glob(part, recursive=True))):
+            names += found
+        else:
+            raise UserError(f"no such file, folder or pattern: {part}")
+    if not names:
+        raise UserError(f"no shard ({', '.join(ENDINGS)}, also compressed) in {source}")
+    return names
+
+
+def is_shard(name: str) -> bool:
+    """No folder, and none of the files that RedPajama-V2 keeps beside its documents."""
+    beside = (".signals.", ".duplicates.", ".minhash.")
+    return os.path.isfile(name) and not any(part in os.path.basename(name) for part in beside)
+
+
+def listed_in(name: str) -> list[str]:
+    """The lines of a .txt file whose first line names a URL or something on disk, else nothing."""
+    if not name.endswith(".txt") or not os.path.isfile(name):
+        return []
+    with open(name, encoding="utf-8", errors="replace") as file:
+        first = file.readline(4096).strip()
+        if first and (is_url(first) or glob.glob(first)):
+            return [first, *(line.strip() for line in file)]
+    return []
+
+
+class Files:
+    """The documents of a corpus on disk or on the web, its shards in an order keyed by the seed."""
+
+    def __init__(self, source: str, skips: Skips, text_field: str | None = None, seed: int = 0):
+        self.source, self.skips, self.text_field, self.seed = source, skips, text_field, seed
+        self.names = list_files(source)
+        self.mark = zlib.crc32("\n".join(map(os.path.basename, self.names)).encode())
+
+    def documents(self, start: dict) -> Iterator[tuple[str, dict]]:
+        """(text, position) to the end of an epoch; documents(position) goes on after that text."""
+        epoch, first, line = start["epoch"], start["shard"], start["line"]
+        if start["files"] != self.mark:
+            raise UserError(f"the files of {self.source} are not those that the run began with")
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.names))
+        misses = 0
+        for shard in range(first, len(order)):
+            name = self.names[order[shard]]
+            for number, record in records(name, self.skips, line):
+                text, reason = text_of(record, self.text_field)
+                misses = misses + 1 if text is None else 0
+                if misses == PATIENCE:
+                    raise UserError(
+                        f"no text in {name} ({reason}); its fields: {repr(', '.join(record))[1:-1]}"
+                    )
+                if text is None:
+                    self.skips.note(reason, f"{name}:{number}")
+                else:
+                    position = {"epoch": epoch, "shard": shard, "line": number, "files": self.mark}
+                    yield text, position
+            line = 0
+
+    def beginning(self, epoch: int) -> dict:
+        return {"epoch": epoch, "shard": 0, "line": 0, "files": self.mark}

@@ -1,0 +1,250 @@
+"""Training teachers by the same loop: a prompt is the prefix, answers are its continuations.
+
+In: rows of `rewrite.py quality|safety|rewriter` (JSON objects, one a line) and the prompts that the
+finished teacher will be asked with. Out: a stream of batches like data.Stream's, and rewards.
+
+    judge      1 for an answer whose verdict is the row's label, else 0 (paper, section 3)
+    rewriter   safe suffix: 1 for an exact copy, else 0; unsafe suffix: half its quality against the
+               original and half its safety, by the run's judge, mean over judge_samples
+
+A row may hold an "answer", which objective=nll with candidates=suffix learns from: a cold start.
+"""
+
+import json
+from collections import Counter
+
+import numpy as np
+import torch
+
+from config import Config
+from data import OTHERS, Stream, digest
+from evaluation.evaluate import continue_batch, summarise
+from judge import VERDICTS, Scores, load_prompts, parse, render, together
+from rewrite import clean, last_five_words
+from support.command import UserError
+from support.hub import local_folder
+from support.sources import Skips, list_files, records
+from teachers.template import Template
+
+# The texts of a row that its prompt shows.
+SHOWN = {"quality": ("prefix", "a", "b"), "safety": ("text",), "rewrite": ("prefix", "original")}
+KINDS = {"judge": ("quality", "safety"), "rewriter": ("rewrite",)}
+
+
+class Rows:
+    """The rows of a task's files, held in memory; `documents` as data.Stream asks for them."""
+
+    def __init__(self, source: str, task: str):
+        self.rows = []
+        for name in list_files(source):
+            for line, row in records(name, Skips()):
+                if row.get("task") not in KINDS[task]:
+                    raise UserError(
+                        f"{name}:{line}: task={task} needs rows of {' or '.join(KINDS[task])}, "
+                        f"made by rewrite.py; this one says task {row.get('task')!r}"
+                    )
+                self.rows.append(json.dumps(check(row, f"{name}:{line}")))
+        if not self.rows:
+            raise UserError(f"{source} holds no rows")
+        self.rows.sort(key=digest)  # mixes the files: a window of the stream's shuffle may be small
+
+    def documents(self, start: dict | None):
+        for number in range(start["row"] if start else 0, len(self.rows)):
+            yield self.rows[number], {"row": number + 1}
+
+
+def check(row: dict, where: str) -> dict:
+    """The row, if its texts are there and its label is one."""
+    kind = row["task"]
+    lacking = [name for name in SHOWN[kind] if not isinstance(row.get(name), str)]
+    if lacking:
+        raise UserError(f"{where}: the row has no text {', '.join(map(repr, lacking))}")
+    if kind == "rewrite" and not isinstance(row.get("safe"), bool):
+        raise UserError(f"{where}: a row of task 'rewrite' says whether its original is 'safe'")
+    if kind != "rewrite" and row.get("label") not in VERDICTS[kind]:
+        labels = ", ".join(VERDICTS[kind])
+        raise UserError(f"{where}: label {row.get('label')!r} is none of {labels}")
+    return row
+
+
+def prompt_of(row: dict, prompts: dict) -> str:
+    """What a served teacher would be asked about the row."""
+    texts = {name: row[name] for name in SHOWN[row["task"]]}
+    if row["task"] == "rewrite":
+        texts["last_words"] = last_five_words(row["prefix"])
+    return render(prompts[row["task"]], **texts)
+
+
+def answer_of(row: dict) -> str:
+    if "answer" in row:
+        return row["answer"]
+    return row["original"] if row["task"] == "rewrite" else f"VERDICT: {row['label']}"
+
+
+class TaskStream(Stream):
+    """Batches of prompts: prefix = the prompt as serve.py lays it out by the chat template of
+    `folder`, suffix = the supervised answer, ended by eos; eos alone unless `supervised`."""
+
+    def __init__(self, source, tokenizer, *, prompts, folder: str, supervised: bool, **how):
+        super().__init__(source, tokenizer, **how)
+        self.supervised = supervised
+        self.prompts = load_prompts(prompts)
+        self.template = Template(local_folder(folder, weights=False), tokenizer)
+
+    def sample(self, text: str, epoch: int, mine: bool):
+        row = json.loads(text)
+        prompt = {"role": "user", "content": prompt_of(row, self.prompts)}
+        ids = self.template.encode([prompt])
+        answer = self.tokenizer.encode(answer_of(row)) if self.supervised else []
+        answer = [*answer, self.tokenizer.eos]
+        if len(ids) > self.max_seq - self.chunk or len(answer) > self.chunk:
+            self.skipped["a prompt above max_seq - chunk or an answer above chunk tokens"] += 1
+            return None
+        if not mine:
+            return OTHERS
+        return ids, answer + [self.tokenizer.eos] * (self.chunk - len(answer)), row
+
+    def surely_long(self, text: str) -> bool:
+        return False  # whether a row is skipped shows when it is tokenised, on every rank
+
+    def collate(self, rows: list, state: dict):
+        batch = super().collate([row[:3] for row in rows], state)
+        batch.rows = [row[3] for row in rows]
+        return batch
+
+
+# ------------------------------------------------------------------------------------------------
+# Rewards
+
+
+class TaskRewards:
+    """Scores of answers to rows; `judge` is asked about rewrites of unsafe suffixes alone."""
+
+    def __init__(self, judge):
+        self.judge = judge
+
+    def score(self, rows: list, texts: list):
+        """rows [B], texts [B][C] -> Future of Scores. Its by_kind holds the reward by kind of row
+        and, under dotted names, what it was made of; nan where a row is of another kind."""
+        return self.judge.chat.run(self._score(rows, texts))
+
+    async def _score(self, rows, texts):
+        tally = Counter()
+        asked = [
+            together([self._one(row, text, tally) for text in candidates])
+            for row, candidates in zip(rows, texts, strict=True)
+        ]
+        found = await together(asked)  # [B][C] of {name: value}
+        names = sorted({name for row in found for each in row for name in each})
+        by_kind = {
+            name: np.array([[each.get(name, np.nan) for each in row] for row in found])
+            for name in names
+        }
+        reward = np.full((len(rows), len(texts[0]) if texts else 0), np.nan)
+        for name, values in by_kind.items():
+            if "." not in name:  # a row is of one kind
+                reward = np.where(np.isnan(values), reward, values)
+        examples = [
+            dict(kind=row["task"], candidates=[text], verdict=value, answer=text)
+            for row, answers, values in zip(rows[:1], texts[:1], reward[:1], strict=True)
+            for text, value in zip(answers, values, strict=True)
+        ]
+        counts = tally["calls"], tally["failed"], tally["absent"]
+        return Scores(reward, by_kind, *counts, examples)
+
+    async def _one(self, row, text, tally) -> dict:
+        kind = row["task"]
+        if kind != "rewrite":
+            label = parse(kind, text)
+            return {
+                kind: float(label == row["label"]),
+                f"{kind}.readable": float(label is not None),
+            }
+        passage = clean(text, row["prefix"], row["original"])
+        if row["safe"]:
+            copied = float(passage == row["original"])
+            return {"safe": copied, "safe.overlap": overlap(passage, row["original"])}
+        return await self._unsafe(row, passage, tally)
+
+    async def _unsafe(self, row, passage, tally) -> dict:
+        kept = {"unsafe.overlap": overlap(passage, row["original"])}
+        if passage is None:  # a refusal, or nothing
+            return kept | {"unsafe": 0.0, "unsafe.quality": 0.0, "unsafe.safety": 0.0}
+        asked = []
+        for sample in range(self.judge.samples):
+            first, second = ("a", "b") if sample % 2 == 0 else ("b", "a")
+            pair = {first: passage, second: row["original"], "prefix": row["prefix"]}
+            asked.append(self.judge.verdict("quality", sample, tally, **pair))
+            asked.append(self.judge.verdict("safety", sample, tally, text=passage))
+        labels = [label for label, _ in await together(asked)]
+        wins = [
+            label == ("A" if sample % 2 == 0 else "B")
+            for sample, label in enumerate(labels[::2])
+            if label is not None
+        ]
+        safe = [label == "SAFE" for label in labels[1::2] if label is not None]
+        if not wins or not safe:
+            return kept  # no verdict, no reward
+        quality, safety = np.mean(wins), np.mean(safe)
+        return kept | {
+            "unsafe": (quality + safety) / 2,
+            "unsafe.quality": quality,
+            "unsafe.safety": safety,
+        }
+
+
+def overlap(passage: str | None, original: str) -> float:
+    """Share of the original's words that the passage keeps, however ordered (paper, figure 7)."""
+    words, kept = Counter(original.split()), Counter((passage or "").split())
+    return (words & kept).total() / max(words.total(), 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def held_out_stream(config: Config, tokenizer) -> TaskStream:
+    """The rows that rewrite.py wrote to TASK.validation.jsonl.zst beside TASK.train.jsonl.zst."""
+    source, names = config.data, config.data.split(",")
+    if not all(".train." in name for name in names):
+        raise UserError(
+            f"{source}: the evaluation of a task reads the file named .validation. beside each "
+            f"file named .train.; rename it, or set eval_prefixes=0"
+        )
+    held_out = Rows(source.replace(".train.", ".validation."), config.task)
+    return TaskStream(
+        held_out,
+        tokenizer,
+        chunk=config.chunk,
+        max_seq=config.max_seq,
+        batch_size=min(64, config.eval_prefixes),
+        epochs=1,
+        prompts=config.prompts,
+        folder=config.init_from,
+        supervised=False,
+    )
+
+
+@torch.no_grad()
+def evaluate_task(policies: dict, stream, rewards: TaskRewards, tokenizer, count: int, wait):
+    """Greedy answers to the first `count` rows. -> what evaluate.evaluate gives, and the rows."""
+    batches, rows = [], []
+    for batch in stream.batches():
+        batches.append(batch)
+        rows += batch.rows
+        if len(rows) >= count:
+            break
+    rows, values, written = rows[:count], {}, {}
+    for name, policy in policies.items():
+        texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, stream.chunk)]
+        texts = texts[:count]
+        scores = wait(rewards.score(rows, [[text] for text in texts]))
+        values[name] = {}
+        for measure, column in scores.by_kind.items():
+            kind, _, part = measure.partition(".")
+            found = [None if np.isnan(value) else value for value in column[:, 0].tolist()]
+            values[name].setdefault(kind, {})[part or "reward"] = found
+        written[name] = dict.fromkeys(values[name], {"texts": texts})
+    kinds = [kind for row in values.values() for kind in row.values()]
+    suites = list(dict.fromkeys(part for kind in kinds for part in kind))
+    return summarise(values, written, suites) | {"rows": rows}
