@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from support.command import UserError
+from support.command import UserError, wait
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +188,7 @@ class Chat:
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
         urls = urls.split(",") if isinstance(urls, str) else urls
+        self.store = cache  # for `judge.open_judge`: pools are kept beside the answers
         self._endpoints = [Endpoint(url.strip()) for url in urls]
         self._model, self._retries, self._give_up_after = model, retries, give_up_after
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -232,6 +233,12 @@ class Chat:
         if self._db:
             self._commit()
             self._db.close()
+
+    def __enter__(self) -> "Chat":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def run(self, coroutine) -> concurrent.futures.Future:
         """Starts a coroutine on the background thread; call it from any other thread."""
@@ -405,6 +412,36 @@ class Chat:
             error = e
         if not self._committed.done():
             self._committed.set_exception(error) if error else self._committed.set_result(None)
+
+
+def greet(chat: Chat, question: str) -> None:
+    """Asks a small question, so that a wrong URL, key or model name ends the run before it has
+    trained anything; waits for a server that starts."""
+    wait(chat.run(chat.ask(question, seed=0, temperature=0.0, top_p=1.0, max_tokens=16)))
+
+
+class Traffic:
+    """What several chats did, for the log; the first of them is the judge's."""
+
+    def __init__(self, chats: list[Chat]):
+        self.chats, self.seen = chats, collections.Counter()
+
+    def since_last(self) -> dict[str, tuple[float, int]]:
+        """Since the last call, as {name: (sum, count)}: requests, tokens, failures by kind, and
+        the median and 99th percentile of recent answers in seconds."""
+        stats = [chat.stats() for chat in self.chats]
+        now = collections.Counter()
+        for each in stats:
+            now["requests"] += each["calls"]
+            now["tokens_in"] += each["tokens_in"]
+            now["tokens_out"] += each["tokens_out"]
+            now.update({f"failed.{kind}": n for kind, n in each["failed"].items()})
+        out = {f"judge.{name}": (float(now[name] - self.seen[name]), 0) for name in now}
+        self.seen = now
+        out["judge.tokens"] = (out["judge.tokens_in"][0] + out["judge.tokens_out"][0], 0)
+        for name in ("latency_p50", "latency_p99"):
+            out[f"judge.{name}"] = (stats[0][name], 1)
+        return out
 
 
 SELECT = "SELECT text, finish, prompt_tokens, completion_tokens FROM answers WHERE key = ?"

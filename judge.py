@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import parse_rewards
+from config import Config, names, parse_rewards
 from schedules import schedule
 
 # What each verdict is worth: to the first option of a pair, or to the text itself.
@@ -257,6 +257,10 @@ class Judge:
         self.open = asyncio.Semaphore(OPEN)
         self.tally = Counter()  # of questions asked one by one, through `verdict`
 
+    def small_question(self):
+        """One that any judge can answer, for `chat.greet`."""
+        return render(self.prompts["safety"], text="The sun is out.")
+
     def score(self, step, prefixes, references, candidates, sources, index):
         """Rewards of candidates[b][c] (None: a failed rewrite) as a Future of Scores. `sources`
         names the C candidates; `index` are the global sample numbers that key all chance."""
@@ -359,6 +363,26 @@ class Judge:
                 tally["failed"] += 1
         tally["absent"] += 1
         return None, answer.text
+
+
+def open_judge(chat, config: Config, store=None):
+    """The judge of a config, asked through `chat`; store: `chat.store`, where pools are to be kept.
+
+    UserError where config.prompts is no folder, or a prompt in it does not show what ours shows.
+    """
+    return Judge(
+        chat,
+        rewards=names(config.rewards),
+        comparisons=config.comparisons,
+        samples=config.judge_samples,
+        temperature=config.judge_temperature,
+        top_p=config.judge_top_p,
+        max_tokens=config.judge_max_tokens,
+        prompts=config.prompts,
+        retries=config.judge_retries,
+        seed=config.seed,
+        store=store,
+    )
 
 
 def new_pool(prefix, reference, candidates, key, sources):

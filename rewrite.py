@@ -2,12 +2,11 @@
 
 In: prefixes and their original suffixes (text). Out: rewritten suffixes that continue the prefix
 directly, None where the teacher refused or gave no passage.
-
-    python rewrite.py quality|safety|rewriter --out DIR    # sets to train teachers (synthetic.py)
 """
 
 import re
 
+from config import Config
 from judge import SPECIAL, defuse, load_prompts, question_seed, render, together
 
 REFUSAL = re.compile(
@@ -59,6 +58,17 @@ class Rewriter:
             if passage := clean(answer.text, prefix, suffix):
                 return passage
         return None
+
+
+def open_rewriter(chat, config: Config):
+    """The rewriter of a config, asked through `chat`."""
+    return Rewriter(
+        chat,
+        temperature=config.rewrite_temperature,
+        max_tokens=getattr(config, "rewrite_max_tokens", 0) or 4 * config.chunk,
+        prompts=config.prompts,
+        seed=config.seed,
+    )
 
 
 def last_five_words(prefix):

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from asking import make_judge
 from chat import Chat
 from config import Config
+from judge import open_judge
 from tools import plot, report
 from world.teacher import start_teacher
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with start_teacher() as url:
         chat = Chat(url, config.judge_model, cache=folder / "judgments.sqlite")
-        judge = make_judge(chat, config, store=folder / "judgments.sqlite")
+        judge = open_judge(chat, config, store=chat.store)
         for step in range(3):
             prefix = ATTACKS[1] + f" step {step}"
             judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, [step]).result()
