@@ -12,7 +12,7 @@ import torch
 
 from config import Config, names
 from data import Batch
-from rollout import rollout
+from rollout import sample_rollouts
 
 
 @dataclass
@@ -53,13 +53,13 @@ def rollouts(policy, batch: Batch, config: Config, tokenizer) -> Part:
     """K continuations of the policy itself, C = K."""
     device = next(policy.parameters()).device
     with autocast(config, device):
-        drawn = rollout(
+        drawn = sample_rollouts(
             policy,
             batch.prefix.to(device),
             batch.pad.to(device),
             config.rollouts,
             config.chunk,
-            eos=tokenizer.eos,
+            eos=(tokenizer.eos, *policy.end_tokens),
             seed=config.seed,
             index=batch.index,
             temperature=config.temperature,

@@ -10,29 +10,25 @@ Out: hidden states, or the log-probability of every continuation token.
 Parameters carry the names of transformers' LlamaForCausalLM, so a state dict is a checkpoint.
 """
 
-import json
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import prefix_attention
 from kernels.logprob import linear_logprob
+from support import hub
 from support.command import UserError
-from support.hub import local_folder
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a Llama; config.json's names for it are in write_config."""
+    """The shape of a Llama; config.json's names for it are in support/hub.py."""
 
     vocab_size: int
     n_layer: int
@@ -46,6 +42,9 @@ class ModelConfig:
     rope_scaling: dict | None = None  # None, or the llama3 rule as config.json spells it
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    # What the folder of the weights says about where texts end, handed on when they are saved:
+    token_ids: dict = field(default_factory=dict)  # config.json's bos_, eos_ and pad_token_id
+    generation: dict | None = None  # generation_config.json
 
 
 def preset(name: str, vocab_size: int) -> ModelConfig:
@@ -85,7 +84,7 @@ def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     blends in between, so that a model trained on `original_max_position_embeddings` reads further.
     """
     D = config.head_dim
-    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)
+    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)  # [D / 2]
     if (rule := config.rope_scaling) is not None:
         turns = rule["original_max_position_embeddings"] * freq / (2 * math.pi)
         low, high = rule["low_freq_factor"], rule["high_freq_factor"]
@@ -96,7 +95,8 @@ def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [B, T] -> cos, and sin as `rotate` wants it, float32 [B, 1, T, head_dim]."""
-    angle = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    freq = rope_frequencies(config, positions.device)  # [D / 2]
+    angle = positions[:, None, :, None].float() * freq  # [B, 1, T, D / 2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -107,14 +107,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def positions(pad: torch.Tensor, prefix: int, length: int, total: int) -> torch.Tensor:
-    """Position of every token of the layout: int64 [B, total]; padding gets 0."""
-    index = torch.arange(total, device=pad.device)
-    if total > prefix:
+    """Position of every token of the layout: int64 [B, total]; padding gets 0.
+
+    With pad 2, P = 5, N = 3 and C = 2:   . . 0 1 2 | 3 4 5 | 3 4 5   (here . is 0, too)
+    """
+    index = torch.arange(total, device=pad.device)  # [total]
+    if total > prefix:  # every continuation stands right behind the prefix
         index[prefix:] = prefix + torch.arange(total - prefix, device=pad.device) % length
-    return (index - pad[:, None]).clamp(min=0)
+    return (index - pad[:, None]).clamp(min=0)  # [B, total]
 
 
 class Attention(nn.Module):
+    rotate = staticmethod(rotate)  # also for kernels/packed.py, which may not import it
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         c, self.head_dim = config, config.head_dim
@@ -126,10 +131,10 @@ class Attention(nn.Module):
     def qkv(self, x, cos, sin):
         """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D], rotated."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -140,6 +145,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
+        """x [..., d] -> [..., d], over d_ff gated features of each token."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -161,6 +167,7 @@ class Block(nn.Module):
         return after(x, attend(*before(x, cos, sin)))
 
     def before(self, x, cos, sin):
+        """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D]."""
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
 
     def after(self, x, attended):
@@ -179,7 +186,9 @@ def compiled_halves():
     return [torch.compile(half, dynamic=True) for half in (Block.before, Block.after)]
 
 
-class Decoder(nn.Module):
+class Trunk(nn.Module):
+    """What transformers' names call `model`: all but the output layer."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
@@ -197,7 +206,7 @@ class Llama(nn.Module):
         self.config = config
         self.recompute = False  # activations, in the backward pass: less memory, a third more time
         self.compiled = False  # layers, where gradients are computed
-        self.model = Decoder(config)
+        self.model = Trunk(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -226,9 +235,10 @@ class Llama(nn.Module):
         def attend(q, k, v, layer: int):
             if cache is not None:
                 cache[layer][0].copy_(k), cache[layer][1].copy_(v)
-            return prefix_attention(q, k, v, pad, prefix, length).transpose(1, 2).flatten(2)
+            out = prefix_attention(q, k, v, pad, prefix, length)  # [B, H, T, D]
+            return out.transpose(1, 2).flatten(2)  # [B, T, H * D]
 
-        x, training = self.model.embed_tokens(tokens), torch.is_grad_enabled()
+        x, training = self.model.embed_tokens(tokens), torch.is_grad_enabled()  # [B, T, d]
         for i, layer in enumerate(self.model.layers):
             inputs = x, cos, sin, partial(attend, layer=i), self.compiled and training
             if self.recompute and training:
@@ -248,196 +258,56 @@ class Llama(nn.Module):
         P = prefix.shape[1]
         # The last token of a continuation predicts nothing, so it is not fed.
         tokens = torch.cat((prefix, continuations[:, :, :-1].flatten(1)), dim=1)
-        hidden = self(tokens, pad, P, N - 1)
-        first = hidden[:, None, P - 1 : P].expand(B, C, 1, -1)  # predicts every first token
+        hidden = self(tokens, pad, P, N - 1)  # [B, P + C * (N - 1), d]
+        # The prefix's last token predicts the first one of every continuation,
+        first = hidden[:, None, P - 1 : P].expand(B, C, 1, -1)  # [B, C, 1, d]
+        # and each token of a continuation the one behind it.
         rest = hidden[:, P:].unflatten(1, (C, N - 1)) if N > 1 else first[:, :, :0]
         # Autocast leaves them float32, which the 16-bit kernels would not take.
-        hidden = torch.cat((first, rest), dim=2).to(autocast_dtype(self))  # [B, C, N, d]
+        hidden = torch.cat((first, rest), dim=2).to(self.compute_dtype)  # [B, C, N, d]
         targets = continuations
         if lengths is not None:
             beyond = torch.arange(N, device=prefix.device) >= lengths[:, :, None]
-            targets = continuations.masked_fill(beyond, -100)
+            targets = continuations.masked_fill(beyond, -100)  # [B, C, N]; -100: counts as 0
         logp = linear_logprob(
             hidden.reshape(B * C * N, -1), self.lm_head.weight, targets.reshape(-1), temperature
-        )
+        )  # [B * C * N]
         return logp.view(B, C, N)
 
     def logits(self, hidden):
+        """hidden [..., d] -> [..., V], in compute_dtype."""
         return self.lm_head(hidden)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that the linear layers compute in."""
+        weight = self.lm_head.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
-def autocast_dtype(model: Llama) -> torch.dtype:
-    """The type that the model's linear layers compute in."""
-    weight = model.lm_head.weight
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-# --- Hugging Face folders ------------------------------------------------------------------------
-
-
-# Far above any model, and low enough that a shape is refused before its modules are made.
-LARGEST = {
-    "num_hidden_layers": 2**10,
-    "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12,
-    "head_dim": 2**14,
-    "hidden_size": 2**18,
-    "intermediate_size": 2**20,
-    "vocab_size": 2**24,
-}
-LARGEST_JSON = 64 << 20  # bytes of config.json or of an index
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text by the folder of the weights; () for new ones. (The tokenizer's own
+        end of text is not among them for certain.)"""
+        return hub.end_ids(self.config.token_ids, self.config.generation)
 
 
-def read_object(path: Path) -> dict:
-    """A JSON file of bounded size that holds an object."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{path} cannot be read: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, this is a {type(value).__name__}")
-    return value
+# ---- Hugging Face folders -----------------------------------------------------------------------
 
-
-def only_supported(hf: dict, path: Path):
-    """UserError for what a Llama of this file would compute differently."""
-    fixed = {
-        "model_type": (hf.get("model_type"), "llama"),
-        "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(hf.get("attention_bias")), False),
-        "mlp_bias": (bool(hf.get("mlp_bias")), False),
-        "quantization_config": (hf.get("quantization_config"), None),
-    }
-    for key, (found, needed) in fixed.items():
-        if found != needed:
-            raise UserError(f"{path}: {key} is {found!r:.80}, only {needed!r} is supported")
-
-
-def size(hf: dict, key: str, path: Path, default=None) -> int:
-    """A dimension of the model; UserError unless it is a positive integer below its limit."""
-    value, limit = hf.get(key, default), LARGEST.get(key, 2**31)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
-        raise UserError(
-            f"{path}: {key} must be a positive integer below {limit}, found {value!r:.80}"
-        )
-    return value
-
-
-def number(key: str, value, path: Path) -> float:
-    """value as a float; UserError unless it is a positive number."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise UserError(f"{path}: {key} must be a positive number, found {value!r:.80}")
-    return float(value)
-
-
-def rope_of(hf: dict, path: Path) -> tuple[float, dict | None]:
-    """(theta, scaling) as ModelConfig holds them, from either of transformers' two spellings."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{path}: rope type {kind!r:.80} is neither default nor llama3")
-    if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = {key: number(f"rope {key}", rope.get(key), path) for key in keys}
-        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise UserError(f"{path}: rope low_freq_factor must be below high_freq_factor")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    return number("rope_theta", theta, path), scaling
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a Llama-family folder -> ModelConfig; UserError names what does not fit."""
-    path = local_folder(folder, weights=False) / "config.json"
-    if not path.exists():
-        why = "has no config.json" if path.parent.is_dir() else "does not exist"
-        raise UserError(f"the model folder {path.parent} {why}")
-    hf = read_object(path)
-    only_supported(hf, path)
-    theta, scaling = rope_of(hf, path)
-    heads, d_model = size(hf, "num_attention_heads", path), size(hf, "hidden_size", path)
-    per_head = d_model // heads
-    config = ModelConfig(
-        vocab_size=size(hf, "vocab_size", path),
-        n_layer=size(hf, "num_hidden_layers", path),
-        n_head=heads,
-        n_kv_head=size(hf, "num_key_value_heads", path, heads),
-        d_model=d_model,
-        d_ff=size(hf, "intermediate_size", path),
-        head_dim=size(hf, "head_dim", path) if hf.get("head_dim") else per_head,
-        max_seq=size(hf, "max_position_embeddings", path, 2048),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6), path),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-    )
-    if config.n_head % config.n_kv_head or config.head_dim % 2 or not config.head_dim:
-        raise UserError(
-            f"{path}: {config.n_head} heads, {config.n_kv_head} key-value heads of "
-            f"{config.head_dim} dimensions do not fit together"
-        )
-    return config
-
-
-def write_config(config: ModelConfig, folder: Path, dtype: torch.dtype, bos, eos):
-    rope = None
-    if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **config.rope_scaling}
-        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
-    hf = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-    }
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Where each tensor of the folder lies. Shard names may not lead out of the folder."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise UserError(f"{index} is not a safetensors index: it has no weight_map")
-        for name in names.values():
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise UserError(f"{index}: {name!r:.200} is no shard, or leads out of the folder")
-        return {tensor: folder / name for tensor, name in names.items()}
-    if not single.exists():
-        raise UserError(f"{folder} holds neither model.safetensors nor an index of shards")
-    try:
-        with safe_open(single, "pt") as f:
-            return dict.fromkeys(f.keys(), single)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{single} cannot be read (damaged or cut off): {e}") from None
+    """config.json of a Llama-family folder, or of its hf://owner/name; UserError names what does
+    not fit."""
+    return ModelConfig(**hub.read_shape(folder))
 
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
-    """Read a Hugging Face folder (single or sharded safetensors); dtype None keeps the file's."""
-    folder = local_folder(folder)
+    """Read a Hugging Face folder, or hf://owner/name: one safetensors file or shards.
+
+    dtype None keeps the files'. UserError where they are damaged, or no Llama's of config.json.
+    """
     config = read_config(folder)
     try:
         torch.empty(0, device=device)
@@ -446,32 +316,22 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     if str(device).startswith("cuda:"):
         torch.cuda.set_device(device)  # Triton, streams and graphs use the current device
     with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in Llama(config).state_dict().items()}
+    tied = (EMBED, HEAD) if config.tie_embeddings else ()
+    state = hub.read_tensors(hub.local_folder(folder), shapes, device, dtype, alike=tied)
+    if tied:  # files in use hold one of the two, the other, or both
+        embed, head = state.get(EMBED), state.pop(HEAD, None)
+        if embed is None:
+            state[EMBED] = head
+        elif head is not None and not torch.equal(embed, head):  # config.json is wrong then
+            config.tie_embeddings, state[HEAD] = False, head
+    return assemble(config, state)
+
+
+def assemble(config: ModelConfig, state: dict) -> Llama:
+    """A Llama that has these tensors, as they are, for its weights."""
+    with torch.device("meta"):
         model = Llama(config)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    files = {n: f for n, f in tensor_files(folder).items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        files.pop("lm_head.weight", None)
-    if missing := sorted(wanted.keys() - files.keys()):
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
-    if extra := sorted(files.keys() - wanted.keys()):
-        raise UserError(f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}")
-    state = {}
-    for path in sorted(set(files.values())):
-        try:
-            with safe_open(path, "pt") as f:
-                for name in (n for n, p in files.items() if p == path):
-                    held = f.get_slice(name)
-                    shape = torch.Size(held.get_shape())
-                    if held.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{path}: {name} holds {held.get_dtype()}, not floats")
-                    if shape != wanted[name]:
-                        raise UserError(
-                            f"{path}: {name} has shape {list(shape)}, config.json "
-                            f"asks for {list(wanted[name])}"
-                        )
-                    state[name] = f.get_tensor(name).to(device, dtype)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path} cannot be read (damaged or cut off): {e}") from None
     model.load_state_dict(state, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -479,9 +339,12 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
 
 
 def save_model(model: Llama, folder: str | Path, bos: int | None = None, eos: int | None = None):
-    """Write config.json and model.safetensors that transformers, vLLM and llama.cpp read."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config.json and model.safetensors that transformers, vLLM and llama.cpp read.
+
+    bos and eos are ids for config.json; where the folder that the weights came from named its own,
+    those stay, and so does its generation_config.json. The tokenizer saves its files itself.
+    """
     state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    write_config(model.config, folder, next(iter(state.values())).dtype, bos, eos)
+    shape = asdict(model.config)
+    shape["token_ids"] = {"bos_token_id": bos, "eos_token_id": eos} | shape["token_ids"]
+    hub.write_folder(Path(folder), shape, state)

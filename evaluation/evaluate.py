@@ -43,7 +43,7 @@ from support.hub import check_folder, local_folder
 from judge import VERDICTS, Judge, together
 from model import load_model
 from tools.plot import NAMES, overall
-from rollout import rollout
+from rollout import sample_rollouts
 from support.tokenizer import load_tokenizer
 from world.corpus import parse_dials
 from world.teacher import start_teacher
@@ -67,7 +67,7 @@ def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
         tokens, lengths = policy.greedy(prefix, pad, chunk, eos)
     else:
         how = dict(eos=eos, seed=0, index=batch.index, temperature=0.0)
-        drawn = rollout(policy, prefix, pad, 1, chunk, **how)
+        drawn = sample_rollouts(policy, prefix, pad, 1, chunk, **how)
         tokens, lengths = drawn.tokens[:, 0], drawn.lengths[:, 0]
     rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
     return [tokenizer.decode(row[:n]) for row, n in rows]

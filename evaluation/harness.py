@@ -28,7 +28,7 @@ import torch
 from evaluation.evaluate import aligned, bootstrap, show
 from support.hub import local_folder
 from model import load_model
-from rollout import rollout
+from rollout import sample_rollouts
 from support.tokenizer import load_tokenizer
 
 try:
@@ -245,7 +245,7 @@ class NanoSIP(TemplateLM):
             length = max(map(len, ids))
             prefix = torch.tensor([[eos] * (length - len(row)) + row for row in ids])
             pad = torch.tensor([length - len(row) for row in ids], dtype=torch.int32)
-            drawn = rollout(
+            drawn = sample_rollouts(
                 self.model,
                 prefix.to(self._device),
                 pad.to(self._device),

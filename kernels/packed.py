@@ -1,9 +1,10 @@
 """The policy's layers on an x86 CPU, without gradients: weights packed for oneDNN, few operations.
 
-In: a model of model.py. Out: within `packed_weights` its layers and output layer compute the same
-by other means. A token's decoding step multiplies few rows with all weights, so that reading the
-weights and starting each operation take most of its time: packed, a product of 16 rows runs 1.5
-times as fast, and q, k and v are one product, the activation and the gate part of another.
+In: a model.Llama, of which nothing is imported. Out: within `packed_weights` its layers and output
+layer compute the same by other means. A token's decoding step multiplies few rows with all weights,
+so that reading the weights and starting each operation take most of its time: packed, a product of
+16 rows runs 1.5 times as fast, and q, k and v are one product, the activation and the gate part of
+another.
 """
 
 import contextlib
@@ -11,8 +12,6 @@ import math
 
 import torch
 from torch import nn
-
-from model import Block, Llama, autocast_dtype, rotate
 
 
 class PackedLinear:
@@ -46,12 +45,12 @@ class PackedNorm:
 
 
 class PackedBlock:
-    """`before` and `after` of a Block."""
+    """`before` and `after` of a model.Block."""
 
-    def __init__(self, block: Block, dtype: torch.dtype):
+    def __init__(self, block, dtype: torch.dtype):
         a, mlp = block.self_attn, block.mlp
         self.heads = [p.out_features // a.head_dim for p in (a.q_proj, a.k_proj, a.v_proj)]
-        self.head_dim = a.head_dim
+        self.head_dim, self.rotate = a.head_dim, a.rotate
         qkv = torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight))
         weights = qkv, a.o_proj.weight, *(p.weight for p in mlp.children())
         self.qkv, self.o, self.gate, self.up, self.down = (PackedLinear(w, dtype) for w in weights)
@@ -59,12 +58,15 @@ class PackedBlock:
         self.second_norm = PackedNorm(block.post_attention_layernorm)
 
     def before(self, x, cos, sin):
+        """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D]."""
+        # One product for all: [B, T, (H + 2 * Hkv) * D], as [B, H + 2 * Hkv, T, D].
         z = self.qkv(self.first_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = self.heads
-        rotated = rotate(z[:, : q + k], cos, sin)  # [B, H + Hkv, T, D]
+        rotated = self.rotate(z[:, : q + k], cos, sin)  # [B, H + Hkv, T, D]
         return rotated[:, :q], rotated[:, q:], z[:, q + k :]
 
     def after(self, x, attended):
+        """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
         x = x + self.o(attended)
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
             h = self.second_norm(part)
@@ -73,12 +75,12 @@ class PackedBlock:
 
 
 @contextlib.contextmanager
-def packed_weights(model: Llama):
-    """Within, the model computes without gradients on packed copies of its weights, where it is on
-    an x86 CPU and its layers are not so small that packing costs more than it saves."""
-    cpu, dtype = model.lm_head.weight.device.type == "cpu", autocast_dtype(model)
-    x86 = cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    blocks = [b for b in model.model.layers if x86 and b.mlp.gate_proj.weight.numel() >= 1 << 17]
+def packed_weights(model):
+    """Within, the model computes without gradients on packed copies of its weights, where the CPU
+    can and its layers are not so small that packing costs more than it saves."""
+    dtype = model.compute_dtype
+    can = model.lm_head.weight.device.type == "cpu" and packs(dtype)
+    blocks = [b for b in model.model.layers if can and b.mlp.gate_proj.weight.numel() >= 1 << 17]
     packed = [PackedBlock(block, dtype) for block in blocks]
     head = PackedLinear(model.lm_head.weight, dtype) if blocks else None
     for block, fast in zip(blocks, packed, strict=True):
@@ -92,3 +94,11 @@ def packed_weights(model: Llama):
             del block.before, block.after
         if blocks:
             del model.lm_head.forward
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this CPU has oneDNN's packed product in a type: x86, for bfloat16 with AVX-512."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or bf16

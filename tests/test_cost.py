@@ -12,7 +12,7 @@ from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig, preset
-from rollout import rollout
+from rollout import sample_rollouts
 from schedules import schedule
 from tools import cost
 from update import make_optimizer, update
@@ -96,7 +96,7 @@ def test_flops_are_those_of_the_sampler():
     config, model = Config(**FEW), Llama(SHAPE).initialise(0)
     prefix, pad = torch.randint(2048, (3, 48)), torch.zeros(3, dtype=torch.int32)
     how = dict(eos=-1, seed=0, index=torch.arange(3))
-    done = counted(lambda: rollout(model, prefix, pad, 4, 8, **how))
+    done = counted(lambda: sample_rollouts(model, prefix, pad, 4, 8, **how))
     assert cost.flops(config, SHAPE)["rollouts"] == pytest.approx(done, rel=0.05)
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from model import Llama, ModelConfig, load_model, save_model
-from rollout import rollout
+from rollout import sample_rollouts
 from support.tokenizer import load_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -44,7 +44,7 @@ def same_greedy_text(folder: Path, prompts: list[str], *converter) -> None:
         ids = tokenizer.encode(prompt)
         assert theirs.tokenize(prompt.encode(), add_bos=False, special=False) == ids
         prefix, none = torch.tensor([ids]), torch.tensor([0])
-        got = rollout(
+        got = sample_rollouts(
             model, prefix, none, 1, N, eos=tokenizer.eos, seed=0, index=none, temperature=0
         )
         ours = got.tokens[0, 0, : got.lengths[0, 0]].tolist()

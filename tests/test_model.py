@@ -230,6 +230,7 @@ def test_damaged_files_are_one_clear_error(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors"):
         load_model(tmp_path)
+    weights.unlink()
     for name in ("../elsewhere.safetensors", "/etc/x.safetensors", "..", "", "a\0.safetensors", 7):
         index = {"weight_map": {"lm_head.weight": name}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

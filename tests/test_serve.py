@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chat import Chat
 from model import Llama, ModelConfig, load_model, save_model
-from rollout import rollout, uniforms
+from rollout import sample_rollouts, uniforms
 from support.tokenizer import WORLD_PATTERN, Tokenizer, load_tokenizer
 from teachers import serve
 from teachers.engine import Engine, Row, extend, load_engine, plain
@@ -139,7 +139,7 @@ def test_answers_equal_the_samplers_whatever_the_batch(folder, how, monkeypatch)
     for i, row in enumerate(rows):
         prompt, pad = torch.tensor([row.prompt]), torch.zeros(1, dtype=torch.int64)
         n, index = len(row.uniform), torch.tensor([0])
-        alone = rollout(model, prompt, pad, 1, n, eos=eos, seed=i, index=index, **how)
+        alone = sample_rollouts(model, prompt, pad, 1, n, eos=eos, seed=i, index=index, **how)
         tokens = alone.tokens[0, 0, : alone.lengths[0, 0]].tolist()
         assert tokens == row.ids + [eos] * (row.sampled - len(row.ids))
     assert {row.finish for row in rows} == {"stop", "length"}

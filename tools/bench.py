@@ -28,7 +28,7 @@ from config import Config
 from data import Batch
 from model import Llama, ModelConfig, preset, save_model
 from objectives import dpo_loss
-from rollout import rollout
+from rollout import sample_rollouts
 from tools.cost import flops
 from update import make_optimizer
 from update import update as update_policy
@@ -110,7 +110,7 @@ def sampler():
                 caches = {name: caches[name] for name in (min(quick, key=quick.get),)}
             pad = torch.zeros(B, dtype=torch.int32)
             sides = {
-                "ours": partial(rollout, ours, prefix, pad, K, N, **how),
+                "ours": partial(sample_rollouts, ours, prefix, pad, K, N, **how),
                 "product": lambda: [torch.mm(square, square) for _ in range(10)],
                 "stream": stream.sum,
             }
@@ -384,7 +384,7 @@ def scaling():
     def step(K: int, N: int, P: int):
         prefix = torch.randint(2000, (4, P))
         how = dict(eos=-1, seed=0, index=torch.tensor(index))
-        drawn = rollout(policy, prefix, pad, K, N, **how)
+        drawn = sample_rollouts(policy, prefix, pad, K, N, **how)
         with torch.no_grad():
             policy.logprobs(prefix, pad, drawn.tokens[:, :2])  # the reference
         policy.logprobs(prefix, pad, drawn.tokens[:, :2]).sum().backward()
