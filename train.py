@@ -49,7 +49,9 @@ from asking import Teachers
 from candidates import ask, autocast, make_pool, pack, rewards_of, unpack
 from chat import TeacherGone
 from data import Stream
-from evaluation.evaluate import evaluate, held_out_sets, table
+from evaluation.evaluate import evaluate
+from evaluation.results import table
+from evaluation.sets import held_out_sets
 from judge import load_prompts
 from model import Llama, load_model, preset, read_config
 from support import checkpoint
@@ -333,9 +335,9 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         )
     if not sets:
         return {}
-    examiner, wait = teachers.examiner, teachers.wait
+    how = dict(prompts=config.prompts, max_tokens=config.judge_max_tokens)
     with autocast(config, device):
-        return evaluate(policies, sets, examiner, tokenizer, config.chunk, wait=wait)
+        return evaluate(policies, sets, teachers.examiner.chat, tokenizer, config.chunk, **how)
 
 
 def lock(run: Path):

@@ -13,12 +13,13 @@ import statistics
 import sys
 from pathlib import Path
 
-from evaluation.evaluate import held_out_sets
+from evaluation.results import NAMES
+from evaluation.sets import held_out_sets
 from study.findings import BEYOND, FINDINGS, Study, verdict
 from study.reproduce import markdown, records, seed_list, table
 from study.tables import COLUMNS, TABLES, Row
 from support.tokenizer import load_tokenizer
-from tools.plot import NAMES, smooth
+from tools.plot import smooth
 
 HERE = Path(__file__).parents[1]
 INTRO = """\

@@ -18,7 +18,8 @@ import torch
 
 from config import Config
 from data import OTHERS, Stream, digest
-from evaluation.evaluate import continue_batch, summarise
+from evaluation.evaluate import continue_batch
+from evaluation.results import summarise
 from judge import VERDICTS, Scores, load_prompts, parse, render, together
 from rewrite import clean, last_five_words
 from support.command import UserError

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-NAMES = {"base": "base", "baseline": "next-token baseline", "method": "self-improving"}
+from evaluation.results import NAMES, overall
 
 
 def smooth(values: list[float], width: int = 9) -> list[float]:
@@ -68,15 +68,6 @@ def finish(ax, ylabel: str):
     ax.set(xlabel="step", ylabel=ylabel)
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
-
-
-def overall(row: dict, column: str) -> float | None:
-    """A policy's mean over all judged prefixes of all kinds (the kinds themselves for the NLL), of
-    the summary's {kind: cell}; None where nothing was judged."""
-    cells = [cell for cell in row.values() if cell.get(column) is not None]
-    counts = [cell.get("n", {}).get(column, 1) for cell in cells]
-    total = sum(n * cell[column] for n, cell in zip(counts, cells, strict=True))
-    return total / sum(counts) if cells else None
 
 
 def draw_evaluation(ax, summary: dict):

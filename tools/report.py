@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from config import Config
-from tools.plot import NAMES, overall, plot_run, read_log, read_summary
+from evaluation.results import NAMES, overall
+from tools.plot import plot_run, read_log, read_summary
 from tools.replay import pools_by_step, recorded_judge
 
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
