@@ -377,10 +377,10 @@ def main(arguments: list[str]):
     written, sets = write_all(args)
     # A record for each judge: the same question to another judge is another question.
     record = f"judgments-{hash_of(args.judge_url, args.judge_model, args.dials)[:8]}.sqlite"
-    with contextlib.ExitStack() as stack:
-        url = stack.enter_context(teacher_url(args.judge_url, parse_dials(args.dials)))
-        chat = Chat(url, args.judge_model, cache=out.parent / record)
-        stack.callback(chat.close)
+    with (
+        teacher_url(args.judge_url, parse_dials(args.dials)) as url,
+        Chat(url, args.judge_model, cache=out.parent / record) as chat,
+    ):
         judge = examiner(chat, args.prompts, args.judge_max_tokens)
         values = judged(written, sets, judge, args.suites, args.seeds)
     known = harness.factuality(scores) if "factuality" in args.suites else {}

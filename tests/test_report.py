@@ -5,13 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from chat import Chat
 from config import Config
 from judge import open_judge
+from support.command import python
 from tools import plot, report
 from world.teacher import start_teacher
 
@@ -112,7 +112,7 @@ def test_curves_of_several_runs(run, tmp_path):
     other = shutil.copytree(run, tmp_path / run.name)
     assert plot.plot_runs([run, other]).stat().st_size > 10_000
     assert plot.run_names([run, other]) == [f"{p.parent.name}/{run.name}" for p in (run, other)]
-    command = [sys.executable, plot.__file__, str(run), str(tmp_path / "none")]
+    command = python("tools.plot", run, tmp_path / "none")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
