@@ -57,13 +57,14 @@ HASHED += ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 @torch.no_grad()
 def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
-    """Greedy continuations of at most `chunk` tokens, one for each prefix of a data.Batch."""
-    device = next(policy.parameters()).device
+    """Greedy continuations of at most `chunk` tokens, one for each prefix of a data.Batch, up to the
+    first of all tokens that end a text of this policy."""
+    device, ends = next(policy.parameters()).device, (tokenizer.eos, *policy.end_tokens)
     prefix, pad = batch.prefix.to(device), batch.pad.to(device)  # [B, P], [B]
-    how = dict(eos=tokenizer.eos, seed=0, index=batch.index, temperature=0.0)
+    how = dict(eos=ends, seed=0, index=batch.index, temperature=0.0)
     drawn = sample_rollouts(policy, prefix, pad, 1, chunk, **how)  # tokens [B, 1, N]
     rows = zip(drawn.tokens[:, 0].tolist(), drawn.lengths[:, 0].tolist(), strict=True)
-    return [tokenizer.decode(row[:n]) for row, n in rows]
+    return [tokenizer.decode(row[: n - (row[n - 1] in ends)]) for row, n in rows]
 
 
 @torch.no_grad()

@@ -312,6 +312,24 @@ def test_as_many_prefixes_as_asked_for():
     assert len(held.prefixes) == len(held.references) == 70
 
 
+def test_a_continuation_stops_at_every_end_token_of_its_folder(checkpoints, tmp_path):
+    """Also at one that only generation_config.json names; other ends are other continuations."""
+    tokenizer, folder = load_tokenizer("world"), tmp_path / "ckpt0"
+    held = {"x": held_out_sets("world", tokenizer, count=8, chunk=8, max_seq=40)["clean"]}
+
+    def texts():
+        kept = evaluate.Generations(tmp_path / "generations.jsonl")
+        return evaluate.Checkpoint(str(folder), "cpu", kept, 8, 40).write(held)["x"]["texts"]
+
+    whole = texts()
+    end = tokenizer.encode(whole[0])[3]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    for before, now in zip(whole, texts(), strict=True):
+        ids = tokenizer.encode(before)
+        assert now == tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+    assert texts() != whole
+
+
 def test_another_tokenizer_gets_the_same_texts():
     words = load_tokenizer("world")
     held = from_texts(["this is a test .", "mirela"], ["", ""], {}, words, 4)
