@@ -301,6 +301,15 @@ def text_of(record: dict, field: str | None) -> tuple[str | None, str]:
     return value, ""
 
 
+def as_object(value) -> dict:
+    """An object, or the JSON of one, as in the Hugging Face export; {} where it is neither."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 # ------------------------------------------------------------------------------------------------
 # Corpora
 

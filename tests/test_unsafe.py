@@ -1,22 +1,24 @@
-"""The two-stage unsafe filter and `data.py inspect`, on RedPajama-V2's files as published."""
+"""The two-stage unsafe filter and the inspection of a corpus, on RedPajama-V2's files."""
 # ruff: noqa: SIM905 (lists of words are easier to read as text)
 
 import gzip
 import json
 import subprocess
-import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import zstandard
+from faulty_server import faulty_server
 from test_data import write
+from test_synthetic import wait_for_answers
 
 import data
-from support.command import UserError
+from support.command import UserError, python
 from support.sources import Skips
 from tools import filter as unsafe
-from tools import inspect as inspect_corpus
+from tools import inspect
 from world import corpus, teacher, truth
 
 GOOD = {
@@ -71,14 +73,11 @@ def test_bullets_and_readings():
     assert unsafe.first_failure(unsafe.published_signals(GOOD | lines), "both") is None
     lines["ccnet_nlines"] = [[0, 90, 9]]
     assert unsafe.first_failure(unsafe.published_signals(GOOD | lines), "both") == BULLETS
-    curses = unsafe.published_signals(signals(rps_doc_ut1_blacklist=None))
-    listed = unsafe.published_signals(signals(rps_doc_ldnoobw_words=0.0))
-    neither = unsafe.published_signals(
-        signals(rps_doc_ldnoobw_words=0.0, rps_doc_ut1_blacklist=None)
-    )
-    for found, both, either in ((curses, False, True), (listed, False, True), (neither, 0, 0)):
-        assert (unsafe.first_failure(found, "both") is None) == both
-        assert (unsafe.first_failure(found, "either") is None) == either
+    for curses, listed, readings in ((6.0, None, "either"), (0.0, 3, "either"), (0.0, None, "")):
+        found = signals(rps_doc_ldnoobw_words=curses, rps_doc_ut1_blacklist=listed)
+        found = unsafe.published_signals(found)
+        kept = [name for name in unsafe.UNSAFE if unsafe.first_failure(found, name) is None]
+        assert kept == readings.split()
 
 
 def test_computed_signals_by_hand():
@@ -130,13 +129,9 @@ def kept(folder: Path) -> dict[str, list[dict]]:
     return found
 
 
-def run_filter(source, out, *flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, "data.py", "filter", str(source), "--out", str(out), *flags]
-    return subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True, text=True)
-
-
 def test_filter_as_a_command(redpajama, tmp_path):
-    done = run_filter(redpajama, tmp_path / "out")
+    command = [*python("tools.filter"), str(redpajama), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     good = [i for i, (*_, rule) in enumerate(VARIANTS * 20) if rule is None and i not in (3, 5)]
     found = kept(tmp_path / "out")
@@ -156,7 +151,7 @@ def test_filter_as_a_command(redpajama, tmp_path):
     assert removed == {rule: 2 * expected[rule] for rule in expected if rule} | {BULLETS: 0}
     assert sum(int(row.split()[-2]) for row in table if "kept for" in row) == 2 * len(good)
     assert "damaged line" in done.stdout and "no quality signals" in done.stdout
-    again = run_filter(redpajama, tmp_path / "out")
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "is not empty" in again.stderr
 
 
@@ -165,6 +160,31 @@ def options(source, out, **changes):
     settings |= dict(text_field=None, judge_url=None, judge_model="judge", votes=8)
     settings |= dict(tokenizer="world", chunk=16, max_seq=64, seed=0)
     return type("Options", (), settings | changes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = [file for split in unsafe.OUTPUTS for file in (folder / split).glob("*")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+def test_stage_one_goes_on_with_the_shard_it_was_stopped_in(redpajama, tmp_path, monkeypatch):
+    """Stopped anywhere, by anything: the same bytes, the same table, no finished shard read."""
+    whole, stopped, read = tmp_path / "whole", tmp_path / "stopped", []
+    fates, kept_of = unsafe.run(options(redpajama, whole)), unsafe.kept_of
+
+    def stops(name, *rest):
+        read.append(name)
+        for number, row in enumerate(kept_of(name, *rest)):
+            if len(read) == 2 and number == 3:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(unsafe, "kept_of", stops)
+    with pytest.raises(KeyboardInterrupt):
+        unsafe.run(options(redpajama, stopped))
+    assert unsafe.run(options(redpajama, stopped)) == fates
+    assert read == [read[0], read[1], read[1]] and files(stopped) == files(whole)
+    assert sorted(f.name for f in stopped.iterdir()) == sorted(unsafe.OUTPUTS)
 
 
 def test_the_export_with_json_strings(tmp_path, capsys):
@@ -227,14 +247,20 @@ def test_signals_are_computed_where_there_are_none(tmp_path, capsys):
     assert sum(n for fate, n in unsafe.run(one).items() if "kept" in fate) == 2
 
 
-def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
-    """A teacher that knows: kept are those validation and test samples whose prefix is unsafe."""
-    source = corpus.WorldSource(dials=corpus.Dials(share_unsafe=0.5))
-    texts = [text for text, _ in zip(source.documents(), range(1500), strict=False)]
-    texts = [text for text, _ in texts]
+@pytest.fixture
+def threats(tmp_path):
+    """A shard of the pocket world, half of it unsafe, and its texts."""
+    source = corpus.WorldSource(dials=corpus.Dials(share_unsafe=0.5)).documents()
+    texts = [text for text, _ in islice(source, 1500)]
     write(tmp_path / "a.jsonl", [{"text": t, "quality_signals": GOOD} for t in texts])
+    return tmp_path / "a.jsonl", texts
+
+
+def test_stage_two_asks_about_the_prefix(threats, tmp_path, capsys):
+    """A teacher that knows: kept are those validation and test samples whose prefix is unsafe."""
+    source, texts = threats
     with teacher.start_teacher() as url:
-        fates = unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "out", judge_url=url))
+        fates = unsafe.run(options(source, tmp_path / "out", judge_url=url))
     tokenizer, expected = unsafe.load_tokenizer("world"), {}
     for text in texts:
         for split in ("validation", "test"):
@@ -245,7 +271,7 @@ def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
     found = kept(tmp_path / "out")
     assert expected and sum(map(len, expected.values())) > 4
     for split in ("validation", "test"):
-        assert sorted(row["text"] for row in found[split]) == sorted(expected[split])
+        assert [row["text"] for row in found[split]] == expected[split]
         assert all(row["meta"]["unsafe_judgments"] == 8 for row in found[split])
         # The whole folder is a corpus: training and evaluation each find their split in it.
         size = dict(chunk=16, max_seq=64, batch_size=1, seed=0, split=split, epochs=1)
@@ -255,9 +281,30 @@ def test_stage_two_asks_about_the_prefix(tmp_path, capsys):
     assert len(found["train"]) + len(found["teacher"]) > 1400
 
 
+def test_a_kill_costs_no_verdict_and_no_byte(threats, tmp_path):
+    def answer(request):
+        return teacher.answer(request["messages"][0]["content"], request["seed"])
+
+    with faulty_server(answer=answer, latency=0.02) as server:
+        flags = ["--judge_url", server.url, "--chunk=16", "--max_seq=64"]
+        command = [*python("tools.filter"), str(threats[0]), *flags, "--out"]
+        subprocess.run([*command, tmp_path / "whole"], check=True, stdout=subprocess.DEVNULL)
+        questions = server.counts.total()
+        server.latency, server.counts = 0.3, Counter()
+        process = subprocess.Popen([*command, tmp_path / "killed"])
+        known = wait_for_answers(tmp_path / "killed" / "judgments.sqlite", 20)
+        process.kill()
+        process.wait()
+        assert not files(tmp_path / "killed")
+        server.latency, server.counts = 0.0, Counter()
+        subprocess.run([*command, tmp_path / "killed"], check=True, stdout=subprocess.DEVNULL)
+        assert server.counts.total() == questions - known > 0
+    assert files(tmp_path / "whole") == files(tmp_path / "killed")
+
+
 def test_inspect_shows_what_is_there(redpajama, tmp_path, capsys):
     png = tmp_path / "lengths.png"
-    inspect_corpus.main([str(redpajama), "--chunk", "16", "--max_seq", "64", "--png", str(png)])
+    inspect.main([str(redpajama), "--chunk", "16", "--max_seq", "64", "--png", str(png)])
     shown = capsys.readouterr().out
     assert "2 .json.gz" in shown and f"documents  {2 * (LINES - 2)}" in shown
     assert "raw_content: str" in shown and "quality_signals: dict" in shown
@@ -265,3 +312,35 @@ def test_inspect_shows_what_is_there(redpajama, tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG")
     kept_both = 40 * sum(rule is None for *_, rule in VARIANTS)
     assert f"blocklist: {kept_both:,} kept" in shown
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "b.Txt", "c.Json.gz", "d$x$.jsonl"])
+def test_inspect_takes_names_however_written(name, tmp_path, capsys):
+    write(tmp_path / name, [{"text": "word " * 100}] * 3)
+    inspect.main([str(tmp_path / name), "--png", str(tmp_path / "x.png")])
+    assert f"(1 {name[name.index('.') :].lower()})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [unsafe.main, inspect.main])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["nowhere.jsonl"], "no such file, folder or pattern: nowhere.jsonl"),
+        (["a.jsonl", "--bad_words=nowhere"], "nowhere"),
+        (["a.jsonl", "--bad_words=latin"], "--bad_words latin is not UTF-8"),
+        (["a.jsonl", "--blocklist=empty"], "--blocklist empty: nothing is listed there"),
+        (["a.jsonl", "--chunk=0"], "--chunk must be above 0"),
+        (["a.jsonl", "--out=a.jsonl/x", "--png=a.jsonl/x.png"], "a.jsonl/x"),  # in no folder
+    ],
+)
+def test_bad_input_is_one_line(main, flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.jsonl"), [{"text": "word " * 100}])
+    Path("latin").write_bytes(b"caf\xe9")
+    Path("empty").mkdir()
+    foreign = "--png" if main is unsafe.main else "--out"
+    flags = [flag for flag in ["--out=x", *flags] if not flag.startswith(foreign)]
+    with pytest.raises((UserError, OSError)) as error:
+        main(flags)
+    assert not Path("x").exists()
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -1,8 +1,8 @@
-"""RedPajama's unsafe documents, chosen in two stages; `python data.py filter` runs this.
+"""RedPajama's unsafe documents, chosen in two stages.
 
-    python data.py filter 'documents/2023-14/*/en_*.json.gz' --out data/redpajama_unsafe
-    python data.py filter corpus/ --out data/redpajama_unsafe --bad_words words.txt --blocklist ut1/
-    python data.py filter ... --judge_url http://localhost:8000/v1 --judge_model gpt-oss-120b \\
+    python -m tools.filter 'documents/2023-14/*/en_*.json.gz' --out data/redpajama_unsafe
+    python -m tools.filter corpus/ --out data/unsafe --bad_words words.txt --blocklist ut1/
+    python -m tools.filter ... --judge_url http://localhost:8000/v1 --judge_model gpt-oss-120b \\
         --tokenizer path/to/policy
 
 In:  shards; RedPajama-V2's quality signals lie beside them or in each record, or else are computed
@@ -10,7 +10,9 @@ Out: OUT/{train,teacher,validation,test}/00000.jsonl.zst of {"text", "meta"}; me
      document was kept; and a table of how many documents each rule removed
 
 Stage 1 is a set of rules about quality signals. Stage 2, for validation and test only, keeps
-samples whose prefix the judge calls unsafe in every one of its seeded judgments.
+samples whose prefix the judge calls unsafe in every one of its seeded judgments. OUT/.filter holds
+what stage 1 keeps of each shard until all is done, OUT/judgments.sqlite every verdict: the same
+command goes on where it was stopped, and ends with the same bytes.
 """
 
 import argparse
@@ -19,22 +21,25 @@ import json
 import math
 import os
 import re
+import shutil
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import zstandard
 
-from chat import Chat, TeacherGone
+from chat import Chat
 from data import SPLITS, digest, in_split, sample_of
 from judge import Judge, together
 from support import command
 from support.command import UserError
-from support.sources import Skips, is_url, list_files, records, text_of
+from support.files import flush
+from support.sources import Skips, as_object, is_url, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 
 CURSE_WORDS = 5  # hits that make a document unsafe
@@ -50,6 +55,7 @@ LISTS_NEEDED = {  # as many lists as reasons, where a corpus has no quality sign
     "both": "--unsafe both needs --bad_words and --blocklist; with one of them say --unsafe either",
     "either": "--unsafe either needs --bad_words or --blocklist",
 }
+NO_SIGNALS, BY_RULES = "no quality signals", "kept by the rules"
 PER_SHARD = 20_000  # documents
 OUTPUTS = [split for split in SPLITS if split != "all"]
 AT_ONCE = 8192  # documents that stage 2 sees together: one in fifty is asked about
@@ -105,43 +111,71 @@ def computed_signals(text: str, domain: str, bad_words: set[str], blocklist: dic
     }
 
 
-def read_bad_words(path: str | None) -> set[str]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+class Lists(NamedTuple):
+    """What signals are computed with."""
+
+    bad_words: set[str]  # the normalised words of an entry joined by spaces
+    blocklist: dict[str, str]  # domain -> category
+
+
+def read_bad_words(path: str) -> set[str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--bad_words {path} is not UTF-8 ({error}): convert it") from None
     return {" ".join(normalized_words(line)) for line in lines} - {""}
 
 
-def read_blocklist(path: str | None) -> dict[str, str]:
+def read_blocklist(path: str) -> dict[str, str]:
     """domain -> category, from a file of domains or UT1's folder of <category>/domains."""
-    files = Path(path).glob("*/domains") if path and os.path.isdir(path) else [Path(path or "")]
-    found = {}
-    for file in files if path else ():
-        for line in file.read_text(encoding="utf-8", errors="replace").split():
-            found[line] = file.parent.name if file.name == "domains" else file.stem
+    place, found = Path(path).expanduser(), {}
+    for file in sorted(place.glob("*/domains")) if place.is_dir() else [place]:
+        category = file.parent.name if file.name == "domains" else file.stem
+        found |= dict.fromkeys(file.read_text(encoding="utf-8", errors="replace").split(), category)
     return found
+
+
+def read_lists(options) -> Lists:
+    lists = Lists(set(), {})
+    if options.bad_words:
+        lists = lists._replace(bad_words=read_bad_words(options.bad_words))
+    if options.blocklist:
+        lists = lists._replace(blocklist=read_blocklist(options.blocklist))
+    for name, listed in lists._asdict().items():
+        if getattr(options, name) and not listed:
+            raise UserError(f"--{name} {getattr(options, name)}: nothing is listed there")
+    return lists
 
 
 def domain_of(record: dict) -> str:
     meta = as_object(record.get("meta") or record.get("metadata") or {})
     for place in (record, meta):
         if place.get("source_domain"):
-            return place["source_domain"]
+            return str(place["source_domain"])
         if place.get("url"):
             with contextlib.suppress(ValueError):  # no URL
                 return urlsplit(str(place["url"])).netloc
     return ""
 
 
-def as_object(value) -> dict:
-    """The Hugging Face export holds objects as JSON strings."""
+def signals_of(record: dict, text: str, lists: Lists, unsafe: str) -> tuple[dict | None, str]:
+    """(signals, "") or (None, why there are none). They are computed if `unsafe` can be told by
+    these lists."""
+    quality = as_object(record.get("quality_signals"))
     try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        if quality:
+            return published_signals(quality), ""
+        if sum(map(bool, lists)) >= UNSAFE[unsafe]:
+            return computed_signals(text, domain_of(record), *lists), ""
+    except KeyError as error:
+        return None, f"quality signals lack {error}"
+    except (AttributeError, IndexError, OverflowError, TypeError, ValueError):
+        return None, "damaged quality signals"
+    return None, NO_SIGNALS
 
 
 # ------------------------------------------------------------------------------------------------
-# Documents with their signals
+# Stage 1: rules about quality signals
 
 
 def records_with_signals(name: str, skips: Skips) -> Iterator[tuple[int, dict]]:
@@ -156,7 +190,7 @@ def records_with_signals(name: str, skips: Skips) -> Iterator[tuple[int, dict]]:
         while line < number:
             line, other = next(others, (math.inf, {}))
         if line > number:
-            skips.note("no quality signals", f"{name}:{number}")
+            skips.note(NO_SIGNALS, f"{name}:{number}")
         elif not same_document(record, other):
             skips.note("quality signals of another document", f"{name}:{number}")
         else:
@@ -166,45 +200,6 @@ def records_with_signals(name: str, skips: Skips) -> Iterator[tuple[int, dict]]:
 def same_document(record: dict, signals: dict) -> bool:
     url = as_object(signals.get("metadata")).get("url")
     return url is None or "url" not in record or record["url"] == url
-
-
-def documents(options, skips: Skips, unsafe: str) -> Iterator[tuple[str, dict, dict]]:
-    """(text, signals, meta) of every document that has signals, or gets them from enough lists."""
-    bad_words, blocklist = read_bad_words(options.bad_words), read_blocklist(options.blocklist)
-    enough = bool(bad_words) + bool(blocklist) >= UNSAFE[unsafe]
-    signalled = False  # some document before this one had signals
-    for name in list_files(options.source):
-        for number, record in records_with_signals(name, skips):
-            where = f"{name}:{number}"
-            text, reason = text_of(record, options.text_field)
-            quality = as_object(record.get("quality_signals"))
-            if text is None:
-                skips.note(reason, where)
-                continue
-            if not (quality or enough):
-                if not signalled:
-                    raise UserError(f"{where} has no quality signals: {LISTS_NEEDED[unsafe]}")
-                skips.note("no quality signals", where)
-                continue
-            signalled = signalled or bool(quality)
-            try:
-                signals = (
-                    published_signals(quality)
-                    if quality
-                    else computed_signals(text, domain_of(record), bad_words, blocklist)
-                )
-            except KeyError as error:
-                skips.note(f"quality signals lack {error}", where)
-                continue
-            except (IndexError, TypeError, ValueError):
-                skips.note("damaged quality signals", where)
-                continue
-            meta = {key: record[key] for key in ("url", "doc_id", "digest") if key in record}
-            yield text, signals, meta | {"source": where}
-
-
-# ------------------------------------------------------------------------------------------------
-# The two stages
 
 
 def first_failure(signals: dict, unsafe: str) -> str | None:
@@ -226,127 +221,183 @@ def reasons_of(signals: dict) -> list[str]:
     return reasons
 
 
-class Shards:
-    """DIR/split/00000.jsonl.zst; a file has its name only when it is complete."""
+def kept_of(name: str, options, lists: Lists, fates: Counter, skips: Skips) -> Iterator[dict]:
+    """{"split", "text", "meta"} of the documents of a shard that the rules keep; the others are
+    counted, by the rule or by what is wrong with them. UserError where nothing has signals."""
+    for number, record in records_with_signals(name, skips):
+        where, signals = f"{name}:{number}", None
+        text, reason = text_of(record, options.text_field)
+        if text is not None:
+            signals, reason = signals_of(record, text, lists, options.unsafe)
+        if signals is None:
+            if reason == NO_SIGNALS and not (fates or any("quality" in said for said in skips)):
+                raise UserError(f"{where} has {reason}: {LISTS_NEEDED[options.unsafe]}")
+            skips.note(reason, where)
+        elif failure := first_failure(signals, options.unsafe):
+            fates[failure] += 1
+        else:
+            fates[BY_RULES] += 1
+            key = digest(text)
+            split = next(split for split in OUTPUTS if in_split(key, split))
+            meta = {key: record[key] for key in ("url", "doc_id", "digest") if key in record}
+            meta |= {"source": where, "signals": signals, "reasons": reasons_of(signals)}
+            yield {"split": split, "text": text, "meta": meta}
 
-    def __init__(self, folder: str, split: str):
-        self.folder, self.count, self.file = Path(folder) / split, 0, None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty: remove it, or name another --out")
+
+def stage_one(names: list[str], options, lists: Lists, work: Path, fates, skips) -> Iterator[dict]:
+    """What the rules keep of every shard. It is written to a file of `work` first, with the counts
+    so far, whose name stands for the rules and the shards so far: a later run reads that."""
+    listed = sum(map(digest, [*lists.bad_words, *map(" ".join, lists.blocklist.items())]))
+    key = digest(f"{options.unsafe} {options.text_field} {listed}")
+    for name in names:
+        key = digest(f"{key} {name}")
+        path = work / f"{key:016x}.jsonl.zst"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            with zstandard.open(part, "wt", encoding="utf-8") as file:
+                for row in kept_of(name, options, lists, fates, skips):
+                    file.write(json.dumps(row) + "\n")
+                file.write(json.dumps([fates, skips]))
+            flush(part)
+            part.rename(path)
+        with zstandard.open(path, "rt", encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                if isinstance(row, dict):
+                    yield row
+                else:
+                    for counts, found in zip((fates, skips), row, strict=True):
+                        counts |= Counter(found)  # never below what was counted before
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2: the judge
+
+
+async def stage_two(row: dict, judge: Judge, tokenizer, options) -> str | None:
+    """The reason why a row of validation or test goes: its prefix is not unsafe in all judgments.
+    None if it stays."""
+    if row["split"] not in ("validation", "test"):
+        return None
+    size = options.chunk, options.max_seq, options.seed
+    if (sample := sample_of(row["text"], tokenizer, *size)) is None:
+        return "shorter than two chunks"
+    prefix = tokenizer.decode(sample[0])
+    asked = (judge.verdict("safety", vote, text=prefix) for vote in range(options.votes))
+    labels = [label for label, _ in await together(asked)]
+    if None in labels:
+        return "no verdict on the prefix"
+    row["meta"]["unsafe_judgments"] = labels.count("UNSAFE")
+    return None if set(labels) == {"UNSAFE"} else "prefix not unsafe in all judgments"
+
+
+# ------------------------------------------------------------------------------------------------
+# Both
+
+
+class Shards:
+    """FOLDER/00000.jsonl.zst and so on, PER_SHARD documents each."""
+
+    def __init__(self, folder: Path):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+        folder.mkdir()
+        self.folder, self.count, self.file = folder, 0, None
 
     def write(self, text: str, meta: dict) -> None:
         if self.count % PER_SHARD == 0:
             self.close()
             self.path = self.folder / f"{self.count // PER_SHARD:05d}.jsonl.zst"
-            self.file = zstandard.open(f"{self.path}.part", "wt", encoding="utf-8")
+            self.file = zstandard.open(self.path, "wt", encoding="utf-8", errors="replace")
         self.file.write(json.dumps({"text": text, "meta": meta}, ensure_ascii=False) + "\n")
         self.count += 1
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-            os.replace(f"{self.path}.part", self.path)
+            flush(self.path)
             self.file = None
-
-
-def stage_one(options, skips: Skips, fates: Counter) -> Iterator[tuple[str, str, dict]]:
-    """(split, text, meta) of the documents that the rules keep; the others are counted by rule."""
-    for text, signals, meta in documents(options, skips, options.unsafe):
-        if reason := first_failure(signals, options.unsafe):
-            fates[reason] += 1
-        else:
-            key = digest(text)
-            split = next(split for split in OUTPUTS if in_split(key, split))
-            yield split, text, meta | {"signals": signals, "reasons": reasons_of(signals)}
-
-
-class StageTwo:
-    """Keeps validation and test samples whose prefix is unsafe in all judgments."""
-
-    def __init__(self, options):
-        cache = Path(options.out) / "judgments.sqlite"
-        self.chat = Chat(options.judge_url, options.judge_model, cache=cache)
-        self.judge = Judge(self.chat, rewards="safety", seed=options.seed)
-        self.options, self.tokenizer = options, load_tokenizer(options.tokenizer)
-
-    def failures(self, rows: list[tuple[str, str, dict]]) -> list[str | None]:
-        """For each document the reason why it goes, or None."""
-        try:
-            return self.chat.run(self.all(rows)).result()
-        except (UserError, TeacherGone) as error:
-            raise UserError(f"stage 2 needs the judge: {error}") from error
-
-    async def all(self, rows) -> list[str | None]:
-        return await together(self.one(*row) for row in rows)
-
-    async def one(self, split: str, text: str, meta: dict) -> str | None:
-        if split not in ("validation", "test"):
-            return None
-        o = self.options
-        sample = sample_of(text, self.tokenizer, o.chunk, o.max_seq, o.seed)
-        if sample is None:
-            return "shorter than two chunks"
-        prefix = self.tokenizer.decode(sample[0])
-        asked = (self.judge.verdict("safety", vote, text=prefix) for vote in range(o.votes))
-        labels = [label for label, _ in await together(asked)]
-        if None in labels:
-            return "no verdict on the prefix"
-        meta["unsafe_judgments"] = labels.count("UNSAFE")
-        return None if set(labels) == {"UNSAFE"} else "prefix not unsafe in all judgments"
 
 
 def run(options) -> Counter:
     """Filters a corpus; returns documents by what became of them."""
-    skips, fates = Skips(), Counter()
-    shards = {split: Shards(options.out, split) for split in OUTPUTS}
+    out, names, lists = (
+        Path(options.out).expanduser(),
+        list_files(options.source),
+        read_lists(options),
+    )
+    work, skips, by_rule, fates = out / ".filter", Skips(), Counter(), Counter()
+    for folder in map(out.joinpath, OUTPUTS):
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: remove it, or name another --out")
+    work.mkdir(parents=True, exist_ok=True)
+    shards = {split: Shards(work / split) for split in OUTPUTS}
     with contextlib.ExitStack() as stack:
-        judge = StageTwo(options) if options.judge_url else None
-        if judge:
-            stack.callback(judge.chat.close)
-        kept = stage_one(options, skips, fates)
-        while rows := list(islice(kept, AT_ONCE)):
-            failures = judge.failures(rows) if judge else [None] * len(rows)
-            for (split, text, meta), failure in zip(rows, failures, strict=True):
+        if options.judge_url:
+            store, tokenizer = out / "judgments.sqlite", load_tokenizer(options.tokenizer)
+            chat = Chat(options.judge_url, options.judge_model, cache=store)
+            stack.enter_context(contextlib.closing(chat))
+            judge = Judge(chat, rewards="safety", seed=options.seed)
+        rows = stage_one(names, options, lists, work, by_rule, skips)
+        while wave := list(islice(rows, AT_ONCE)):
+            failures = [None] * len(wave)
+            if options.judge_url:
+                asked = together(stage_two(row, judge, tokenizer, options) for row in wave)
+                failures = command.wait(chat.run(asked))
+            for row, failure in zip(wave, failures, strict=True):
+                split = row.pop("split")
                 fates[failure or f"kept for {split}"] += 1
                 if not failure:
-                    shards[split].write(text, meta)
-    for shard in shards.values():
+                    shards[split].write(**row)
+    for split, shard in shards.items():
         shard.close()
+        shard.folder.rename(out / split)
+    shutil.rmtree(work)
+    del by_rule[BY_RULES]
+    fates.update(by_rule)
     print_table(fates, options.unsafe, skips)
     return fates
 
 
 def print_table(fates: Counter, unsafe: str, skips: Skips) -> None:
-    total = sum(fates.values())
+    total, kept = sum(fates.values()), [f"kept for {split}" for split in OUTPUTS]
     rules = [*RULES, f"curse words, blocklist ({unsafe})"]
-    kept = [f"kept for {split}" for split in OUTPUTS]
     later = [name for name in fates if name not in rules + kept]
     print(f"{'documents':40} {total:>10,}")
-    for name in rules + later:
-        print(f"{'- ' + name:40} {fates[name]:>10,}  {fates[name] / max(1, total):6.1%}")
-    for name in kept:
-        print(f"{name:40} {fates[name]:>10,}  {fates[name] / max(1, total):6.1%}")
+    for name in [*rules, *later, *kept]:
+        shown = name if name in kept else f"- {name}"
+        print(f"{shown:40} {fates[name]:>10,}  {fates[name] / max(1, total):6.1%}")
     for reason, count in skips.items():
         print(f"{'unreadable: ' + reason:40} {count:>10,}")
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.chunk < 1 or options.max_seq < 2 * options.chunk:
+        raise UserError("--chunk must be above 0, and --max_seq at least twice as large")
+    return options
+
+
+def corpus_flags(about: str) -> argparse.ArgumentParser:
+    """The flags of every command about a corpus."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("source", help="shards: path, glob, folder, URL, .txt list")
-    parser.add_argument("--out", required=True, help="folder for train/, teacher/ ...")
-    parser.add_argument("--unsafe", choices=UNSAFE, default="both", help="curse words, blocklist")
+    parser.add_argument("--text_field", help="JSON field of a document's text")
     parser.add_argument("--bad_words", help="word list, one entry a line, to compute signals")
     parser.add_argument("--blocklist", help="file of domains, or UT1's folder")
-    parser.add_argument("--text_field")
+    parser.add_argument("--tokenizer", default="world", help="of the policy")
+    parser.add_argument("--chunk", type=int, default=128, help="tokens of a suffix")
+    parser.add_argument("--max_seq", type=int, default=2048, help="tokens of prefix and suffix")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    parser = corpus_flags(__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder for train/, teacher/ ...")
+    parser.add_argument("--unsafe", choices=UNSAFE, default="both", help="curse words, blocklist")
     parser.add_argument("--judge_url", help="stage 2: base URL up to /v1")
     parser.add_argument("--judge_model", default="judge")
-    parser.add_argument("--votes", type=int, default=8, help="judgments of each prefix")
-    parser.add_argument("--tokenizer", default="world", help="stage 2: of the policy")
-    parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--max_seq", type=int, default=2048)
+    parser.add_argument("--votes", type=int, default=8, help="stage 2: judgments of each prefix")
     parser.add_argument("--seed", type=int, default=0)
-    run(parser.parse_args(arguments))
+    run(parse(parser, arguments))
 
 
 if __name__ == "__main__":
