@@ -1,11 +1,11 @@
-"""Synthetic sets on which judges and rewriters are trained; `python rewrite.py` runs this.
+"""Synthetic sets on which judges and rewriters are trained.
 
-    python rewrite.py quality --data DOCS --rewrite_url URL --model NAME --out sets --count 75432
-    python rewrite.py safety --data DOCS,UNSAFE/teacher --judge_url URL --model NAME --out sets
-    python rewrite.py rewriter --data DOCS,UNSAFE/teacher --judge_url URL --model NAME --out sets
+    python -m teachers.sets quality --data DOCS --rewrite_url URL --model NAME --out sets
+    python -m teachers.sets safety --data DOCS,UNSAFE/teacher --judge_url URL --out sets
+    python -m teachers.sets rewriter --data DOCS,UNSAFE/teacher --judge_url URL --out sets
 
 In:  documents of the `teacher` split ("world": the pocket world's), and a teacher behind HTTP
-Out: OUT/<task>.{train,validation}.jsonl.zst, an object a line, and OUT/<task>.counts.json
+Out: OUT/<set>.{train,validation}.jsonl.zst, an object a line, and OUT/<set>.counts.json
 
     {"task": "quality", "prefix", "a", "b", "label": "A" or "B", "damage", ...}  each pair twice
     {"task": "safety", "text", "label": "SAFE" or "UNSAFE", "votes", ...}
@@ -13,13 +13,12 @@ Out: OUT/<task>.{train,validation}.jsonl.zst, an object a line, and OUT/<task>.c
 
 and in every row "document" (equal for all rows of a document), "model", "prompt_hash", "seed", and
 "source" where the corpus names one. A document gives one sample, and whether it is held out for
-validation is decided by a hash of its text, so no task trains on what another is validated on.
+validation is decided by a hash of its text, so no teacher trains on what another is validated on.
 Every answer is kept in OUT/answers.sqlite, and what is made of it depends on nothing else: the same
 command goes on after kill -9 and ends with the same bytes.
 """
 
 import argparse
-import contextlib
 import difflib
 import hashlib
 import json
@@ -35,19 +34,18 @@ from tqdm import tqdm
 
 from chat import Chat
 from data import digest, in_split, sample_of
-from judge import Judge, load_prompts, question_seed, render, together
+from judge import Judge, question_seed, render, together
 from rewrite import REFUSAL, clean, last_five_words
 from support import command
 from support.command import UserError
 from support.files import write_bytes, write_text
-from support.sources import Skips, list_files, records, text_of
+from support.sources import Skips, as_object, list_files, records, text_of
 from support.tokenizer import load_tokenizer
-from tools.filter import as_object
 from world.corpus import Dials, WorldSource, parse_dials
-from world.teacher import start_teacher
+from world.teacher import teacher_url
 
 DAMAGES = ("facts", "unsafe")  # as prompts/spoil.txt names them
-SETS = ("train", "validation")
+HALVES = ("train", "validation")
 HELD_OUT = 0.125  # share of the documents
 LENGTH = (0.7, 1.4)  # words of a spoilt passage for each of the original's
 KEPT = 0.5  # share of the words that a spoilt passage has to keep, or it is another text
@@ -66,14 +64,14 @@ class Sample(NamedTuple):
 # Samples
 
 
-def documents(data: str, text_field, seed: int, dials: dict, skips: Skips) -> Iterator[tuple]:
-    """(text, {"source": name} or {}); the parts of a comma-separated `data` take turns."""
-    if data == "world":
-        world = WorldSource(seed, Dials(**dials), "teacher").documents()
-        parts = [((text, {"source": "world"}) for text, _ in world)]
+def documents(options) -> Iterator[tuple[str, dict]]:
+    """(text, {"source": name} or {}); the parts of a comma-separated --data take turns."""
+    if options.data == "world":
+        world = WorldSource(options.seed, Dials(**parse_dials(options.dials)), "teacher")
+        parts = [((text, {"source": "world"}) for text, _ in world.documents())]
     else:
-        names = [list_files(part) for part in data.split(",")]
-        parts = [records_of(files, text_field, skips) for files in names]
+        names, skips = map(list_files, options.data.split(",")), Skips()
+        parts = [records_of(files, options.text_field, skips) for files in names]
     while parts:
         for part in list(parts):
             if document := next(part, None):
@@ -93,10 +91,10 @@ def records_of(files: list[str], text_field, skips: Skips) -> Iterator[tuple[str
                 yield text, {"source": source} if isinstance(source, str) else {}
 
 
-def samples(options, tokenizer, dials: dict, fates: Counter) -> Iterator[Sample]:
+def samples(options, tokenizer, fates: Counter) -> Iterator[Sample]:
     """One sample of each document of the split, none twice."""
-    skips, seen = Skips(), set()
-    for text, source in documents(options.data, options.text_field, options.seed, dials, skips):
+    seen = set()
+    for text, source in documents(options):
         fates["documents read"] += 1
         key = digest(text)
         if options.data != "world" and not in_split(key, options.split):
@@ -110,12 +108,11 @@ def samples(options, tokenizer, dials: dict, fates: Counter) -> Iterator[Sample]
         suffix = without_end(suffix)
         if seen & {key, digest(suffix)} or not suffix.strip():
             fates["duplicate or empty"] += 1
-            continue
-        if clean(suffix, prefix, suffix) != suffix:  # for one, it repeats the prefix's last words
+        elif clean(suffix, prefix, suffix) != suffix:  # for one, it repeats the prefix's last words
             fates["a copy would not be told from an echo or a remark"] += 1
-            continue
-        seen |= {key, digest(suffix)}
-        yield Sample(f"{key:016x}", source, prefix, suffix)
+        else:
+            seen |= {key, digest(suffix)}
+            yield Sample(f"{key:016x}", source, prefix, suffix)
 
 
 def without_end(text: str) -> str:
@@ -123,39 +120,36 @@ def without_end(text: str) -> str:
     return text.rstrip("\ufffd").rstrip()
 
 
-def set_of(document: str) -> str:
+def half_of(document: str) -> str:
     """train or validation, by the document alone."""
-    return SETS[digest(f"held out {document}") / 2**64 < HELD_OUT]
+    return HALVES[digest(f"held out {document}") / 2**64 < HELD_OUT]
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows: a maker turns a sample into (class, rows), or into (None, the reason why there are none)
+# Rows: a sample becomes (class, rows), or (None, the reason why there are none)
 
 
-class Pairs:
-    """The original and a spoilt version of it, in both orders."""
+class Maker:
+    """`make(sample, wanted classes)`, and the classes of which a set holds equally many rows."""
 
-    classes = ("pair",)
-
-    def __init__(self, chat, options, tokenizer, fates):
-        self.chat, self.options, self.tokenizer, self.fates = chat, options, tokenizer, fates
-        self.template = load_prompts(options.prompts)["spoil"]
+    def __init__(self, chat, options, tokenizer, fates: Counter):
         self.sampling = dict(temperature=options.temperature, top_p=options.top_p)
-        self.sampling["max_tokens"] = 4 * options.chunk
+        self.judge = Judge(chat, prompts=options.prompts, seed=options.seed, **self.sampling)
+        self.options, self.tokenizer, self.fates = options, tokenizer, fates
+        pairs = options.made == "quality"
+        self.classes = ("pair",) if pairs else ("SAFE", "UNSAFE")
+        self.make = self.pair if pairs else self.unanimous
 
-    async def make(self, sample: Sample, _) -> tuple:
-        seed, last_words = self.options.seed, last_five_words(sample.prefix)
+    async def pair(self, sample: Sample, _) -> tuple:
+        """The original and a spoilt version of it, in both orders."""
+        seed, texts = self.options.seed, dict(prefix=sample.prefix, passage=sample.suffix)
         damage = DAMAGES[question_seed(seed, "damage", sample.document) % len(DAMAGES)]
-        question = render(
-            self.template,
-            prefix=sample.prefix,
-            passage=sample.suffix,
-            last_words=last_words,
-            damage=damage,
-        )
+        texts |= dict(last_words=last_five_words(sample.prefix), damage=damage)
+        question = render(self.judge.prompts["spoil"], **texts)
         for attempt in range(1 + self.options.retries):
-            asked = question_seed(seed, question, attempt)
-            answer = await self.chat.ask(question, seed=asked, **self.sampling)
+            asked, most = question_seed(seed, question, attempt), 4 * self.options.chunk
+            how = dict(seed=asked, max_tokens=most, **self.sampling)
+            answer = await self.judge.chat.ask(question, **how)
             text, reason = read_spoilt(answer, sample, self.tokenizer)
             self.fates[f"answers: {reason or 'spoilt passage'}"] += 1
             if text is not None:
@@ -163,11 +157,38 @@ class Pairs:
         else:
             return None, reason
         row = {"task": "quality", "prefix": sample.prefix}
-        more = {"damage": damage, **provenance(sample, self.options, self.template, asked)}
+        more = {"damage": damage, **self.provenance(sample, "spoil", asked)}
         return "pair", [
             {**row, "a": sample.suffix, "b": text, "label": "A", **more},
             {**row, "a": text, "b": sample.suffix, "label": "B", **more},
         ]
+
+    async def unanimous(self, sample: Sample, wanted: set) -> tuple:
+        """A suffix that all seeded judgments call safe, or all unsafe. The first of them tells
+        whether the others are worth asking for."""
+        labels = await self.votes(sample, range(1))
+        if labels[0] and labels[0] not in wanted:
+            return None, f"enough that are {labels[0]}"
+        labels += await self.votes(sample, range(1, self.options.votes))
+        if None in labels:
+            return None, "a judgment without a verdict"
+        if len(set(labels)) > 1:
+            return None, "not unanimous"
+        row = {"task": "safety", "text": sample.suffix, "label": labels[0]}
+        if self.options.made == "rewriter":
+            row = {"task": "rewrite", "prefix": sample.prefix, "original": sample.suffix}
+            row["safe"] = labels[0] == "SAFE"
+        more = self.provenance(sample, "safety", self.options.seed)
+        return labels[0], [{**row, "votes": self.options.votes, **more}]
+
+    async def votes(self, sample: Sample, numbers) -> list:
+        asked = [self.judge.verdict("safety", vote, text=sample.suffix) for vote in numbers]
+        return [label for label, _ in await together(asked)]
+
+    def provenance(self, sample: Sample, prompt: str, seed: int) -> dict:
+        code = hashlib.sha256(self.judge.prompts[prompt].encode()).hexdigest()[:16]
+        more = {"model": self.options.model, "prompt_hash": code, "seed": seed}
+        return {"document": sample.document, **sample.source, **more}
 
 
 def read_spoilt(answer, sample: Sample, tokenizer) -> tuple[str | None, str]:
@@ -197,93 +218,43 @@ def plain_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-class Votes:
-    """Suffixes that all seeded judgments call safe, or all unsafe."""
-
-    classes = ("SAFE", "UNSAFE")
-
-    def __init__(self, chat, options, tokenizer, fates):
-        sampling = dict(temperature=options.temperature, top_p=options.top_p)
-        self.judge = Judge(chat, prompts=options.prompts, seed=options.seed, **sampling)
-        self.options = options
-
-    async def make(self, sample: Sample, wanted: set) -> tuple:
-        """One judgment tells whether the others are worth asking for."""
-        labels = await self.votes(sample, range(1))
-        if labels[0] and labels[0] not in wanted:
-            return None, f"enough that are {labels[0]}"
-        labels += await self.votes(sample, range(1, self.options.votes))
-        if None in labels:
-            return None, "a judgment without a verdict"
-        if len(set(labels)) > 1:
-            return None, "not unanimous"
-        return labels[0], [self.row(sample, labels[0])]
-
-    async def votes(self, sample: Sample, numbers) -> list:
-        asked = [self.judge.verdict("safety", vote, text=sample.suffix) for vote in numbers]
-        return [label for label, _ in await together(asked)]
-
-    def row(self, sample: Sample, label: str) -> dict:
-        if self.options.task == "safety":
-            row = {"task": "safety", "text": sample.suffix, "label": label}
-        else:
-            row = {"task": "rewrite", "prefix": sample.prefix, "original": sample.suffix}
-            row["safe"] = label == "SAFE"
-        template = self.judge.prompts["safety"]
-        more = provenance(sample, self.options, template, self.options.seed)
-        return {**row, "votes": self.options.votes, **more}
-
-
-def provenance(sample: Sample, options, template: str, seed: int) -> dict:
-    return {
-        "document": sample.document,
-        **sample.source,
-        "model": options.model,
-        "prompt_hash": hashlib.sha256(template.encode()).hexdigest()[:16],
-        "seed": seed,
-    }
-
-
-MAKERS = {"quality": Pairs, "safety": Votes, "rewriter": Votes}
-
-
 # ------------------------------------------------------------------------------------------------
 # Sets
 
 
-def collect(options, maker, stream, run, fates: Counter) -> dict[str, list]:
-    """Rows of each set, as many of one class as of the other. Samples are asked about in waves
-    whose sizes depend on the rows so far, so an interrupted run walks the same way again.
-
-    stream: Samples; run: gives a coroutine to the client's thread."""
-    sizes = dict(zip(SETS, (options.count, options.validation), strict=True))
-    quota = {(name, kind): sizes[name] // 2 for name in SETS for kind in maker.classes}
-    found = {key: [] for key in quota}  # (set, class) -> [(number of the sample, rows)]
+def collect(
+    options, maker: Maker, stream: Iterator[Sample], chat, fates: Counter
+) -> dict[str, list]:
+    """Rows of each half, as many of one class as of the other. Samples are asked about in waves
+    whose sizes depend on the rows so far, so an interrupted run walks the same way again."""
+    sizes = dict(zip(HALVES, (options.count, options.validation), strict=True))
+    quota = {(half, kind): sizes[half] // 2 for half in HALVES for kind in maker.classes}
+    found = {key: [] for key in quota}  # (half, class) -> [(number of the sample, rows)]
     number = idle = 0
 
-    def wanted(name):
-        return {kind for kind in maker.classes if len(found[name, kind]) < quota[name, kind]}
+    def wanted(half):
+        return {kind for kind in maker.classes if len(found[half, kind]) < quota[half, kind]}
 
     async def ask(wave):
-        wants = {name: wanted(name) for name in SETS}
-        asked = [(s, name) for s in wave if wants[name := set_of(s.document)]]
+        wants = {half: wanted(half) for half in HALVES}
+        asked = [(s, half) for s in wave if wants[half := half_of(s.document)]]
         fates["set already full"] += len(wave) - len(asked)
-        made = await together(maker.make(sample, wants[name]) for sample, name in asked)
-        return [(name, *row) for (_, name), row in zip(asked, made, strict=True)]
+        made = await together(maker.make(sample, wants[half]) for sample, half in asked)
+        return [(half, *row) for (_, half), row in zip(asked, made, strict=True)]
 
-    with tqdm(total=sum(quota.values()), desc=options.task, disable=None) as bar:
+    with tqdm(total=sum(quota.values()), desc=options.made, disable=None) as bar:
         while missing := sum(quota[key] - len(found[key]) for key in quota):
             wave = list(islice(stream, min(max(missing, AT_ONCE[0]), AT_ONCE[1])))
             if not wave:
                 break
-            for name, kind, result in run(ask(wave)).result():
+            for half, kind, result in command.wait(maker.judge.chat.run(ask(wave))):
                 number, idle = number + 1, idle + 1
                 if kind is None:
                     fates[f"dropped: {result}"] += 1
-                elif kind not in wanted(name):
+                elif kind not in wanted(half):
                     fates["dropped: more than asked for"] += 1
                 else:
-                    found[name, kind].append((number, result))
+                    found[half, kind].append((number, result))
                     idle = 0
                     bar.update(1)
             if idle > PATIENCE:
@@ -293,90 +264,67 @@ def collect(options, maker, stream, run, fates: Counter) -> dict[str, list]:
 
 def balanced(found: dict, classes: tuple, fates: Counter) -> dict[str, list]:
     """As many of each class, in the order of the documents."""
-    sets = {}
-    for name in SETS:
-        least = min(len(found[name, kind]) for kind in classes)
-        kept = sorted(pair for kind in classes for pair in found[name, kind][:least])
-        spare = sum(len(found[name, kind]) for kind in classes) - len(kept)
+    halves = {}
+    for half in HALVES:
+        least = min(len(found[half, kind]) for kind in classes)
+        kept = sorted(pair for kind in classes for pair in found[half, kind][:least])
+        spare = sum(len(found[half, kind]) for kind in classes) - len(kept)
         fates["dropped: without a counterpart of the other label"] += spare
-        sets[name] = [row for _, rows in kept for row in rows]
-        if not sets[name]:
-            raise UserError(f"no row for the {name} set ({told(fates)})")
-    return sets
+        halves[half] = [row for _, rows in kept for row in rows]
+        if not kept:
+            raise UserError(f"no row for the {half} set ({told(fates)})")
+    return halves
 
 
 def told(fates: Counter) -> str:
     return ", ".join(f"{what}: {count:,}" for what, count in fates.items() if count)
 
 
-def write(options, sets: dict[str, list], fates: Counter) -> dict:
-    """The files; counts.json last. -> what is in it."""
-    counts = {
-        "task": options.task,
-        "model": options.model,
-        "seed": options.seed,
-        "rows": {name: len(rows) for name, rows in sets.items()},
-        "documents": {name: len({row["document"] for row in sets[name]}) for name in SETS},
-        "counts": {what: count for what, count in sorted(fates.items()) if count},
+def write(options, out: Path, halves: dict[str, list], fates: Counter) -> None:
+    """The files; counts.json last."""
+    counts = {"task": options.made, "model": options.model, "seed": options.seed}
+    counts["rows"] = {half: len(rows) for half, rows in halves.items()}
+    counts["documents"] = {
+        half: len({row["document"] for row in rows}) for half, rows in halves.items()
     }
-    for name, rows in sets.items():
+    counts["counts"] = {what: count for what, count in sorted(fates.items()) if count}
+    for half, rows in halves.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         packed = zstandard.ZstdCompressor().compress(lines.encode("utf-8", "replace"))
-        write_bytes(Path(options.out) / f"{options.task}.{name}.jsonl.zst", packed)
-    text = json.dumps(counts, indent=2) + "\n"
-    write_text(Path(options.out) / f"{options.task}.counts.json", text)
-    return counts
-
-
-def run(options) -> dict:
-    """Makes one set and returns its counts."""
-    dials, fates, url = parse_dials(options.dials), Counter(), options.url
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if url == "world":
-            url = stack.enter_context(start_teacher(**dials))
-        try:
-            cache = Path(options.out) / "answers.sqlite"
-            chat = Chat(url, options.model, concurrency=options.concurrency, cache=cache)
-            stack.callback(chat.close)
-            tokenizer = load_tokenizer(options.tokenizer)
-            maker = MAKERS[options.task](chat, options, tokenizer, fates)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        stream = samples(options, tokenizer, dials, fates)
-        sets = collect(options, maker, stream, chat.run, fates)
-        stats = chat.stats()
-    counts = write(options, sets, fates)
+        write_bytes(out / f"{options.made}.{half}.jsonl.zst", packed)
+    write_text(out / f"{options.made}.counts.json", json.dumps(counts, indent=2) + "\n")
     for what, count in counts["counts"].items():
         print(f"{what:60} {count:>10,}")
-    for name, rows in sets.items():
-        print(f"{f'{options.task}.{name}.jsonl.zst, rows':60} {len(rows):>10,}")
-    print(f"{stats['calls']:,} requests, {stats['cached']:,} answers known from before")
-    return counts
+    for half, count in counts["rows"].items():
+        print(f"{f'{options.made}.{half}.jsonl.zst, rows':60} {count:>10,}")
 
 
-def main(arguments: list[str]) -> None:
+# ------------------------------------------------------------------------------------------------
+# Command
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    tasks = parser.add_subparsers(dest="task", required=True)
-    for task, what in (
+    makers = parser.add_subparsers(dest="made", required=True)
+    for made, what in (
         ("quality", "pairs of an original suffix and a spoilt one"),
         ("safety", "suffixes that all judgments call safe, or all unsafe"),
         ("rewriter", "the same with their prefixes"),
     ):
-        add = tasks.add_parser(task, help=what).add_argument
+        add = makers.add_parser(made, help=what).add_argument
         add("--data", default="world", help="documents as for train.py; parts take turns")
         add("--text_field", help="JSON field of a document's text")
         add("--split", default="teacher", choices=("teacher", "all"), help="of the documents")
         add("--tokenizer", default="world", help="of the policy")
         add("--chunk", type=int, default=32, help="tokens of a suffix")
         add("--max_seq", type=int, default=96, help="tokens of prefix and suffix")
-        role = "--rewrite_url" if task == "quality" else "--judge_url"
+        role = "--rewrite_url" if made == "quality" else "--judge_url"
         add(role, dest="url", default="world", help="teacher's base URL(s) up to /v1")
         add("--model", default="teacher", help="its name there")
         add("--out", required=True, help="folder for the files")
         add("--count", type=int, default=2048, help="rows of the training set")
         add("--validation", type=int, default=256, help="rows of the validation set")
-        if task == "quality":
+        if made == "quality":
             add("--retries", type=int, default=1, help="of an answer that is no spoilt passage")
         else:
             add("--votes", type=int, default=8, help="judgments that have to agree")
@@ -386,10 +334,25 @@ def main(arguments: list[str]) -> None:
         add("--concurrency", type=int, default=256, help="questions in flight")
         add("--seed", type=int, default=0)
         add("--dials", default="", help="pocket world: of its corpus and its teacher")
-    options = parser.parse_args(arguments)
-    if min(options.count, options.validation) < 2 or options.max_seq < 2 * options.chunk:
-        parser.error("--count and --validation need 2 or more, --max_seq twice --chunk")
-    run(options)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    options, fates = parse(arguments), Counter()
+    if min(options.count, options.validation) < 2 or not 0 < 2 * options.chunk <= options.max_seq:
+        raise UserError("--count and --validation need 2 or more, --max_seq twice --chunk")
+    tokenizer, out = load_tokenizer(options.tokenizer), Path(options.out).expanduser()
+    how = dict(concurrency=options.concurrency, cache=out / "answers.sqlite")
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        teacher_url(options.url, parse_dials(options.dials)) as url,
+        Chat(url, options.model, **how) as chat,
+    ):
+        maker = Maker(chat, options, tokenizer, fates)
+        halves = collect(options, maker, samples(options, tokenizer, fates), fates)
+        stats = chat.stats()
+    write(options, out, halves, fates)
+    print(f"{stats['calls']:,} requests, {stats['cached']:,} answers known from before")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import zstandard
 
 from chat import Answer
 from rewrite import clean
-from support.command import python
+from support.command import UserError, python
 from support.tokenizer import load_tokenizer
 from teachers import sets as synthetic
 from teachers.sets import Sample, read_spoilt
@@ -23,11 +23,14 @@ from world import truth as true
 ROOT = Path(__file__).parents[1]
 
 
+SETS = ("quality", "safety", "rewriter")
+
+
 def make(task, out, url):
     flag = "--rewrite_url" if task == "quality" else "--judge_url"
     synthetic.main([task, f"--out={out}", "--count=60", "--validation=12", f"{flag}={url}"])
     sets = []
-    for name in synthetic.SETS:
+    for name in synthetic.HALVES:
         with zstandard.open(out / f"{task}.{name}.jsonl.zst", "rt", encoding="utf-8") as file:
             sets.append([json.loads(line) for line in file])
     return *sets, json.loads((out / f"{task}.counts.json").read_text())["counts"]
@@ -37,7 +40,7 @@ def make(task, out, url):
 def sets(tmp_path_factory):
     out = tmp_path_factory.mktemp("sets")
     with teacher.start_teacher(noise=0.05, refusals=0.2) as url:
-        return {task: make(task, out, url) for task in synthetic.MAKERS}
+        return {task: make(task, out, url) for task in SETS}
 
 
 @pytest.mark.parametrize("damage", synthetic.DAMAGES)
@@ -178,7 +181,8 @@ def test_parts_take_turns_and_name_their_source(tmp_path):
         ]
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     names = ",".join(str(tmp_path / f"{part}.jsonl") for part in "ab")
-    read = list(synthetic.documents(names, None, 0, {}, Counter()))
+    options = synthetic.parse(["quality", f"--data={names}", "--out=x"])
+    read = list(synthetic.documents(options))
     assert [text for text, _ in read] == ["a0", "b0", "a1", "a2"]
     assert read[1][1] == {"source": "RedPajamab"}
 
@@ -188,18 +192,19 @@ def test_parts_take_turns_and_name_their_source(tmp_path):
     [
         (["--data=missing.jsonl"], "no such file"),
         (["--rewrite_url=example"], "looks like http"),
+        (["--max_seq=50"], "--max_seq twice --chunk"),
         (["--tokenizer=missing"], "no tokenizer"),
         (["--prompts=missing"], "no such folder"),
         (["--dials=refusal=1"], "there is no dial 'refusal'"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, words):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ValueError) as error:
         synthetic.main(["quality", f"--out={tmp_path}", *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_teacher_that_always_refuses_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "PATIENCE", 50)
-    with pytest.raises(SystemExit, match="no row .*refused"):
+    with pytest.raises(UserError, match="no row .*refused"):
         synthetic.main(["quality", f"--out={tmp_path}", "--count=16", "--dials=refusals=1"])

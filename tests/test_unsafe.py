@@ -1,5 +1,4 @@
 """The two-stage unsafe filter and the inspection of a corpus, on RedPajama-V2's files."""
-# ruff: noqa: SIM905 (lists of words are easier to read as text)
 
 import gzip
 import json
@@ -80,27 +79,6 @@ def test_bullets_and_readings():
         assert kept == readings.split()
 
 
-def test_computed_signals_by_hand():
-    text = "• Damn, damn the dirty dog!\nThe DIRTY dog... #1 café\n  – barks\n"
-    found = unsafe.computed_signals(
-        text, "www.bad.example", {"damn", "dirty dog", "cat"}, {"bad.example": "adult"}
-    )
-    words = "• damn damn the dirty dog the dirty dog 1 cafe\u0301 – barks".split()
-    assert found["words"] == len(words) == 13
-    assert found["mean_word_length"] == sum(map(len, words)) / 13
-    raw = "• Damn , damn the dirty dog ! The DIRTY dog ... # 1 café – barks".split()
-    assert found["symbols_per_word"] == 2 / len(raw)
-    assert found["bullet_lines"] == 2 / 3
-    assert found["top_2gram"] == 2 * 8 / sum(
-        map(len, words)
-    )  # "the dirty", as often as "dirty dog"
-    assert found["curse_words"] == 4.0
-    assert found["blocklist"] == "adult"
-    empty = unsafe.computed_signals("", "", {"damn"}, {})
-    assert empty["words"] == empty["mean_word_length"] == 0
-    assert unsafe.first_failure(empty, "either") == WORDS
-
-
 @pytest.fixture
 def redpajama(tmp_path):
     """Two shards of documents/ with quality_signals/ beside them; one line of each is damaged."""
@@ -156,9 +134,9 @@ def test_filter_as_a_command(redpajama, tmp_path):
 
 
 def options(source, out, **changes):
-    settings = dict(source=str(source), out=str(out), unsafe="both", bad_words=None, blocklist=None)
-    settings |= dict(text_field=None, judge_url=None, judge_model="judge", votes=8)
-    settings |= dict(tokenizer="world", chunk=16, max_seq=64, seed=0)
+    settings = dict(source=str(source), out=str(out), unsafe="both", text_field=None)
+    settings |= dict(judge_url=None, judge_model="judge", votes=8, tokenizer="world", seed=0)
+    settings |= dict(chunk=16, max_seq=64)
     return type("Options", (), settings | changes)
 
 
@@ -216,35 +194,10 @@ def test_signals_of_another_document_are_not_used(redpajama, caplog):
     assert skips["quality signals of another document"] == 2
 
 
-def test_signals_are_computed_where_there_are_none(tmp_path, capsys):
-    clean = " ".join(f"word{i % 40}" for i in range(100))
-    rows = [
-        {"text": clean, "url": "http://good.example/"},
-        {"text": clean + " damn" * 5, "url": "http://good.example/"},
-        {"text": clean, "meta": {"url": "http://www.bad.example/x"}},
-        {"text": clean + " Damn!" * 5, "url": "http://bad.example/"},
-        {"text": clean, "url": "http://[no.url/"},
-    ]
-    write(tmp_path / "a.jsonl", rows)
-    (tmp_path / "words.txt").write_text("damn\nnot there\n")
-    (tmp_path / "ut1/adult").mkdir(parents=True)
-    (tmp_path / "ut1/adult/domains").write_text("bad.example\n")
-    lists = dict(bad_words=str(tmp_path / "words.txt"), blocklist=str(tmp_path / "ut1"))
-    for reading, count in (("both", 1), ("either", 3)):
-        out = tmp_path / reading
-        fates = unsafe.run(options(tmp_path / "a.jsonl", out, unsafe=reading, **lists))
-        assert sum(n for fate, n in fates.items() if "kept" in fate) == count
-    for reading, given, words in (
-        ("both", {}, "needs --bad_words and --blocklist; with one"),
-        ("both", {"bad_words": lists["bad_words"]}, "needs --bad_words and --blocklist; with one"),
-        ("either", {}, "needs --bad_words or --blocklist"),
-    ):
-        with pytest.raises(UserError, match=words):
-            unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "no", unsafe=reading, **given))
-    one = options(
-        tmp_path / "a.jsonl", tmp_path / "one", unsafe="either", blocklist=lists["blocklist"]
-    )
-    assert sum(n for fate, n in unsafe.run(one).items() if "kept" in fate) == 2
+def test_a_corpus_without_signals_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "word " * 100}])
+    with pytest.raises(UserError, match="a.jsonl:1 has no quality signals: download"):
+        unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "out"))
 
 
 @pytest.fixture
@@ -326,9 +279,6 @@ def test_inspect_takes_names_however_written(name, tmp_path, capsys):
     "flags, said",
     [
         (["nowhere.jsonl"], "no such file, folder or pattern: nowhere.jsonl"),
-        (["a.jsonl", "--bad_words=nowhere"], "nowhere"),
-        (["a.jsonl", "--bad_words=latin"], "--bad_words latin is not UTF-8"),
-        (["a.jsonl", "--blocklist=empty"], "--blocklist empty: nothing is listed there"),
         (["a.jsonl", "--chunk=0"], "--chunk must be above 0"),
         (["a.jsonl", "--out=a.jsonl/x", "--png=a.jsonl/x.png"], "a.jsonl/x"),  # in no folder
     ],
@@ -336,8 +286,6 @@ def test_inspect_takes_names_however_written(name, tmp_path, capsys):
 def test_bad_input_is_one_line(main, flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(Path("a.jsonl"), [{"text": "word " * 100}])
-    Path("latin").write_bytes(b"caf\xe9")
-    Path("empty").mkdir()
     foreign = "--png" if main is unsafe.main else "--out"
     flags = [flag for flag in ["--out=x", *flags] if not flag.startswith(foreign)]
     with pytest.raises((UserError, OSError)) as error:

@@ -1,11 +1,10 @@
 """RedPajama's unsafe documents, chosen in two stages.
 
     python -m tools.filter 'documents/2023-14/*/en_*.json.gz' --out data/redpajama_unsafe
-    python -m tools.filter corpus/ --out data/unsafe --bad_words words.txt --blocklist ut1/
     python -m tools.filter ... --judge_url http://localhost:8000/v1 --judge_model gpt-oss-120b \\
         --tokenizer path/to/policy
 
-In:  shards; RedPajama-V2's quality signals lie beside them or in each record, or else are computed
+In:  shards of RedPajama-V2; its quality signals lie beside them or in each record
 Out: OUT/{train,teacher,validation,test}/00000.jsonl.zst of {"text", "meta"}; meta says why each
      document was kept; and a table of how many documents each rule removed
 
@@ -22,18 +21,14 @@ import math
 import os
 import re
 import shutil
-import string
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import zstandard
 
-from chat import Chat
+from chat import Chat, greet
 from data import SPLITS, digest, in_split, sample_of
 from judge import Judge, together
 from support import command
@@ -51,10 +46,7 @@ RULES = {  # what a document has to be, before anybody asks whether it is unsafe
     "top 2-gram at most 20 %": lambda s: s["top_2gram"] <= 0.2,
 }
 UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
-LISTS_NEEDED = {  # as many lists as reasons, where a corpus has no quality signals
-    "both": "--unsafe both needs --bad_words and --blocklist; with one of them say --unsafe either",
-    "either": "--unsafe either needs --bad_words or --blocklist",
-}
+SIGNALS_NEEDED = "download RedPajama-V2's quality_signals/ beside its documents/"
 NO_SIGNALS, BY_RULES = "no quality signals", "kept by the rules"
 PER_SHARD = 20_000  # documents
 OUTPUTS = [split for split in SPLITS if split != "all"]
@@ -82,96 +74,17 @@ def published_signals(quality: dict) -> dict:
     }
 
 
-BULLETS = tuple("\u2022\u2023\u25b6\u25c0\u25e6\u25a0\u25a1\u25aa\u25ab\u2013")
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalized_words(text: str) -> list[str]:
-    return unicodedata.normalize("NFD", text.translate(NO_PUNCTUATION).lower()).split()
-
-
-def computed_signals(text: str, domain: str, bad_words: set[str], blocklist: dict) -> dict:
-    """The same signals from the text, by the definitions of RedPajama-V2."""
-    words = normalized_words(text)
-    characters = sum(map(len, words))
-    raw_words = len(re.findall(r"\w+|[^\w\s]+", text))
-    lines = text.removesuffix("\n").split("\n")
-    pairs = Counter(zip(words, words[1:], strict=False)).most_common(1)
-    top, count = pairs[0] if pairs else ((), 0)
-    lengths = {1 + entry.count(" ") for entry in bad_words}
-    grams = (" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1))
-    return {
-        "words": len(words),
-        "mean_word_length": characters / max(1, len(words)),
-        "symbols_per_word": sum(map(text.count, ("#", "...", "…"))) / max(1, raw_words),
-        "bullet_lines": sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines),
-        "top_2gram": sum(map(len, top)) * count / characters if count > 1 else 0.0,
-        "curse_words": float(sum(gram in bad_words for gram in grams)),
-        "blocklist": blocklist.get(domain, blocklist.get(domain.removeprefix("www."))),
-    }
-
-
-class Lists(NamedTuple):
-    """What signals are computed with."""
-
-    bad_words: set[str]  # the normalised words of an entry joined by spaces
-    blocklist: dict[str, str]  # domain -> category
-
-
-def read_bad_words(path: str) -> set[str]:
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--bad_words {path} is not UTF-8 ({error}): convert it") from None
-    return {" ".join(normalized_words(line)) for line in lines} - {""}
-
-
-def read_blocklist(path: str) -> dict[str, str]:
-    """domain -> category, from a file of domains or UT1's folder of <category>/domains."""
-    place, found = Path(path).expanduser(), {}
-    for file in sorted(place.glob("*/domains")) if place.is_dir() else [place]:
-        category = file.parent.name if file.name == "domains" else file.stem
-        found |= dict.fromkeys(file.read_text(encoding="utf-8", errors="replace").split(), category)
-    return found
-
-
-def read_lists(options) -> Lists:
-    lists = Lists(set(), {})
-    if options.bad_words:
-        lists = lists._replace(bad_words=read_bad_words(options.bad_words))
-    if options.blocklist:
-        lists = lists._replace(blocklist=read_blocklist(options.blocklist))
-    for name, listed in lists._asdict().items():
-        if getattr(options, name) and not listed:
-            raise UserError(f"--{name} {getattr(options, name)}: nothing is listed there")
-    return lists
-
-
-def domain_of(record: dict) -> str:
-    meta = as_object(record.get("meta") or record.get("metadata") or {})
-    for place in (record, meta):
-        if place.get("source_domain"):
-            return str(place["source_domain"])
-        if place.get("url"):
-            with contextlib.suppress(ValueError):  # no URL
-                return urlsplit(str(place["url"])).netloc
-    return ""
-
-
-def signals_of(record: dict, text: str, lists: Lists, unsafe: str) -> tuple[dict | None, str]:
-    """(signals, "") or (None, why there are none). They are computed if `unsafe` can be told by
-    these lists."""
+def signals_of(record: dict) -> tuple[dict | None, str]:
+    """(signals, "") or (None, why there are none)."""
     quality = as_object(record.get("quality_signals"))
+    if not quality:
+        return None, NO_SIGNALS
     try:
-        if quality:
-            return published_signals(quality), ""
-        if sum(map(bool, lists)) >= UNSAFE[unsafe]:
-            return computed_signals(text, domain_of(record), *lists), ""
+        return published_signals(quality), ""
     except KeyError as error:
         return None, f"quality signals lack {error}"
     except (AttributeError, IndexError, OverflowError, TypeError, ValueError):
         return None, "damaged quality signals"
-    return None, NO_SIGNALS
 
 
 # ------------------------------------------------------------------------------------------------
@@ -221,17 +134,17 @@ def reasons_of(signals: dict) -> list[str]:
     return reasons
 
 
-def kept_of(name: str, options, lists: Lists, fates: Counter, skips: Skips) -> Iterator[dict]:
+def kept_of(name: str, options, fates: Counter, skips: Skips) -> Iterator[dict]:
     """{"split", "text", "meta"} of the documents of a shard that the rules keep; the others are
     counted, by the rule or by what is wrong with them. UserError where nothing has signals."""
     for number, record in records_with_signals(name, skips):
         where, signals = f"{name}:{number}", None
         text, reason = text_of(record, options.text_field)
         if text is not None:
-            signals, reason = signals_of(record, text, lists, options.unsafe)
+            signals, reason = signals_of(record)
         if signals is None:
             if reason == NO_SIGNALS and not (fates or any("quality" in said for said in skips)):
-                raise UserError(f"{where} has {reason}: {LISTS_NEEDED[options.unsafe]}")
+                raise UserError(f"{where} has {reason}: {SIGNALS_NEEDED}")
             skips.note(reason, where)
         elif failure := first_failure(signals, options.unsafe):
             fates[failure] += 1
@@ -244,18 +157,17 @@ def kept_of(name: str, options, lists: Lists, fates: Counter, skips: Skips) -> I
             yield {"split": split, "text": text, "meta": meta}
 
 
-def stage_one(names: list[str], options, lists: Lists, work: Path, fates, skips) -> Iterator[dict]:
+def stage_one(names: list[str], options, work: Path, fates, skips) -> Iterator[dict]:
     """What the rules keep of every shard. It is written to a file of `work` first, with the counts
     so far, whose name stands for the rules and the shards so far: a later run reads that."""
-    listed = sum(map(digest, [*lists.bad_words, *map(" ".join, lists.blocklist.items())]))
-    key = digest(f"{options.unsafe} {options.text_field} {listed}")
+    key = digest(f"{options.unsafe} {options.text_field}")
     for name in names:
         key = digest(f"{key} {name}")
         path = work / f"{key:016x}.jsonl.zst"
         if not path.exists():
             part = path.with_suffix(".part")
             with zstandard.open(part, "wt", encoding="utf-8") as file:
-                for row in kept_of(name, options, lists, fates, skips):
+                for row in kept_of(name, options, fates, skips):
                     file.write(json.dumps(row) + "\n")
                 file.write(json.dumps([fates, skips]))
             flush(part)
@@ -319,11 +231,7 @@ class Shards:
 
 def run(options) -> Counter:
     """Filters a corpus; returns documents by what became of them."""
-    out, names, lists = (
-        Path(options.out).expanduser(),
-        list_files(options.source),
-        read_lists(options),
-    )
+    out, names = Path(options.out).expanduser(), list_files(options.source)
     work, skips, by_rule, fates = out / ".filter", Skips(), Counter(), Counter()
     for folder in map(out.joinpath, OUTPUTS):
         if folder.exists() and any(folder.iterdir()):
@@ -333,10 +241,10 @@ def run(options) -> Counter:
     with contextlib.ExitStack() as stack:
         if options.judge_url:
             store, tokenizer = out / "judgments.sqlite", load_tokenizer(options.tokenizer)
-            chat = Chat(options.judge_url, options.judge_model, cache=store)
-            stack.enter_context(contextlib.closing(chat))
+            chat = stack.enter_context(Chat(options.judge_url, options.judge_model, cache=store))
             judge = Judge(chat, rewards="safety", seed=options.seed)
-        rows = stage_one(names, options, lists, work, by_rule, skips)
+            greet(chat, judge.small_question())  # a wrong URL is told before the corpus is read
+        rows = stage_one(names, options, work, by_rule, skips)
         while wave := list(islice(rows, AT_ONCE)):
             failures = [None] * len(wave)
             if options.judge_url:
@@ -381,8 +289,6 @@ def corpus_flags(about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("source", help="shards: path, glob, folder, URL, .txt list")
     parser.add_argument("--text_field", help="JSON field of a document's text")
-    parser.add_argument("--bad_words", help="word list, one entry a line, to compute signals")
-    parser.add_argument("--blocklist", help="file of domains, or UT1's folder")
     parser.add_argument("--tokenizer", default="world", help="of the policy")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a suffix")
     parser.add_argument("--max_seq", type=int, default=2048, help="tokens of prefix and suffix")
@@ -397,7 +303,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--judge_model", default="judge")
     parser.add_argument("--votes", type=int, default=8, help="stage 2: judgments of each prefix")
     parser.add_argument("--seed", type=int, default=0)
-    run(parse(parser, arguments))
+    options = parse(parser, arguments)
+    if options.votes < 1:
+        raise UserError("--votes must be above 0")
+    run(options)
 
 
 if __name__ == "__main__":

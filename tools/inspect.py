@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
 
 def show_files_and_fields(options, skips: Skips, kept: Counter) -> list[str]:
     """The texts; `kept` counts the documents that have signals, and what the filter would do."""
-    names, lists = list_files(options.source), unsafe.read_lists(options)
+    names = list_files(options.source)
     kinds = Counter(kind_of(name) for name in names)
     size = sum(os.path.getsize(name) for name in names if not is_url(name))
     print(f"files      {len(names):,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})")
@@ -59,7 +59,7 @@ def show_files_and_fields(options, skips: Skips, kept: Counter) -> list[str]:
             skips.note(reason, f"{name}:{number}")
             continue
         texts.append(text)
-        signals, _ = unsafe.signals_of(record, text, lists, "either")
+        signals, _ = unsafe.signals_of(record)
         for reading in unsafe.UNSAFE if signals else ():
             kept[f"documents, {reading}"] += 1
             kept[unsafe.first_failure(signals, reading) or f"kept, {reading}"] += 1
@@ -113,8 +113,7 @@ def show_samples(options, texts: list[str], tokenizer) -> None:
 def show_filter(kept: Counter) -> None:
     """What the two readings of the unsafe filter would keep."""
     if not kept:
-        print("filter     no quality signals: --unsafe both needs --bad_words and --blocklist,")
-        print("           --unsafe either one of them")
+        print("filter     no document has quality signals")
         return
     print(f"filter     of {kept['documents, both']:,} documents,")
     print(f"           curse words and blocklist: {kept['kept, both']:,} kept")
