@@ -222,9 +222,7 @@ def plain_words(text: str) -> list[str]:
 # Sets
 
 
-def collect(
-    options, maker: Maker, stream: Iterator[Sample], chat, fates: Counter
-) -> dict[str, list]:
+def collect(options, maker: Maker, stream, fates: Counter) -> dict[str, list]:
     """Rows of each half, as many of one class as of the other. Samples are asked about in waves
     whose sizes depend on the rows so far, so an interrupted run walks the same way again."""
     sizes = dict(zip(HALVES, (options.count, options.validation), strict=True))
