@@ -50,8 +50,8 @@ def from_hub(url: str, weights: bool) -> Path:
     except Exception as e:  # the hub's client lets many libraries' errors through
         known = {
             hub.GatedRepoError: "asks for consent on its page, and for a token (HF_TOKEN)",
-            hub.RepositoryNotFoundError: "does not exist, or is private (HF_TOKEN)",
-            hub.RevisionNotFoundError: "does not exist, or is private (HF_TOKEN)",
+            (hub.RepositoryNotFoundError, hub.RevisionNotFoundError): "does not exist, or is "
+            "private (HF_TOKEN)",
             hub.LocalEntryNotFoundError: "is not in the cache and the hub cannot be reached: "
             "download it where there is a network, and give its folder",
         }
@@ -73,10 +73,8 @@ def check_folder(name: str | Path):
         raise UserError(f"there is no checkpoint folder {name}{hint}")
     if (folder / "ckpt").is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{name} is a run: say {folder / 'ckpt'}")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{name} holds an adapter: merge it into its model (PEFT's merge_and_unload)"
-        )
+    if (folder / "adapter_config.json").exists():  # transformers would load its base model
+        raise UserError(f"{name} holds an adapter: merge it, by PEFT's merge_and_unload")
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -140,7 +138,7 @@ def number(key: str, value, path: Path) -> float:
 
 def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
     """(theta, scaling) as ModelConfig holds them. transformers 5 writes rope_parameters, older ones
-    rope_theta and rope_scaling; where several stand, they count in this order."""
+    rope_scaling, which goes first where both stand, and rope_theta, which goes last."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
@@ -256,7 +254,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def opened(path: Path):
-    """A safetensors file; the library calls whatever hinders it from opening a missing file."""
+    """A safetensors file, whose library calls missing whatever it cannot open."""
     try:
         path.open("rb").close()
         return safe_open(path, "pt")
@@ -272,29 +270,22 @@ def read_tensors(folder: Path, shapes: dict, device, dtype, alike: tuple = ()) -
     dtype None keeps that of the files, the widest where they hold several. Buffers of rotary
     tables, which old versions saved, are left out; any other tensor too much is refused.
     """
-    lies: dict = {}
-    for path in weight_files(folder):
-        with opened(path) as file:
-            names = file.keys()
-            lies |= dict.fromkeys((name for name in names if ".rotary_emb." not in name), path)
-    missing, extra = sorted(shapes.keys() - lies.keys()), sorted(lies.keys() - shapes.keys())
+    files, state = [opened(path) for path in weight_files(folder)], {}
+    held = {name: file for file in files for name in sorted(file.keys())}
+    held = {name: file for name, file in held.items() if ".rotary_emb." not in name}
+    missing, extra = sorted(shapes.keys() - held.keys()), sorted(held.keys() - shapes.keys())
     if missing and not (len(missing) == 1 and missing[0] in alike):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
     if extra:
         raise UserError(f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}")
-    state = {}
-    for path in sorted(set(lies.values())):
-        with opened(path) as file:
-            for name in (n for n, where in lies.items() if where == path):
-                held = file.get_slice(name)
-                if held.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise UserError(f"{path}: {name} holds {held.get_dtype()}, not floats")
-                if held.get_shape() != list(shapes[name]):
-                    raise UserError(
-                        f"{path}: {name} has shape {held.get_shape()}, config.json "
-                        f"asks for {list(shapes[name])}"
-                    )
-                state[name] = file.get_tensor(name).to(device, dtype)
+    for name, file in held.items():
+        kind, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+        if kind not in ("F64", "F32", "F16", "BF16") or shape != list(shapes[name]):
+            raise UserError(
+                f"{folder}: {name} holds {kind} of shape {shape}, config.json asks for floats "
+                f"of {list(shapes[name])}"
+            )
+        state[name] = file.get_tensor(name).to(device, dtype)
     widest = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
     return {name: tensor.to(widest) for name, tensor in state.items()}
 

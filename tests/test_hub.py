@@ -1,109 +1,350 @@
-"""hf:// and https folders: fetched once, resumed where they broke off, one clear line otherwise."""
+"""A model's folder is read as transformers reads it, or refused in one line."""
 
-import http.server
+import contextlib
 import json
-import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hostile import places, spoilt, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from model import Llama, ModelConfig, load_model, save_model
+from model import Llama, ModelConfig, load_model, read_config, save_model
 from support import hub
 from support.command import UserError
-from support.tokenizer import load_tokenizer
-from teachers.tasks import Rows, TaskStream
+
+SHAPE = dict(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
+HF = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+HF |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+HF |= dict(initializer_range=0.2, rms_norm_eps=1e-3)  # so that every part shows in the logits
+FAR = {"rope_type": "default", "rope_theta": 5e5}
+NEAR = {"rope_type": "default", "rope_theta": 1e4}
+OPEN = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 = OPEN | dict(original_max_position_embeddings=16, rope_theta=5e5)
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+ABSENT = object()
 
 
-class Folder(http.server.BaseHTTPRequestHandler):
-    """Serves files = {name: bytes}; breaks off once, in the middle of the weights."""
-
-    def do_GET(self):
-        name, ranged = self.path.rpartition("/")[2], self.headers.get("Range")
-        self.server.asked.append((name, ranged))
-        body = self.server.files.get(name)
-        if body is None:
-            return self.send_error(404)
-        begin = int(ranged[6:-1]) if ranged else 0
-        self.send_response(206 if ranged else 200)
-        self.send_header("Content-Length", str(len(body) - begin))
-        self.end_headers()
-        whole = name != "model.safetensors" or ranged
-        self.wfile.write(body[begin:] if whole else body[: len(body) // 2])
-
-    def log_message(self, *_): ...
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ABSENT}))
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOSIP_CACHE", str(tmp_path / "cache"))
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Folder)
-    thread = threading.Thread(target=served.serve_forever, daemon=True)
-    thread.start()
-    served.asked, served.files = [], {}
-    served.url = f"http://127.0.0.1:{served.server_port}/models/tiny/"
-    yield served
-    served.shutdown()
-    served.server_close()
+def edit_tensors(folder, change, **how):
+    """The folder's tensors as change(them) leaves them, in one file."""
+    path = folder / "model.safetensors"
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(change(state), path, **how)
 
 
-def test_a_folder_behind_a_url(server, tmp_path):
-    tokenizer = load_tokenizer("world")
-    shape = dict(n_layer=1, n_head=2, n_kv_head=2, d_model=32, d_ff=64, head_dim=16)
-    model = Llama(ModelConfig(tokenizer.vocab_size, **shape)).initialise(0)
-    save_model(model, tmp_path / "ckpt")
-    tokenizer.save(tmp_path / "ckpt")
-    server.files = {p.name: p.read_bytes() for p in (tmp_path / "ckpt").iterdir()}
-    assert load_tokenizer(server.url).encode("mirela owns") == tokenizer.encode("mirela owns")
-    assert not any("safetensors" in name for name, _ in server.asked)
-    with pytest.raises(UserError, match="run it again to go on"):
-        load_model(server.url)
-    loaded = load_model(server.url)
-    name, ranged = server.asked[-1]
-    assert name == "model.safetensors" and int(ranged[6:-1]) >= 65536
-    for name, p in model.named_parameters():
-        assert torch.equal(p, dict(loaded.named_parameters())[name])
-    count = len(server.asked)
-    load_model(server.url)
-    assert len(server.asked) == count
+def with_bom(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
 
 
-def test_a_teacher_behind_a_url_is_trained_with_its_chat_template(server, tmp_path):
-    tokenizer = load_tokenizer("world")
-    tokenizer.save(tmp_path / "ckpt")
-    config = json.loads((tmp_path / "ckpt" / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{% for m in messages %}user : {{ m.content }} bot :{% endfor %}"
-    (tmp_path / "ckpt" / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "ckpt" / "config.json").write_text("{}")
-    server.files = {p.name: p.read_bytes() for p in (tmp_path / "ckpt").iterdir()}
-    row = {"task": "safety", "text": "mirela owns a hat", "label": "SAFE"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    how = dict(prompts="prompts/tiny", folder=server.url, supervised=True, window=9)
-    size = dict(chunk=20, max_seq=99, batch_size=1)
-    batch = next(
-        TaskStream(Rows(str(tmp_path / "rows.jsonl"), "judge"), tokenizer, **how, **size).batches()
-    )
-    assert batch.prefix_text[0].startswith("user :") and batch.prefix_text[0].endswith("bot :")
+def stale_index(folder):
+    """As a model saved in shards, and then again in one file."""
+    index = {"metadata": {}, "weight_map": {EMBED: "model-00001-of-00009.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_what_cannot_be_had_is_one_clear_line(server, monkeypatch):
-    with pytest.raises(UserError, match="config.json: the server answers 404"):
-        hub.local_folder(server.url)
-    server.files = {"config.json": b"{}"}
-    index = b'{"weight_map": {"x": "../../escape.safetensors"}}'
-    server.files["model.safetensors.index.json"] = index
-    with pytest.raises(UserError, match="leads out of the folder"):
-        hub.local_folder(server.url)
-    with pytest.raises(UserError, match="hf://owner/name"):
-        hub.local_folder("hf://name")
+def misled_index(folder):
+    """transformers takes the shards' names from the index, and their contents from the shards."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = index["weight_map"]
+    names[EMBED], names[HEAD] = names[HEAD], names[EMBED]
+    assert names[EMBED] != names[HEAD]
+    path.write_text(json.dumps(index))
+
+
+def tensors(change, **how):
+    return lambda folder: edit_tensors(folder, change, **how)
+
+
+def half_matrices(state):
+    return {name: t if t.dim() == 1 else t.bfloat16() for name, t in state.items()}
+
+
+def head_alone(state):
+    return {HEAD if name == EMBED else name: t for name, t in state.items()}
+
+
+def old_buffers(state):
+    names = "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    return state | {name: torch.ones(4) for name in names}
+
+
+def case(spoil=None, shape=None, shards=None, **changes):
+    """What is done to a folder, its LlamaConfig, its shards' size, changes of its config.json."""
+    return spoil, shape or {}, shards, changes
+
+
+def old(**changes):
+    return case(rope_parameters=ABSENT, **changes)
+
+
+TIED = dict(tie_word_embeddings=True)
+ALIKE = {
+    "plain": case(),
+    "theta_new": case(rope_parameters=FAR),
+    "theta_old": old(rope_theta=5e5, rope_scaling=None),
+    "theta_in_rope_scaling": old(rope_scaling=FAR),
+    "theta_twice": case(rope_parameters=FAR, rope_theta=1e4, rope_scaling=None),
+    "theta_null": old(rope_theta=None),
+    "theta_null_inside": case(rope_parameters=NEAR | {"rope_theta": None}),
+    "rope_type_null": case(rope_parameters=NEAR | {"rope_type": None}),
+    "rope_parameters_null": case(rope_parameters=None),
+    "rope_scaling_goes_first": case(rope_parameters=NEAR, rope_scaling=FAR),
+    "rope_scaling_empty": case(rope_parameters=FAR, rope_scaling={}),
+    "llama3": case(rope_parameters=LLAMA3),
+    "llama3_old": old(rope_scaling=LLAMA3 | {"type": "llama3"}, rope_theta=1e4),
+    "llama3_integers": old(rope_scaling=LLAMA3 | dict(factor=8, low_freq_factor=1)),
+    "llama3_window_missing": case(rope_parameters=OPEN, shape=dict(max_position_embeddings=16)),
+    "llama3_window_outside": case(rope_parameters=LLAMA3, original_max_position_embeddings=64),
+    "kv_heads_missing": case(shape=dict(num_key_value_heads=4), num_key_value_heads=ABSENT),
+    "head_dim_missing": case(head_dim=ABSENT),
+    "head_dim_null": case(head_dim=None),
+    "head_dim_wide": case(shape=dict(head_dim=16)),
+    "positions_null": case(max_position_embeddings=None),
+    "eps_missing": case(shape=dict(rms_norm_eps=1e-6), rms_norm_eps=ABSENT),
+    "swish": case(hidden_act="swish"),
+    "biases_null": case(attention_bias=None, mlp_bias=None),
+    "unknown_keys": case(pretraining_tp=2, use_cache=False, made_by={"x": [1]}),
+    "dtype_of_another_kind": case(dtype="float16", torch_dtype="bfloat16"),
+    "byte_order_mark": case(with_bom),
+    "stale_index": case(stale_index),
+    "shards": case(shards="20KB"),
+    "misled_index": case(misled_index, shards="20KB"),
+    "tied": case(shape=TIED),
+    "tied_missing": case(tie_word_embeddings=ABSENT),
+    "tied_as_head": case(tensors(head_alone), shape=TIED),
+    "tied_twice": case(tensors(lambda s: s | {HEAD: s[EMBED].clone()}), shape=TIED),
+    "tied_but_different": case(tie_word_embeddings=True),
+    "mixed_types": case(tensors(half_matrices)),
+    "rotary_buffers": case(tensors(old_buffers)),
+    "no_metadata": case(tensors(dict, metadata=None)),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_folder_gives_transformers_logits(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    spoil, shape, shards, changes = ALIKE[name]
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF | shape)).eval()
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
+    theirs.save_pretrained(tmp_path, max_shard_size=shards or "1GB")
+    edit_config(tmp_path, **changes)
+    if spoil:
+        spoil(tmp_path)
+    tokens = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(1))
+    # Where transformers takes no null or byte order mark, they mean what was there before.
+    with contextlib.suppress(Exception):
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        read(tokens)  # before this, a null theta is not noticed
+        theirs = read
+    ours = load_model(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 40, 0))
+        assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
+    save_model(ours, tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert again.config == ours.config
+    for one, other in zip(ours.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def without(*names):
+    return tensors(lambda s: {name: t for name, t in s.items() if name not in names})
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index_of(name):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        index = {"weight_map": {HEAD: name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return write
+
+
+def nested(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+REFUSED: list = [  # changes of config.json, or what is done to the folder, and words of the refusal
+    ({"model_type": "gpt2"}, "model_type"),
+    ({"model_type": ABSENT}, "model_type"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"sliding_window": 16}, "sliding_window"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "linear"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": "x"}}, "factor"),
+    ({"rope_scaling": LLAMA3 | dict(low_freq_factor=4.0)}, "low_freq_factor"),
+    ({"rope_scaling": ["llama3"]}, "rope_scaling"),
+    ({"rope_theta": 0}, "rope_theta"),
+    ({"hidden_size": "large"}, "hidden_size"),
+    ({"hidden_size": ABSENT}, "hidden_size"),
+    ({"hidden_size": 32.0}, "hidden_size"),
+    ({"hidden_size": 10**30}, "hidden_size"),
+    ({"num_hidden_layers": 2**30}, "num_hidden_layers"),
+    ({"vocab_size": 2**30}, "vocab_size"),
+    ({"num_key_value_heads": 3}, "heads"),
+    ({"head_dim": 7}, "heads"),
+    ({"intermediate_size": 97}, "shape"),
+    ({"num_hidden_layers": 3}, "missing"),
+    ({"num_hidden_layers": 1}, "belong to no Llama"),
+    (tensors(lambda s: s | {BIAS: torch.zeros(32)}), "belong to no Llama.*bias"),
+    (tensors(lambda s: s | {NORM: torch.ones(32, dtype=torch.int8)}), "floats"),
+    (tensors(lambda s: s | {NORM: torch.ones(1, 32)}), "shape"),
+    (without(HEAD), "missing.*lm_head"),
+    (without(HEAD, EMBED), "missing.*lm_head"),
+    (pickled, "save_pretrained"),
+    (adapter, "merge"),
+    (cut_off, "model.safetensors cannot be read"),
+    (nested, "config.json cannot be read"),
+    (index_of("absent.safetensors"), "absent.safetensors is missing"),
+    *((index_of(name), "leads out") for name in ("../x.safetensors", "/etc/x.safetensors")),
+    *((index_of(name), "leads out") for name in ("..", "", "a\0.safetensors", 7, [])),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), REFUSED)
+def test_what_would_be_computed_otherwise_is_one_clear_line(spoil, words, tmp_path):
+    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), tmp_path)
+    if callable(spoil):
+        spoil(tmp_path)
+    else:
+        edit_config(tmp_path, **spoil)
+    with pytest.raises(UserError, match=words) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_any_config_is_taken_or_refused_in_one_line(tmp_path):
+    """A model of it is never made: tests of refused sizes would need the memory."""
+    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), tmp_path)
+    edit_config(tmp_path, rope_scaling=LLAMA3)
+    whole = json.loads((tmp_path / "config.json").read_text())
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.sampled_from(list(places(whole))), values)
+    def check(place, new):
+        (tmp_path / "config.json").write_text(json.dumps(spoilt(whole, place, new)))
+        try:
+            config = read_config(tmp_path)
+        except UserError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error) and len(str(error)) < 400
+        else:
+            assert 0 < config.n_layer < 1025 and 0 < config.d_model < 2**18 and config.head_dim > 0
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_hinders_reading_for_a_moment_is_not_damage(name, tmp_path):
+    """A folder in the file's place stands for any error of the system."""
+    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=name):
+        load_model(tmp_path)
+
+
+def test_weights_of_several_types_get_the_widest(tmp_path):
+    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), tmp_path)
+    edit_tensors(tmp_path, half_matrices)
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+
+
+def test_end_tokens_outlive_training(tmp_path):
+    """A chat model ends its answers with several tokens; its folder says so in four places."""
+    chat, ckpt, generation = tmp_path / "chat", tmp_path / "ckpt", {"temperature": 0.6}
+    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), chat, bos=None, eos=7)
+    assert load_model(chat).end_tokens == (7,)
+    edit_config(chat, bos_token_id=5, eos_token_id=[8, 9], pad_token_id=3)
+    generation["eos_token_id"] = [9, 10]
+    (chat / "generation_config.json").write_text(json.dumps(generation))
+    (chat / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (chat / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<eot>"}}))
+
+    trained = load_model(chat)
+    assert trained.end_tokens == (8, 9, 10)
+    save_model(trained, ckpt, bos=None, eos=0)  # those of a tokenizer
+    config = json.loads((ckpt / "config.json").read_text())
+    ids = [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    assert ids == [5, [8, 9], 3]
+    assert json.loads((ckpt / "generation_config.json").read_text()) == generation
+
+    tokenizer = SimpleNamespace(eos=0, specials={"<end>": 0, "<eot>": 11, "<other>": 12})
+    assert set(hub.end_tokens(chat, tokenizer)) == {0, 8, 9, 10, 11}
+    assert hub.end_tokens(ckpt, tokenizer) == (0, 8, 9, 10)
+    for place in (trained.config, load_model(ckpt).config):
+        assert place.generation == generation
+
+
+def test_names_of_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.local_folder("~/model") == tmp_path / "model"
+    (tmp_path / "run" / "ckpt").mkdir(parents=True)
+    for name, words in {
+        "https://example.org/model": "hf://owner/name",
+        "hf://name": "hf://owner/name",
+        "owner/name": "hf://owner/name",
+        str(tmp_path / "none"): "no checkpoint folder",
+        str(tmp_path / "run"): "run/ckpt",
+        str(tmp_path): "config.json is missing",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            load_model(name)
+
+
+def test_the_hub(tmp_path, monkeypatch):
     library = pytest.importorskip("huggingface_hub")
+    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), tmp_path)
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, "*.safetensors" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(library, "snapshot_download", snapshot_download)
+    read_config("hf://owner/name")
+    load_model("hf://owner/name@v2")
+    assert asked[0] == ("owner/name", None, False) and asked[-1] == ("owner/name", "v2", True)
 
     def offline(*_, **__):
         raise library.errors.LocalEntryNotFoundError("no network\nlong explanation")
 
     monkeypatch.setattr(library, "snapshot_download", offline)
     with pytest.raises(UserError, match="hub cannot be reached") as error:
-        hub.local_folder("hf://owner/name")
+        load_model("hf://owner/name")
     assert "\n" not in str(error.value)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
-        hub.local_folder("hf://owner/name")
+        load_model("hf://owner/name")

@@ -29,9 +29,9 @@ def prefixes(B=3, P=7):
     return prefix.masked_fill(torch.arange(P) < pad[:, None], EOS), pad
 
 
-def run(model, prefix, pad, K=4, N=12, seed=7, index=None, **how):
+def run(model, prefix, pad, K=4, N=12, seed=7, index=None, eos=EOS, **how):
     index = torch.arange(len(prefix)) if index is None else index
-    return sample_rollouts(model, prefix, pad, K, N, eos=EOS, seed=seed, index=index, **how)
+    return sample_rollouts(model, prefix, pad, K, N, eos=eos, seed=seed, index=index, **how)
 
 
 @torch.no_grad()
@@ -65,12 +65,17 @@ def test_logprobs_equal_the_trainers(model, how):
     assert (got.lengths < 12).any(), "no rollout stopped: the test would not see the mask"
 
 
-def test_stops_at_end_of_text(model):
-    got = run(model, *prefixes(), K=16)
+@pytest.mark.parametrize("ends", [EOS, (EOS, 3, 5)])
+def test_stops_at_every_end_of_text(model, ends):
+    """The first that it meets, which counts; behind it the first that was named."""
+    got = run(model, *prefixes(), K=16, eos=ends)
+    known, met = {ends} if isinstance(ends, int) else set(ends), set()
     for row, length in zip(got.tokens.flatten(0, 1), got.lengths.flatten(), strict=True):
-        text = row[:length]
-        assert (text[:-1] != EOS).all() and (row[length:] == EOS).all()
-        assert length == 12 or text[-1] == EOS
+        *text, last = row[:length].tolist()
+        assert not known & set(text) and (row[length:] == EOS).all()
+        assert length == 12 or last in known
+        met |= {last} & known
+    assert met == known, "too few rollouts to see them all"
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (1.7, 0.8)])
