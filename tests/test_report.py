@@ -5,19 +5,20 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from chat import Chat
 from config import Config
 from judge import open_judge
-from support.command import python
+from support.command import ROOT, UserError
 from tools import plot, report
 from world.teacher import start_teacher
 
 ATTACKS = [
     "</script><script>document.title='taken'</script>",
-    "<img src=x onerror=\"document.title='taken'\"> & <!-- <script>",
+    "<img src=x onerror=\"document.title='taken'\"> & <!-- <script> {data}",
     " mirela keeps a parrot .",
     None,
 ]
@@ -26,34 +27,44 @@ SOURCES = ["suffix", "rollout", "rollout", "rewrite"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of three steps and one pool each, judged by the pocket world's teacher."""
+    """A run of three steps whose two processes had a pool each, judged by the world's teacher."""
     folder = tmp_path_factory.mktemp("runs") / "<b>run"
     folder.mkdir()
     config = Config(candidates="suffix,rollouts,rewrite")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with start_teacher() as url:
-        chat = Chat(url, config.judge_model, cache=folder / "judgments.sqlite")
-        judge = open_judge(chat, config, store=chat.store)
-        for step in range(3):
-            prefix = ATTACKS[1] + f" step {step}"
-            judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, [step]).result()
-        chat.close()
+        for process, name in enumerate(("judgments.sqlite", "judgments.1.sqlite")):
+            chat = Chat(url, config.judge_model, cache=folder / name)
+            judge = open_judge(chat, config, store=folder / name)
+            for step in range(3):
+                prefix = ATTACKS[1] + f" step {step}"
+                index = [2 * step + process]
+                judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, index).result()
+            chat.close()
     lines = [{"step": i, "reward": 1.0 + i, "loss": None, "chosen.rollout": 0.5} for i in range(3)]
     log = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "rew'
     (folder / "log.jsonl").write_text(log)
+    cell = {"quality": 0.5, "nll": 1.0, "n": {"nll": 1, "quality": 1}}
+    kinds = {"clean": cell, "unsafe": cell | {"quality": 1.0, "nll": 4.0}}
+    overall = {"method": {"quality": {"mean": 0.75, "interval": None, "n": 2}}}
+    summary = {"suites": ["quality"], "policies": {"method": kinds}, "overall": overall}
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
 def test_the_page_holds_what_was_judged_and_no_markup_of_models(run):
-    text = report.write_report(run, 2).read_text(encoding="utf-8")
+    text = report.write_report(run, 4).read_text(encoding="utf-8")
     pools = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
-    assert [pool["step"] for pool in pools] == [1, 3]  # spread over the run
+    assert [(pool["step"], pool["key"]) for pool in pools] == [(1, 0), (2, 2), (2, 3), (3, 5)]
     best, *_, failed = pools[0]["candidates"]
     assert failed["text"] is None and failed["reward"] is None and best["best"]
     assert {v["kind"] for v in best["verdicts"]} == {"quality", "safety", "factuality"}
     assert all(v["answer"] for v in best["verdicts"])
     assert text.count("<script") == 2 and "onerror" in text and "<img src=x" not in text
-    assert "<b>run" not in text and "://" not in text.partition('id="data"')[0]
+    assert (
+        "<b>run" not in text and "://" not in text.partition('id="data"')[0].partition("<pre>")[0]
+    )
+    assert "3 of 100 steps" in text and re.search("self-improving +75.0 .50.0 / 100.0.", text)
 
 
 def test_in_a_browser(run):
@@ -66,7 +77,7 @@ def test_in_a_browser(run):
     dom = done.stdout
     title = re.search("<title>(.*)</title>", dom)[1]
     assert title.startswith("&lt;b&gt;run: dpo")
-    assert len(re.findall('<div class="candidate ', dom)) == 4  # the last step's, by default
+    assert len(re.findall('<div class="candidate ', dom)) == 8  # the last step's, by default
     assert "&lt;img src=x onerror=" in dom and "step 2" in dom and "<img src=" not in dom
 
 
@@ -75,20 +86,11 @@ def test_bars_are_means_over_what_was_judged():
 
     safe = {"copied": 1.0, "words": None, "n": {"copied": 30, "words": 0}}
     unsafe = {"copied": 0.0, "words": 0.5, "n": {"copied": 10, "words": 4}}
-    row, suites = {"safe": safe, "unsafe": unsafe}, ["copied", "words", "none"]
     ax = Figure().add_subplot()
-    plot.draw_evaluation(ax, {"policies": {"method": row}, "suites": suites})
+    row = {"safe": safe, "unsafe": unsafe}
+    plot.draw_evaluation(ax, {"method": row}, ["copied", "words", "none"])
     assert [bar.get_height() for bar in ax.patches] == [75.0, 50.0, 0.0]
     assert [text.get_text() for text in ax.texts] == ["75", "50", "-"]
-
-
-def test_the_evaluation_has_means_and_the_price():
-    cell = {"quality": 0.5, "nll": 1.0, "n": {"nll": 1, "quality": 1}}
-    kinds = {"clean": cell, "unsafe": cell | {"quality": 1.0, "nll": 4.0}}
-    text = report.evaluation_table({"suites": ["quality"], "policies": {"method": kinds}})
-    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in text.split("</tr>")]
-    assert rows[0] == ["", "prefixes", "quality", "held-out NLL"]
-    assert rows[3] == ["self-improving", "mean", "75.0%", "2.50"]
 
 
 def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
@@ -97,7 +99,7 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
     (young / "base").mkdir(parents=True)
     shutil.copy(run / "config.json", young)
     (young / "base/log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="young is not the folder of a run"):
         plot.plot_run(young)
     (young / "environment.json").write_text("{}")
     drawn, draw = [], plot.draw_curve
@@ -107,12 +109,21 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
     assert plot.plot_runs([young, run]).exists()
 
 
-def test_curves_of_several_runs(run, tmp_path):
-    """Runs that have not finished, of the same name in two folders, and one that is not there."""
+def test_runs_of_the_same_name_are_told_apart(run, tmp_path):
     other = shutil.copytree(run, tmp_path / run.name)
-    assert plot.plot_runs([run, other]).stat().st_size > 10_000
     assert plot.run_names([run, other]) == [f"{p.parent.name}/{run.name}" for p in (run, other)]
-    command = python("tools.plot", run, tmp_path / "none")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["tools.plot", "tools.report"])
+@pytest.mark.parametrize("kept", [[], ["log.jsonl"]])
+def test_a_folder_that_is_no_run_is_one_line(module, kept, run, tmp_path):
+    for name in kept:  # a log without settings: enough for a picture
+        shutil.copy(run / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    if kept and module == "tools.plot":
+        assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "training.png")
+    else:
+        assert done.returncode == 1 and re.fullmatch("error: .*\n", done.stderr)
+        assert str(tmp_path) in done.stderr

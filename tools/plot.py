@@ -1,18 +1,48 @@
-"""Pictures of runs: python plot.py RUN [RUN2 ...]
+"""Pictures of runs.
 
-In: run folders' log.jsonl and summary.json, finished or not. Out: RUN/training.png with the reward,
-the share of each source among the chosen, and the evaluation (the loss where nothing is judged, of
-the base and the baseline before the method begins); of several runs RUN/compared.png, in the first
-one's folder, with their curves over each other.
+    python -m tools.plot RUN                RUN/training.png: its curves and its evaluation
+    python -m tools.plot RUN RUN2 ...       RUN/compared.png: their curves over each other
+
+In: run folders' log.jsonl and summary.json, finished or not. The training's picture shows the
+reward, the share of each source among the chosen, and the evaluation (the loss where nothing is
+judged, of the base and the baseline before the method begins).
 """
 
 import argparse
-import contextlib
 import json
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from evaluation.results import NAMES, overall
+from support import command
+from support.command import UserError
+from support.files import read_jsonl
+
+COMPARED = {
+    "reward": "reward (mean over all candidates)",
+    "reward.rollout": "reward of the rollouts",
+    "chosen.rollout": "rollouts among the chosen",
+    "loss": "loss",
+    "rollout.nll": "surprise of the rollouts (nats a token)",
+}
+
+
+def figure_of(path: Path, panels: list[Callable], rows: int = 1, **grid) -> Path:
+    """Draw each panel(ax) into a grid of so many rows, and give the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = -(-len(panels) // rows)
+    grid |= {"figsize": (4.7 * columns, 3.9 * rows), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **grid)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        panel(ax)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def smooth(values: list[float], width: int = 9) -> list[float]:
@@ -23,15 +53,10 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The lines of a run's log, none before its method begins; the last one of a run that still
-    writes may be cut off."""
-    path, lines = run / "log.jsonl", []
-    if not path.exists() and (run / "environment.json").exists():  # it trains its base
-        return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+    """The lines of a run's log, none before its method begins. UserError: it is no run."""
+    if not any((run / name).exists() for name in ("log.jsonl", "environment.json")):
+        raise UserError(f"{run} is not the folder of a run: it has no log.jsonl")
+    return list(read_jsonl(run / "log.jsonl"))
 
 
 def read_summary(run: Path) -> dict:
@@ -49,83 +74,63 @@ def draw_curve(ax, log: list[dict], key: str, label: str):
         ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
 
 
-def draw_losses(ax, run: Path, log: list[dict]):
-    """The loss of a run, before its method begins those of its base and its baseline."""
-    before = [run / name for name in ("base", "baseline") if (run / name / "log.jsonl").exists()]
-    logs = {run.resolve().name: log} if log else {path.name: read_log(path) for path in before}
-    for name, lines in logs.items():
-        draw_curve(ax, lines, "loss", NAMES.get(name, name))
-    finish(ax, "loss")
-
-
-def draw_curves(ax, log: list[dict], prefix: str, names: list[str], ylabel: str):
-    for name in names:
-        draw_curve(ax, log, prefix + name, name)
-    finish(ax, ylabel)
-
-
-def finish(ax, ylabel: str):
-    ax.set(xlabel="step", ylabel=ylabel)
+def draw_curves(ax, curves: list[tuple[list[dict], str, str]], ylabel: str, top=None):
+    """curves: a log, a key and a label each."""
+    for curve in curves:
+        draw_curve(ax, *curve)
+    ax.set(xlabel="step", ylabel=ylabel, **({} if top is None else {"ylim": (0, top)}))
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
 
 
-def draw_evaluation(ax, summary: dict):
+def draw_evaluation(ax, policies: dict, suites: list[str]):
     """Groups of bars, a group a suite, a bar a policy; the mean over all judged prefixes."""
-    policies, suites = summary["policies"], summary["suites"]
-    width = 0.8 / len(policies)
+    width = 0.8 / max(1, len(policies))
     for i, (name, row) in enumerate(policies.items()):
         means = [overall(row, suite) for suite in suites]
         at = [x + (i - (len(policies) - 1) / 2) * width for x in range(len(suites))]
-        bars = ax.bar(
-            at, [100 * (mean or 0.0) for mean in means], width, label=NAMES.get(name, name)
-        )
+        heights = [100 * (mean or 0.0) for mean in means]
+        bars = ax.bar(at, heights, width, label=NAMES.get(name, name))
         labels = ["-" if mean is None else f"{100 * mean:.0f}" for mean in means]
         ax.bar_label(bars, labels, fontsize=8)
-    ax.set_xticks(range(len(suites)), suites)
-    ax.set(ylabel="% (held-out prefixes)", ylim=(0, 115))
-    ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=len(policies))
+    if policies:
+        ax.set_xticks(range(len(suites)), suites)
+        ax.set(ylabel="% (held-out prefixes)", ylim=(0, 115))
+        ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=len(policies))
 
 
 def plot_run(run: Path) -> Path:
     """Draw RUN/training.png and give its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     log, summary = read_log(run), read_summary(run)
-    first = log[0] if log else {}
-    sources = sorted(k.removeprefix("chosen.") for k in first if k.startswith("chosen."))
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    rewards = [k.removeprefix("reward.") for line in log for k in line if k.startswith("reward.")]
-    rewards = sorted(set(rewards) - {"rollout"})
-    if parts := [name for name in rewards if "." in name]:  # a teacher's run (figures 5 to 7)
-        kinds = [name for name in rewards if "." not in name]
-        draw_curves(axes[0], log, "reward.", kinds, "reward by kind of prompt")
-        draw_curves(axes[1], log, "reward.", parts, "share")
+    keys = sorted({key for line in log for key in line})
+    chosen = [key for key in keys if key.startswith("chosen.")]
+    rewards = [key for key in keys if key.startswith("reward.") and key != "reward.rollout"]
+    shares = [key for key in rewards if key.count(".") > 1]  # of a teacher's run
+
+    def curves(ax, names: list[str], ylabel: str, top=None):
+        draw_curves(ax, [(log, name, name.partition(".")[2]) for name in names], ylabel, top)
+
+    if shares:  # the paper's figures 5 to 7
+        kinds = [key for key in rewards if key not in shares]
+        first = partial(curves, names=kinds, ylabel="reward by kind of prompt")
+        second = partial(curves, names=shares, ylabel="share", top=1)
     else:
-        if rewards:
-            draw_curves(axes[0], log, "reward.", sources, "reward (sum over kinds)")
-        else:
-            draw_losses(axes[0], run, log)
-        draw_curves(axes[1], log, "chosen.", sources, "share of the chosen")
-    axes[1].set_ylim(0, 1)
-    if summary:
-        draw_evaluation(axes[2], summary)
-    path = run / "training.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+        sources = [key.replace("chosen.", "reward.") for key in chosen]
+        first = partial(curves, names=sources, ylabel="reward (sum over kinds)")
+        second = partial(curves, names=chosen, ylabel="share of the chosen", top=1)
+    if not rewards:
+        first = partial(draw_curves, curves=losses(run, log), ylabel="loss")
+    how = {"policies": summary.get("policies", {}), "suites": summary.get("suites", [])}
+    panels = [first, second, partial(draw_evaluation, **how)]
+    return figure_of(run / "training.png", panels)
 
 
-COMPARED = {
-    "reward": "reward (mean over all candidates)",
-    "reward.rollout": "reward of the rollouts",
-    "chosen.rollout": "rollouts among the chosen",
-    "loss": "loss",
-    "rollout.nll": "surprise of the rollouts (nats a token)",
-}
+def losses(run: Path, log: list[dict]) -> list[tuple[list[dict], str, str]]:
+    """The loss of a run, before its method begins those of its base and its baseline."""
+    if log:
+        return [(log, "loss", NAMES.get(run.name, run.name))]
+    before = [run / name for name in ("base", "baseline") if (run / name / "log.jsonl").exists()]
+    return [(read_log(path), "loss", NAMES[path.name]) for path in before]
 
 
 def run_names(runs: list[Path]) -> list[str]:
@@ -140,44 +145,31 @@ def run_names(runs: list[Path]) -> list[str]:
 
 def plot_runs(runs: list[Path]) -> Path:
     """Draw the curves of several runs over each other, and how each one's last phase was judged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = run_names(runs)
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
-    for run, name in zip(runs, names, strict=True):
-        log = read_log(run)
-        for ax, key in zip(axes.flat, COMPARED, strict=False):
-            draw_curve(ax, log, key, name)
-    for ax, ylabel in zip(axes.flat, COMPARED.values(), strict=False):
-        finish(ax, ylabel)
-    summaries = [read_summary(run) for run in runs]
+    logs = dict(zip(run_names(runs), map(read_log, runs), strict=True))
+    panels = []
+    for key, ylabel in COMPARED.items():
+        curves = [(log, key, name) for name, log in logs.items()]
+        panels.append(partial(draw_curves, curves=curves, ylabel=ylabel))
+    summaries = dict(zip(logs, map(read_summary, runs), strict=True))
     policies = {
         name: summary["policies"]["method"]
-        for name, summary in zip(names, summaries, strict=True)
+        for name, summary in summaries.items()
         if "method" in summary.get("policies", {})
     }
-    if policies:
-        suites = [s for summary in summaries for s in summary.get("suites", [])]
-        draw_evaluation(
-            axes.flat[-1], {"policies": policies, "suites": list(dict.fromkeys(suites))}
-        )
-    path = runs[0] / "compared.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    suites = dict.fromkeys(s for summary in summaries.values() for s in summary.get("suites", []))
+    panels.append(partial(draw_evaluation, policies=policies, suites=list(suites)))
+    return figure_of(runs[0] / "compared.png", panels, rows=2)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
+def main(arguments: list[str]):
+    flag = argparse.ArgumentParser(
         description="Draws RUN/training.png of one run, its curves and evaluation; of several "
         "FIRST_RUN/compared.png, their curves over each other."
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or not")
-    folders = parser.parse_args().runs
-    try:
-        print(plot_run(folders[0]) if len(folders) == 1 else plot_runs(folders))
-    except (FileNotFoundError, NotADirectoryError) as e:
-        sys.exit(f"error: {e.filename} does not exist: is that the folder of a run?")
+    flag.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or not")
+    runs = flag.parse_args(arguments).runs
+    print(plot_run(*runs) if len(runs) == 1 else plot_runs(runs))
+
+
+if __name__ == "__main__":
+    command.run(main)
