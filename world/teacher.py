@@ -1,6 +1,5 @@
 """The pocket world's teacher: it knows the truth, judges, rewrites, spoils, and answers over HTTP.
 
-    python -m world.teacher show                           # a few documents and their true scores
     python -m world.teacher serve --port 8001 --noise 0.1  # prints its base URL
 
 In: the questions of prompts/*.txt. Out: answers in the way of an OpenAI-compatible chat server.
@@ -11,44 +10,17 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import random
 import re
-import sys
 import time
 from collections import Counter
 from dataclasses import fields
 
-from support.command import python, running
-from world.corpus import (
-    ATTRIBUTES,
-    FALSEHOOD,
-    INSULTS,
-    KNOWN_RANK,
-    NAMES,
-    PRONOUNS,
-    THREATS,
-    TRUTH,
-    UNSAFE,
-    VALUES,
-    WAYS,
-    Dials,
-    document,
-    statements,
-)
-from world.truth import (
-    UNCOUNTED,
-    WORTH,
-    examine,
-    factuality,
-    person,
-    quality,
-    read_prefix,
-    repetition,
-    safe,
-    true_share,
-)
+from support import command
+from world import corpus, truth
+from world.corpus import KNOWN_RANK, NAMES, PRONOUNS, TRUTH, Dials, statements
+from world.truth import examine, quality, read_prefix, safe, true_share
 
 
 def chance(*keys) -> float:
@@ -104,26 +76,23 @@ LABELS = {1.0: "No Hallucination", 0.5: "Possible Hallucination", 0.0: "Definite
 
 def judge(texts: dict[str, str], key: str) -> tuple[str, str, tuple[str, ...]]:
     """The true verdict on the texts of one question, a reason, and the possible verdicts."""
-    asked = frozenset(texts)
+    asked = texts.keys()
+    prefix, text, a, b = (texts.get(name, "") for name in ("prefix", "text", "a", "b"))
     if asked == {"prefix", "a", "b"}:
-        verdict, reason = judge_quality(texts["prefix"], texts["a"], texts["b"], key)
-        return verdict, reason, ("A", "B")
-    if asked == {"a", "b"}:
-        a, b = repetition(texts["a"]), repetition(texts["b"])
-        reason = f"A repeats {a:.0%} of its phrases and B {b:.0%}."
-        return compare(-a, -b), reason, ("A", "B", "TIE")
-    if asked == {"text"}:
-        verdict = "SAFE" if safe(texts["text"]) else "UNSAFE"
-        reason = f"The text {'holds no' if verdict == 'SAFE' else 'holds an'} insult or threat."
-        return verdict, reason, ("SAFE", "UNSAFE")
-    if asked in ({"prefix", "text"}, {"prefix", "reference", "text"}):
-        share = true_share(texts["prefix"], texts["text"])
-        reason = "Nothing is stated." if share is None else f"{share:.0%} of it is true."
-        label = LABELS[factuality(texts["prefix"], texts["text"])]
-        return label, reason, tuple(LABELS.values())
+        return *judge_quality(prefix, a, b, key), ("A", "B")
     if asked == {"prefix", "reference", "a", "b"}:
-        verdict, reason = judge_pair_factuality(texts["prefix"], texts["a"], texts["b"])
-        return verdict, reason, ("A", "B", "TIE")
+        return *judge_pair_factuality(prefix, a, b), ("A", "B", "TIE")
+    if asked == {"a", "b"}:
+        of_a, of_b = truth.repetition(a), truth.repetition(b)
+        reason = f"A repeats {of_a:.0%} of its phrases and B {of_b:.0%}."
+        return compare(-of_a, -of_b), reason, ("A", "B", "TIE")
+    if asked == {"text"}:
+        verdict, holds = ("SAFE", "no") if safe(text) else ("UNSAFE", "an")
+        return verdict, f"The text holds {holds} insult or threat.", ("SAFE", "UNSAFE")
+    if asked in ({"prefix", "text"}, {"prefix", "reference", "text"}):
+        share = true_share(prefix, text)
+        reason = "Nothing is stated." if share is None else f"{share:.0%} of it is true."
+        return LABELS[truth.factuality(prefix, text)], reason, tuple(LABELS.values())
     raise ValueError(f"no question of the pocket world has the texts {sorted(asked)}")
 
 
@@ -162,7 +131,7 @@ def answer(prompt: str, seed: int = 0, dials: Dials = Dials()) -> str:
 
 
 def believed(fact: tuple[str, str], dials: Dials) -> str:
-    return TRUTH[fact] if KNOWN_RANK[fact] < dials.rewriter_knowledge else FALSEHOOD[fact]
+    return TRUTH[fact] if KNOWN_RANK[fact] < dials.rewriter_knowledge else corpus.FALSEHOOD[fact]
 
 
 def without_last_words(prefix: str, original: str) -> list[str]:
@@ -179,12 +148,13 @@ def write_statement(begin: str, subject: str, left: list[str], dials: Dials, rng
     pronoun = PRONOUNS[subject][0]
     people = [pronoun, subject] if rng.random() < 0.3 else [subject, pronoun]
     people += [word for word in begin.split() if word in PRONOUNS]
-    for attribute in [*left, *ATTRIBUTES]:
+    for attribute in [*left, *corpus.ATTRIBUTES]:
         for who in people:
-            fact = (person(who, subject), attribute)
+            fact = (truth.person(who, subject), attribute)
             ways = statements(who, attribute, believed(fact, dials))
             weights = [
-                weight * way.startswith(begin) for way, weight in zip(ways, WAYS, strict=True)
+                weight * way.startswith(begin)
+                for way, weight in zip(ways, corpus.WAYS, strict=True)
             ]
             if any(weights):
                 if attribute in left and fact[0] == subject:
@@ -205,7 +175,7 @@ def rewrite(
     used = {
         s.form.attribute for s in sentences if s.form and s.verdict in ("sound", "false", "begun")
     }
-    left = [a for a in ATTRIBUTES if a not in used and a not in context.said]
+    left = [a for a in corpus.ATTRIBUTES if a not in used and a not in context.said]
     written = []
     for number, sentence in enumerate(sentences):
         begun, text = context.tail if number == 0 else (), sentence.text
@@ -217,7 +187,7 @@ def rewrite(
             fact, told = (subject, sentence.form.attribute), sentence.form.value
             if KNOWN_RANK[fact] < dials.rewriter_knowledge:
                 text = " ".join(TRUTH[fact] if word == told else word for word in text.split())
-        elif sentence.verdict not in (*WORTH, *UNCOUNTED):
+        elif sentence.verdict not in (*truth.WORTH, *truth.UNCOUNTED):
             text = write_statement("".join(f"{w} " for w in begun), subject, left, dials, rng)
         written += text.split()[len(begun) :]
     while len(written) < len(words):
@@ -249,13 +219,14 @@ def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
     if damage == "facts":
         sound = [n for n, s in enumerate(sentences) if s.verdict == "sound"]
         for n in rng.sample(sound, (len(sound) + 1) // 2):
-            true, values = sentences[n].form.value, VALUES[sentences[n].form.attribute]
+            true, values = sentences[n].form.value, corpus.VALUES[sentences[n].form.attribute]
             wrong = rng.choice([value for value in values if value != true])
             parts[n] = [wrong if word == true else word for word in parts[n]]
         versions.append(parts)
     else:
-        name, insult, threat = context.subject or NAMES[0], rng.choice(INSULTS), rng.choice(THREATS)
-        remark = rng.choice(UNSAFE).format(name=name, insult=insult, threat=threat).split()
+        insult, threat = rng.choice(corpus.INSULTS), rng.choice(corpus.THREATS)
+        known = dict(name=context.subject or NAMES[0], insult=insult, threat=threat)
+        remark = rng.choice(corpus.UNSAFE).format(**known).split()
         places = range(1 if context.tail else 0, len(parts))
         for place in rng.sample(places, len(places)):
             versions.append([*parts[:place], remark, *parts[place:]])
@@ -270,111 +241,57 @@ def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
 # ------------------------------------------------------------------------------------------------
 # The server
 
-MAX_TEXT = 1 << 15  # characters of a text in a question; verdicts on 20,000 of them are kept
-READ_WITHIN = 30.0  # seconds for the head of a request, and for its body
-AT_ONCE = 4096  # requests; the next are asked to come back
-
-
-class BadRequest(Exception):
-    """(HTTP status, OpenAI's error code, message)"""
-
-
-def read_request(body: bytes) -> tuple[str, int, int | None, str]:
-    """(prompt, seed, max_tokens, model) of the body of a chat completion."""
-    try:
-        request = json.loads(body)
-        messages = request["messages"]
-        prompt = "\n".join(
-            content if isinstance(content, str) else "".join(part["text"] for part in content)
-            for content in (message["content"] for message in messages)
-        )
-        seed, limit = int(request.get("seed") or 0), request.get("max_tokens")
-        limit = request.get("max_completion_tokens") if limit is None else limit
-        return prompt, seed, None if limit is None else int(limit), str(request.get("model"))
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-        raise BadRequest(400, "bad_request", f"not a chat completion request: {error!r}") from None
-
 
 def complete_chat(body: bytes, dials: Dials) -> dict:
-    prompt, seed, limit, model = read_request(body)
-    if any(len(text) > MAX_TEXT for text in sections(prompt).values()):
-        raise BadRequest(400, "text_too_long", f"a text has over {MAX_TEXT} characters")
-    try:
-        text = answer(prompt, seed, dials)
-    except ValueError as error:
-        raise BadRequest(400, "unknown_question", str(error)) from None
-    words, finish = text.split(" "), "stop"
-    if limit is not None and len(words) > limit:
-        words, finish = words[:limit], "length"
+    """The answer to the body of a chat completion request; MALFORMED where it is none."""
+    request = json.loads(body)
+    prompt = "\n".join(
+        content if isinstance(content, str) else "".join(part["text"] for part in content)
+        for content in (message["content"] for message in request["messages"])
+    )
+    limit = request.get("max_tokens")
+    limit = request.get("max_completion_tokens") if limit is None else limit
+    words, finish = answer(prompt, int(request.get("seed") or 0), dials).split(" "), "stop"
+    if limit is not None and len(words) > int(limit):
+        words, finish = words[: int(limit)], "length"
+    message = {"role": "assistant", "content": " ".join(words)}
     counts = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": " ".join(words)},
-        "finish_reason": finish,
-    }
     return {
-        "id": f"chatcmpl-{chance(seed, prompt):.16f}"[:26],
+        "id": f"chatcmpl-{chance(prompt):.16f}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
+        "model": str(request.get("model")),
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
         "usage": {**counts, "total_tokens": sum(counts.values())},
     }
 
 
-def error_body(code: str, message: str) -> dict:
-    return {"error": {"message": message, "type": "invalid_request_error", "code": code}}
+MALFORMED = (ValueError, LookupError, TypeError, OverflowError, RecursionError)
 
 
-async def respond(request, dials: Dials) -> dict:
-    """The body of the answer to an HTTP request; BadRequest where there is none."""
-    if request.path == "/v1/models" and request.method == "GET":
-        return {"object": "list", "data": [{"id": "world", "object": "model"}]}
-    if request.path != "/v1/chat/completions":
-        raise BadRequest(404, "not_found", f"no such path: {request.path[:100]}")
-    if request.method != "POST":
-        raise BadRequest(405, "method_not_allowed", "chat completions are asked with POST")
-    body = await asyncio.wait_for(request.read(), READ_WITHIN)
-    result = complete_chat(body, dials)
-    if dials.latency:
-        await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
-    return result
-
-
-async def serve(host: str, port: int, dials: Dials, parent: int | None) -> None:
+async def serve(host: str, port: int, dials: Dials, parent: int | None):
     """Answers until it is stopped, or until the process `parent` is gone."""
     from aiohttp import web
 
-    open_requests = 0
-
-    async def handle(request):
-        nonlocal open_requests
-        open_requests += 1
+    async def complete(request):
+        body = await request.read()
         try:
-            if open_requests > AT_ONCE:
-                raise BadRequest(503, "overloaded", f"over {AT_ONCE} requests at once")
-            result, status = await respond(request, dials), 200
-        except asyncio.TimeoutError:
-            result, status = error_body("timeout", "the request did not arrive"), 408
-        except BadRequest as error:
-            status, *explained = error.args
-            result = error_body(*explained)
-        except web.HTTPRequestEntityTooLarge as error:  # aiohttp's limit, 1 MiB
-            result, status = error_body("body_too_large", error.text), 413
-        except ConnectionError:  # the client has left
-            raise
-        except Exception:
-            logging.exception("a question to the pocket world failed")
-            result, status = error_body("internal_error", "the teacher failed; see its log"), 500
-        finally:
-            open_requests -= 1
-        return web.json_response(result, status=status)
+            result = complete_chat(body, dials)
+        except MALFORMED as error:
+            explained = {"message": repr(error), "type": "invalid_request_error", "code": None}
+            return web.json_response({"error": explained}, status=400)
+        await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
+        return web.json_response(result)
 
-    runner = web.ServerRunner(web.Server(handle, keepalive_timeout=READ_WITHIN))
+    async def models(_):
+        return web.json_response({"object": "list", "data": [{"id": "world", "object": "model"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", complete), web.get("/v1/models", models)])
+    runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=2048).start()
-    host, port = runner.addresses[0][:2]
-    print(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1", flush=True)
+    print(f"http://{host}:{runner.addresses[0][1]}/v1", flush=True)
     while parent is None or os.getppid() == parent:
         await asyncio.sleep(0.5)
     await runner.cleanup()
@@ -391,46 +308,25 @@ def start_teacher(**dials):
     """Context manager: a teacher in a process of its own; gives its base URL."""
     Dials(**dials)  # refuses unknown dials here
     flags = [f"--{name}={value}" for name, value in dials.items()]
-    command = [*python("world.teacher"), "serve", f"--parent={os.getpid()}"]
-    return running([*command, *flags])
+    start = command.python("world.teacher", "serve", f"--parent={os.getpid()}", *flags)
+    return command.running(start)
 
 
-def show() -> None:
-    """Prints documents of each kind, cut into prefix and continuation, with the true scores."""
-    for share_unsafe, share_poor in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0)):
-        dials = Dials(share_unsafe=share_unsafe, share_poor=share_poor)
-        for index in range(2):
-            words = document(0, index, dials).split()
-            prefix, continuation = " ".join(words[:64]), " ".join(words[64:96])
-            print(f"--- unsafe {share_unsafe:.0f}, poor {share_poor:.0f}\n{prefix}")
-            print(f">>> {continuation}\n>>> rewritten: {rewrite(prefix, continuation)}")
-            print(
-                f"quality {quality(prefix, continuation):.2f} ({summary(prefix, continuation)}), "
-                f"safe {safe(continuation)}, factuality {factuality(prefix, continuation)}, "
-                f"repetition {repetition(continuation):.2f}\n"
-            )
-
-
-def main() -> None:
+def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("show", help="print a few documents and their true scores")
-    serving = commands.add_parser("serve", help="answer the judge's and the rewriter's prompts")
-    serving.add_argument("--host", default="127.0.0.1")
-    serving.add_argument("--port", type=int, default=0, help="0: any free port")
-    serving.add_argument("--parent", type=int, help="stop when this parent process is gone")
+    parser.add_argument("serve", choices=["serve"], help="answer questions over HTTP")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
+    parser.add_argument("--parent", type=int, help="stop when this parent process is gone")
     for dial in fields(Dials):
-        serving.add_argument(f"--{dial.name}", type=float, default=dial.default)
-    options = vars(parser.parse_args())
-    if options.pop("command") == "show":
-        return show()
-    host, port, parent = (options.pop(name) for name in ("host", "port", "parent"))
-    with contextlib.suppress(KeyboardInterrupt):
-        try:
-            asyncio.run(serve(host, port, Dials(**options), parent))
-        except (OSError, OverflowError) as error:  # of the port
-            sys.exit(f"error: {error}")
+        parser.add_argument(f"--{dial.name}", type=float, default=dial.default)
+    options = vars(parser.parse_args(arguments))
+    host, port, parent = (options[name] for name in ("host", "port", "parent"))
+    if not 0 <= port < 1 << 16:
+        raise command.UserError(f"--port {port}: a port is a number below {1 << 16}")
+    dials = Dials(**{dial.name: options[dial.name] for dial in fields(Dials)})
+    asyncio.run(serve(host, port, dials, parent))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
