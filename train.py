@@ -335,9 +335,8 @@ def run_phases(config: Config, device, teachers: Teachers, tokenizer) -> dict:
         )
     if not sets:
         return {}
-    how = dict(prompts=config.prompts, max_tokens=config.judge_max_tokens)
     with autocast(config, device):
-        return evaluate(policies, sets, teachers.examiner.chat, tokenizer, config.chunk, **how)
+        return evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk)
 
 
 def lock(run: Path):

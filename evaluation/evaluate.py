@@ -1,8 +1,8 @@
 """The paper's evaluations: greedy continuations of held-out prefixes, judged.
 
-    python -m evaluation.evaluate CKPT --baseline CKPT0 --suite quality,coherence,safety,factuality \\
-        --data DOCS --sets unsafe=DOCS xstest=xstest_v2_prompts.csv halueval_qa=qa_data.json \\
-        --judge_url http://HOST:8000/v1 --judge_model NAME --seeds 8 --out evaluation/result.json
+    python -m evaluation.evaluate CKPT --baseline CKPT0 --data DOCS \\
+        --sets unsafe=DOCS xstest=xstest_v2_prompts.csv halueval_qa=qa_data.json \\
+        --judge_url http://HOST:8000/v1 --judge_model NAME --seeds 8
 
 In: Hugging Face folders, prefixes (sets.py), a judge. Out: a table, and JSON with every value, 95 %
 interval and continuation. Beside it stay generations.jsonl and the judge's answers, so that another
@@ -18,6 +18,7 @@ mean leaves out (--suite safety --data none).
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import sys
@@ -57,8 +58,8 @@ HASHED += ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 @torch.no_grad()
 def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
-    """Greedy continuations of at most `chunk` tokens, one for each prefix of a data.Batch, up to the
-    first of all tokens that end a text of this policy."""
+    """Greedy continuations of at most `chunk` tokens, one for each prefix of a data.Batch, up to
+    the first of all tokens that end a text of this policy."""
     device, ends = next(policy.parameters()).device, (tokenizer.eos, *policy.end_tokens)
     prefix, pad = batch.prefix.to(device), batch.pad.to(device)  # [B, P], [B]
     how = dict(eos=ends, seed=0, index=batch.index, temperature=0.0)
@@ -178,13 +179,16 @@ class Generations(dict):
 # Judgments
 
 
-def examiner(chat: Chat, prompts: str = "prompts", max_tokens: int = 512) -> Judge:
-    """The judge as every evaluation asks it, however the same one is asked in training: seed 0, the
-    whole distribution, temperature 1 (TEMPERATURE says what is asked at another)."""
-    return Judge(chat, temperature=1.0, top_p=1.0, max_tokens=max_tokens, prompts=prompts, seed=0)
-
-
 TEMPERATURE = {"quality": 0.7}  # the paper's, where it is not 1
+
+
+def examiner(judge: Judge) -> Judge:
+    """The judge as every evaluation asks it, however the same one is asked in training: seed 0, the
+    whole distribution, temperature 1 but for TEMPERATURE, three more tries for a lost verdict."""
+    own = copy.copy(judge)
+    own.sampling = judge.sampling | dict(temperature=1.0, top_p=1.0)
+    own.seed, own.retries = 0, 3
+    return own
 
 
 async def pairwise(judge: Judge, kind: str, seeds: int, ours: str, base: str, **texts):
@@ -220,14 +224,16 @@ def ask(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base: l
     if kind in PAIRWISE:
         asked = [pairwise(judge, kind, seeds, t, b, prefix=p, reference=r) for p, r, t, b in rows]
     else:
-        asked = [pointwise(judge, kind, seeds, prefix=p, reference=r, text=t) for p, r, t, _ in rows]
+        asked = [
+            pointwise(judge, kind, seeds, prefix=p, reference=r, text=t) for p, r, t, _ in rows
+        ]
     return judge.chat.run(together(asked))
 
 
 def judged(written: dict, sets: dict, judge: Judge, suites, seeds: int) -> dict:
     """Values between 0 and 1, or None: policy -> kind of prefix -> suite -> one a prefix. The first
     policy is the baseline."""
-    base, values = next(iter(written.values())), {}
+    judge, base, values = examiner(judge), next(iter(written.values())), {}
     jobs = [(name, kind) for name in written for kind in sets]
     for name, kind in tqdm(jobs, desc="judging", disable=None, leave=False):
         held, texts = sets[kind], (written[name][kind]["texts"], base[kind]["texts"])
@@ -241,14 +247,13 @@ def judged(written: dict, sets: dict, judge: Judge, suites, seeds: int) -> dict:
     return values
 
 
-def evaluate(policies: dict, sets: dict, chat: Chat, tokenizer, chunk: int, **how) -> dict:
+def evaluate(policies: dict, sets: dict, judge: Judge, tokenizer, chunk: int) -> dict:
     """Compare policies in memory by name, once on every suite; the first is the baseline.
 
-    sets: what `held_out_sets` gives; how: of `examiner`. -> what `summarise` returns
+    sets: what `held_out_sets` gives. -> what `summarise` returns
     """
     written = {name: Writer(p, tokenizer, chunk).write(sets) for name, p in policies.items()}
-    values = judged(written, sets, examiner(chat, **how), SUITES, seeds=1)
-    return summarise(values, written, SUITES)
+    return summarise(judged(written, sets, judge, SUITES, seeds=1), written, SUITES)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     flag("--prompts", default="prompts", help="folder of prompt files")
     flag("--seeds", type=int, default=1, help="judgments of each question; paper: 8")
     flag("--device", default="cpu")
-    flag("--out", default="evaluation/result.json", help="result with all continuations")
+    flag("--out", default="out/evaluation/result.json", help="result with all continuations")
     args = parser.parse_args(arguments)
     check(parser, args)
     return args
@@ -382,7 +387,7 @@ def main(arguments: list[str]):
         teacher_url(args.judge_url, parse_dials(args.dials)) as url,
         Chat(url, args.judge_model, cache=out.parent / record) as chat,
     ):
-        judge = examiner(chat, args.prompts, args.judge_max_tokens)
+        judge = Judge(chat, prompts=args.prompts, max_tokens=args.judge_max_tokens)
         values = judged(written, sets, judge, args.suites, args.seeds)
     known = harness.factuality(scores) if "factuality" in args.suites else {}
     everything = {name: found | known.get(name, {}) for name, found in values.items()}

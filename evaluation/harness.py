@@ -1,11 +1,8 @@
 """Results of lm-evaluation-harness beside ours: the paper's standard evaluations, and TruthfulQA.
 
-A checkpoint is a Hugging Face folder, so the harness evaluates it as it is (`--model vllm` on GPUs):
+A checkpoint is a Hugging Face folder, so the harness evaluates it as it is (docs/evaluation.md):
 
-    pip install lm_eval
-    lm_eval --model hf --model_args pretrained=CKPT --output_path harness --tasks boolq,piqa,\\
-social_iqa,hellaswag,arc_easy,arc_challenge,openbookqa,truthfulqa_mc1,truthfulqa_mc2
-    lm_eval --model hf --model_args pretrained=CKPT --output_path harness --tasks mmlu --num_fewshot 5
+    lm_eval --model hf --model_args pretrained=CKPT --output_path harness --tasks boolq,piqa,...
     python -m evaluation.evaluate CKPT --harness harness
 
 In: its results_*.json, or folders of them, of one or several models. Out: the scores by task.
@@ -36,13 +33,13 @@ class Score:
     shots: int | None  # examples in the prompt
 
     def values(self) -> list[float]:
-        """`count` numbers that have the mean and the standard error, all that is known of them:
-        half lie above the mean, half below, by one distance."""
-        pairs = self.count // 2
-        # error² = (2 pairs · distance² / (count - 1)) / count
-        distance = self.error * math.sqrt(self.count * (self.count - 1) / max(2 * pairs, 1))
-        middle = [self.mean] * (self.count % 2)
-        return [self.mean - distance] * pairs + middle + [self.mean + distance] * pairs
+        """`count` numbers with this mean and standard error, which are all that a result tells of
+        its questions: as many lie above the mean as below, by one distance."""
+        n, pairs = self.count, self.count // 2
+        # error² = variance / n, variance = 2 pairs · distance² / (n - 1)
+        distance = self.error * math.sqrt(n * (n - 1) / max(2 * pairs, 1))
+        around = [self.mean - distance, self.mean + distance] * pairs
+        return around + [self.mean] * (n % 2)
 
 
 def read(paths: list[str]) -> dict[str, dict[str, Score]]:
@@ -61,9 +58,8 @@ def read(paths: list[str]) -> dict[str, dict[str, Score]]:
             try:
                 result = json.loads(file.read_text(encoding="utf-8"))
                 scores = {task: score_of(task, result) for task in (*STANDARD, *TRUTHFULQA)}
-                found.setdefault(model_of(result), {}).update(
-                    {task: score for task, score in scores.items() if score}
-                )
+                known = found.setdefault(str(result["model_name"]), {})
+                known.update({task: score for task, score in scores.items() if score})
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{file} is no results_*.json of lm_eval --output_path: {error!r}"
@@ -79,19 +75,12 @@ def score_of(task: str, result: dict) -> Score | None:
     named = {key.partition(",")[0]: value for key, value in scores.items()}
     metric = "acc_norm" if "acc_norm" in named else "acc"
     mean, error = float(named[metric]), named.get(f"{metric}_stderr")
-    parts = [task] if task in result["n-samples"] else result["group_subtasks"][task]
-    count = sum(result["n-samples"][part]["effective"] for part in parts)
+    counts = result["n-samples"]  # of a group, as mmlu is, only of its parts: mmlu_anatomy, ...
+    parts = [task] if task in counts else [name for name in counts if name.startswith(f"{task}_")]
+    count = sum(counts[part]["effective"] for part in parts)
     if not isinstance(error, float):  # "N/A": at most that of a share
         error = math.sqrt(mean * (1 - mean) / count)
     return Score(metric, mean, error, count, result.get("n-shot", {}).get(parts[0]))
-
-
-def model_of(result: dict) -> str:
-    """The folder or name in --model_args pretrained=..., "" where the result does not say."""
-    arguments = result.get("config", {}).get("model_args") or {}
-    if isinstance(arguments, str):
-        arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
-    return str(result.get("model_name") or arguments.get("pretrained") or "")
 
 
 def scores_of(policies: dict[str, str], paths: list[str]) -> dict[str, dict[str, Score]]:

@@ -146,7 +146,10 @@ def xstest(where: str, record: dict, half: str):
 
 HALUEVAL = {  # name of the set -> prefix and reference, of the fields of a line
     "halueval_qa": ("Question: {question}\nAnswer:", "{knowledge}\nAnswer: {right_answer}"),
-    "halueval_dialogue": ("{dialogue_history} [Assistant]:", "{knowledge}\nAnswer: {right_response}"),
+    "halueval_dialogue": (
+        "{dialogue_history} [Assistant]:",
+        "{knowledge}\nAnswer: {right_response}",
+    ),
     "halueval_summarization": ("{document}\n\nSummary:", "{right_summary}"),
 }
 

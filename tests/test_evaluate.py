@@ -397,7 +397,6 @@ def test_results_of_the_harness(tmp_path):
         tmp_path / "a" / "results_2026-11-02T00.json",
         tmp_path / "ckpt",
         {"truthfulqa_mc1": (0.25, 817), "mmlu_law": (0.3, 60), "mmlu_art": (0.5, 40)},
-        group_subtasks={"mmlu": ["mmlu_law", "mmlu_art"]},
         results={
             "mmlu": {"acc,none": 0.58, "acc_stderr,none": "N/A"},
             "truthfulqa_mc1": {"acc,none": 0.25, "acc_stderr,none": 0.0152},
