@@ -5,35 +5,44 @@ In: prompts (`Chat.ask`, a coroutine that runs on the client's own background th
 over one or several endpoints; time-outs, retries, rate limits; and an SQLite file of all answers,
 so that no question whose answer has arrived is ever paid for again, whenever the process dies.
 
-    chat = Chat("http://localhost:8000/v1", "my-judge", cache="judgments.sqlite")
-    answer = chat.run(chat.ask("2 + 2?", seed=0, temperature=1, top_p=1, max_tokens=64)).result()
+    with Chat("http://localhost:8000/v1", "my-judge", cache="judgments.sqlite") as chat:
+        how = dict(seed=0, temperature=1, top_p=1, max_tokens=64)
+        answer = chat.run(chat.ask("2 + 2?", **how)).result()
 
-A failed request is never an answer: it is repeated, or the answer's text is None, or it raises
-UserError (asking again cannot help) or TeacherGone (nobody has answered for a long time).
+A failed request is never an answer. What may pass is asked again. What the server will not answer
+because of its content (a filter, a prompt that is too long) is an absent answer, text None. What is
+wrong with us (the key, the model, the URL), or has become the rule, raises UserError; nobody
+answering for a long time raises TeacherGone.
 
 Why aiohttp: `requests` needs a thread for every request in flight, and the official client (on
-httpx) spends about ten times the CPU per call (bench_chat.py), CPU that training wants.
+httpx) spends about ten times the CPU per call, CPU that training wants.
 """
 
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import email.utils
 import hashlib
+import ipaddress
 import itertools
 import json
 import logging
 import os
 import random
-import sqlite3
+import re
+import socket
 import threading
 import time
-from typing import NamedTuple
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
+from requests.utils import get_environ_proxies, select_proxy
 
-from support.command import UserError, wait
+from support.command import Stopped, UserError, wait
+from support.replies import WHOLE, Answer, Failure, error_in, of_content, read_reply
+from support.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -41,26 +50,27 @@ MAX_BODY = 2 << 20  # bytes of a reply that we are willing to read
 RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}
 SET_ASIDE = 10  # failures in a row after which an endpoint is only probed
 SPREAD = 0.005  # seconds between two requests that leave after a pause, at first
+SILENT: set[str] = set()  # base URLs whose silence was told, by whichever client of the process
+RECENT = 1000  # of the latest so many questions, from 20 on, half may be refused
+
+ANSWERS = """answers (key BLOB PRIMARY KEY, text TEXT, finish TEXT, prompt_tokens INTEGER,
+    completion_tokens INTEGER)"""
+REFUSED = "refused (key BLOB PRIMARY KEY, kind TEXT)"
+SELECT = "SELECT text, finish, prompt_tokens, completion_tokens FROM answers WHERE key = ?"
+NOTE = "INSERT OR REPLACE INTO refused VALUES (?, ?)"
+INSERT = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)"
 
 
-class TeacherGone(Exception):
+class TeacherGone(Stopped):
     """No endpoint has answered any question for `give_up_after` seconds."""
 
 
-class Failure(Exception):
-    """One attempt failed and may be repeated. `kind` is what the statistics count it under."""
+class Refused(Exception):
+    """The server will not answer this question, because of what is in it."""
 
-    def __init__(self, kind: str, detail: str = "", retry_after: float | None = None):
-        super().__init__(f"{kind} {detail}".strip())
-        self.kind, self.retry_after = kind, retry_after
-
-
-class Answer(NamedTuple):
-    text: str | None  # None: no usable answer, and `finish` is the kind of failure
-    finish: str  # the server's finish_reason
-    prompt_tokens: int
-    completion_tokens: int
-    cached: bool = False  # True: this ask cost nothing
+    def __init__(self, kind: str, told: str):
+        super().__init__(kind, told)
+        self.kind, self.told = kind, told
 
 
 class Endpoint:
@@ -75,12 +85,20 @@ class Endpoint:
 
     def __init__(self, url: str):
         if "@" in url or "?" in url:
-            raise ValueError("a key goes into OPENAI_API_KEY, not into the teacher's URL")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError(f"a teacher's URL looks like http://host:port/v1, not {url!r}")
-        self.url = url.rstrip("/") + "/chat/completions"
+            raise UserError("a key goes into OPENAI_API_KEY, not into the teacher's URL")
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, half a bracket
+            good = False
+        if not good:
+            raise UserError(f"a teacher's URL looks like http://host:port/v1, not {url!r}")
+        self.base = url.rstrip("/")
+        self.url = self.base + "/chat/completions"
+        self.proxy = proxy_of(self.url)
         self.in_flight = 0
+        self.failing_since = 0.0  # when it began to fail; 0 = it does not
+        self.told = False  # that it does not answer
         self.failures = 0  # in a row
         self.turn = 0.0  # when the next request may leave
         self.gap = 0.0  # seconds between two departures
@@ -97,11 +115,12 @@ class Endpoint:
     def answered(self, now: float) -> None:
         if self.aside:  # it is back: let the waiting requests come, but not all at once
             self.aside, self.gap, self.turn = 0.0, SPREAD, now
-        self.failures = 0
+        self.failures, self.failing_since = 0, 0.0
         self.refused *= 0.98
         self.gap = 0.99 * self.gap if self.gap > 1e-4 else 0.0
 
     def failed(self, failure: Failure, sent: float, now: float) -> None:
+        self.failing_since = self.failing_since or now
         limited = failure.kind == "429" or failure.retry_after is not None
         if limited:
             self.refused += 0.02 * (1.0 - self.refused)
@@ -115,10 +134,27 @@ class Endpoint:
             self.gap = min(1.0, widen * (self.gap or SPREAD))
         elif self.failures >= SET_ASIDE:
             pause = self.aside = 2.0 ** min(self.failures - SET_ASIDE, 6)
-            log.warning("%s set aside for %.0f s: %s", self.url, pause, failure)
         else:
             return
         self.paused_at, self.turn = now, max(self.turn, now + pause)
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that http_proxy, https_proxy, all_proxy and no_proxy name, read as for the data;
+    none for this machine itself."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return None
+    if host == "localhost" or host.endswith(".localhost"):
+        return None
+    proxy = select_proxy(url, get_environ_proxies(url))
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if proxy and not proxy.startswith(("http://", "https://")):
+        scheme = proxy.partition(":")[0]
+        raise UserError(f"a {scheme} proxy for {url}: set http_proxy or https_proxy to an HTTP one")
+    return proxy
 
 
 def retry_after(headers) -> float | None:
@@ -136,30 +172,22 @@ def retry_after(headers) -> float | None:
     return min(seconds, 3600.0) if seconds > 0 else 0.0
 
 
-def parse(content: bytes) -> Answer:
-    """The answer in a chat completion's JSON; text None if there is nothing to use."""
-    try:
-        reply = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Failure("invalid_json") from None
-    try:
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        message, finish = choice["message"], str(choice.get("finish_reason") or "stop")
-        text, reasoning = message.get("content"), message.get("reasoning_content")
-        tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    except (AttributeError, KeyError, IndexError, TypeError):
-        raise Failure("malformed", content[:200].decode(errors="replace")) from None
-    if not isinstance(text, str | None):
-        raise Failure("malformed", "content is not a string")
-    tokens = [n if isinstance(n, int) and 0 <= n < 1 << 31 else 0 for n in tokens]
-    if finish in ("length", "content_filter"):
-        text = None
-    elif text is None or not text.strip():
-        finish = "reasoning_only" if reasoning else "null" if text is None else "empty"
-        text = None
-    # lone surrogates are legal in JSON and nowhere else
-    text, finish = (s and s.encode(errors="replace").decode() for s in (text, finish))
-    return Answer(text, finish, *tokens)
+def in_words(error: Exception) -> str:
+    """What has happened to a connection, for a reader who knows no library."""
+    cause = getattr(error, "os_error", None) or error
+    if isinstance(cause, socket.gaierror) or "DNS" in type(error).__name__:
+        return "no such host"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return f"no secure connection ({' '.join(str(cause).split())[:200]})"
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "it closes the connection without an answer"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "it breaks its answers off"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy answers {error.status}"
+    number = re.search(r"Errno (\d+)", str(cause))
+    told = os.strerror(int(number[1])).lower() if number else type(error).__name__
+    return f"its proxy: {told}" if isinstance(error, aiohttp.ClientProxyConnectionError) else told
 
 
 async def read(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -188,8 +216,11 @@ class Chat:
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
         urls = urls.split(",") if isinstance(urls, str) else urls
-        self.store = cache  # for `judge.open_judge`: pools are kept beside the answers
         self._endpoints = [Endpoint(url.strip()) for url in urls]
+        self.store = open_store(Path(cache)) if cache else None
+        if self.store:
+            self.store.create(ANSWERS)
+            self.store.create(REFUSED)
         self._model, self._retries, self._give_up_after = model, retries, give_up_after
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 20.0))
@@ -201,8 +232,9 @@ class Chat:
         self._counts = collections.Counter()
         self._failed = collections.Counter()
         self._latency = collections.deque(maxlen=2000)  # seconds, of the latest answers
-        self._db = open_cache(cache) if cache else None
-        self._rows, self._committed = [], None  # answers of the next commit, and its future
+        self._recent = collections.deque(maxlen=RECENT)  # of the latest questions: was it refused?
+        self.refusal = ""  # the latest refused question, in the server's words
+        self._limit = b'"max_tokens"'  # what the server calls the limit of an answer
 
         self._closing = asyncio.Event()
         started = concurrent.futures.Future()
@@ -230,9 +262,8 @@ class Chat:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if self._db:
-            self._commit()
-            self._db.close()
+        if self.store:
+            self.store.close()
 
     def __enter__(self) -> "Chat":
         return self
@@ -278,7 +309,8 @@ class Chat:
         if key in self._asking:  # the same question is in flight: share its answer
             self._counts["cached"] += 1
             return (await asyncio.shield(self._asking[key]))._replace(cached=True)
-        if self._db and (row := self._db.execute(SELECT, (key,)).fetchone()):
+        row = self.store.find(SELECT, (key,)) if self.store else None
+        if row and row[1].lower() in WHOLE:  # earlier versions kept broken answers, too
             self._counts["cached"] += 1
             return Answer(*row, cached=True)
         if not self._asking:
@@ -298,6 +330,8 @@ class Chat:
                 try:
                     answer = await self._attempt(endpoint, body)
                     break
+                except Refused as refused:
+                    return await self._refused(key, refused)
                 except Failure as failure:
                     kind = failure.kind
             if attempt >= self._retries and self._heard > began:
@@ -308,17 +342,43 @@ class Chat:
             backoff = random.uniform(0, min(longest, 0.25 * 2 ** min(attempt, 6)))
             await asyncio.sleep(min(backoff, self._patience()))
             self._counts["retries"] += 1
+        self._recent.append(False)
         if answer.text is None:
-            self._failed[answer.finish] += 1
-        elif self._db:
-            await self._store(key, answer)
+            self._count(answer.finish, f"an answer of {endpoint.base} ended by {answer.finish!r}")
+        elif self.store:
+            await self.store.add(INSERT, (key, *answer[:4]))
         return answer
+
+    async def _refused(self, key: bytes, refused: Refused) -> Answer:
+        """An absent answer. UserError where refusals are the rule: then it is not the question.
+
+        Those that an earlier process met are no news: a run that goes on asks them once more, one
+        after another, for all other questions of that step are in its store.
+        """
+        self._count(refused.kind, refused.told)
+        self.refusal = refused.told
+        known = self.store and self.store.find("SELECT 1 FROM refused WHERE key = ?", (key,))
+        if not known:
+            self._recent.append(True)
+            if self.store:
+                await self.store.add(NOTE, (key, refused.kind))
+        # Refusals come back sooner than answers: those in flight count as answered.
+        bad, asked = sum(self._recent), len(self._recent)
+        if asked >= 20 and 2 * bad > asked + sum(e.in_flight for e in self._endpoints):
+            raise UserError(f"{bad} of the last {asked} questions were refused: {refused.told}")
+        return Answer(None, refused.kind, 0, 0, refused=True)
+
+    def _count(self, kind: str, told: str) -> None:
+        """An absent answer; the first of a kind is told, but for those that every judge gives."""
+        self._failed[kind] += 1
+        if self._failed[kind] == 1 and kind not in ("length", "null", "empty", "reasoning_only"):
+            log.warning("%s; it counts as no answer, and so do all of its kind", told)
 
     def _patience(self) -> float:
         """Seconds left until the teacher counts as gone."""
         left = self._heard + self._give_up_after - time.monotonic()
         if left <= 0:
-            raise TeacherGone(f"no answer for {self._give_up_after:.0f} s; {self._trouble}")
+            raise TeacherGone(f"no answer for {self._give_up_after:.0f} s: {self._trouble}")
         return left
 
     async def _turn(self) -> Endpoint:
@@ -337,26 +397,32 @@ class Chat:
             self._waiting -= 1
 
     async def _attempt(self, endpoint: Endpoint, body: bytes) -> Answer:
-        """One request. Raises Failure for what may pass, UserError for what will not."""
+        """One request. Failure for what may pass, Refused for what is about this question alone,
+        UserError for what will never be answered."""
         self._counts["calls"] += 1
         endpoint.in_flight += 1
         sent = time.monotonic()
         try:
             async with self._session.post(
-                endpoint.url, data=body, allow_redirects=False
+                endpoint.url,
+                data=body.replace(b'"max_tokens"', self._limit),  # in a text the quote is escaped
+                allow_redirects=False,
+                proxy=endpoint.proxy,
             ) as response:
                 answer = await self._receive(response, endpoint.url)
         except asyncio.TimeoutError:
-            failure = Failure("timeout")
+            failure = Failure("timeout", f"it takes longer than {self._timeout.total:g} s")
         except aiohttp.ClientPayloadError as error:
-            failure = Failure("half_closed", str(error))
+            failure = Failure("half_closed", in_words(error))
         except (aiohttp.ClientError, OSError) as error:
-            failure = Failure("connection", str(error) or type(error).__name__)
+            failure = Failure("connection", in_words(error))
         except Failure as error:
             failure = error
+        except Refused:
+            self._well(endpoint)
+            raise
         else:
-            self._heard = time.monotonic()
-            endpoint.answered(self._heard)
+            self._well(endpoint)
             self._latency.append(self._heard - sent)
             self._counts["tokens_in"] += answer.prompt_tokens
             self._counts["tokens_out"] += answer.completion_tokens
@@ -364,25 +430,72 @@ class Chat:
         finally:
             endpoint.in_flight -= 1
         self._failed[failure.kind] += 1
-        self._trouble = f"{endpoint.url}: {failure}"
+        self._trouble = f"{endpoint.base}: {failure.why}"
         endpoint.failed(failure, sent, time.monotonic())
+        self._tell(endpoint, failure)
         raise failure from None
+
+    def _well(self, endpoint: Endpoint) -> None:
+        """The endpoint has answered."""
+        self._heard = time.monotonic()
+        endpoint.answered(self._heard)
+        if endpoint.told:
+            endpoint.told = False
+            if endpoint.base in SILENT:
+                SILENT.remove(endpoint.base)
+                log.warning("%s answers again", endpoint.base)
+
+    def _tell(self, endpoint: Endpoint, failure: Failure) -> None:
+        """One line for an endpoint that has begun to fail, however often it is asked, and by how
+        many clients of this process."""
+        since = time.monotonic() - endpoint.failing_since
+        patience = 30.0 if endpoint.aside == 0.0 and failure.retry_after else 1.0
+        if endpoint.told or (since < patience and endpoint.failures < SET_ASIDE):
+            return
+        endpoint.told = True
+        if endpoint.base not in SILENT:
+            SILENT.add(endpoint.base)
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + self._patience()))
+            others = " by any" if len(self._endpoints) > 1 else ""
+            log.warning(
+                "%s does not answer: %s; waiting until %s for an answer%s",
+                endpoint.base,
+                failure.why,
+                until,
+                others,
+            )
 
     async def _receive(self, response: aiohttp.ClientResponse, url: str) -> Answer:
         """Reads a reply, of bounded size, and tells answers, failures and refusals apart."""
         status = response.status
         if status != 200:
-            message = self._clean(await read(response, 4096))
-            if status not in RETRY_STATUSES or "insufficient_quota" in message:
-                hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
-                raise UserError(f"{url} answered {status}: {message}{hint}")
-            raise Failure(str(status), message, retry_after(response.headers))
+            self._turned_down(status, await read(response, 4096), url, response.headers)
         if "json" not in response.content_type:
-            raise Failure("content_type", response.content_type)
+            raise Failure("content_type", f"it answers with {response.content_type}, not JSON")
         content = await read(response, MAX_BODY)
         if len(content) > MAX_BODY:
-            raise Failure("too_large")
-        return parse(content)
+            raise Failure("too_large", f"it answers with more than {MAX_BODY >> 20} MB")
+        try:
+            reply = json.loads(content)
+        except (ValueError, RecursionError):
+            raise Failure("invalid_json", "it answers with broken JSON") from None
+        if error := error_in(reply):
+            self._turned_down(error, content, url, response.headers)
+        return read_reply(reply)
+
+    def _turned_down(self, status: int, content: bytes, url: str, headers):
+        """Raises what an error's status and body mean."""
+        told, whole = self._clean(content[:4096]), content[:4096].decode(errors="replace")
+        if re.search("use .?max_completion_tokens", whole, re.I):  # OpenAI's reasoning models
+            self._limit = b'"max_completion_tokens"'
+            raise Failure("max_tokens", "it wants max_completion_tokens")
+        gone = re.search(r"insufficient[_ ](?:quota|balance|funds)|exceeded_current_quota", whole)
+        if status in RETRY_STATUSES and not gone:
+            raise Failure(str(status), f"it answers {status} ({told[:200]})", retry_after(headers))
+        if not gone and (kind := of_content(status, whole)):
+            raise Refused(kind, f"{url} answered {status}: {told}")
+        hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
+        raise UserError(f"{url} answered {status}: {told}{hint}")
 
     def _clean(self, content: bytes) -> str:
         """An error body as one short printable line, without the key that it may repeat."""
@@ -391,33 +504,13 @@ class Chat:
             text = text.replace(self._key, "[key]")
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
 
-    async def _store(self, key: bytes, answer: Answer) -> None:
-        """Returns once the answer is committed, together with all that arrived at the same time."""
-        if not self._rows:
-            loop = asyncio.get_running_loop()
-            self._committed = loop.create_future()
-            loop.call_soon(self._commit)
-        self._rows.append((key, *answer[:4]))
-        await self._committed
-
-    def _commit(self) -> None:
-        rows, self._rows = self._rows, []
-        if not rows:
-            return
-        error = None
-        try:
-            with self._db:
-                self._db.executemany(INSERT, rows)
-        except sqlite3.Error as e:  # a full disk: whoever asked shall know
-            error = e
-        if not self._committed.done():
-            self._committed.set_exception(error) if error else self._committed.set_result(None)
-
 
 def greet(chat: Chat, question: str) -> None:
     """Asks a small question, so that a wrong URL, key or model name ends the run before it has
     trained anything; waits for a server that starts."""
-    wait(chat.run(chat.ask(question, seed=0, temperature=0.0, top_p=1.0, max_tokens=16)))
+    asked = chat.run(chat.ask(question, seed=0, temperature=0.0, top_p=1.0, max_tokens=16))
+    if wait(asked).refused:
+        raise UserError(chat.refusal)
 
 
 class Traffic:
@@ -442,35 +535,3 @@ class Traffic:
         for name in ("latency_p50", "latency_p99"):
             out[f"judge.{name}"] = (stats[0][name], 1)
         return out
-
-
-SELECT = "SELECT text, finish, prompt_tokens, completion_tokens FROM answers WHERE key = ?"
-INSERT = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)"
-
-
-def open_wal(path: str | os.PathLike, patience: float = 60.0) -> sqlite3.Connection:
-    """A connection in WAL mode. SQLite waits for other processes itself, except while one of them
-    switches the mode: then it says "locked" at once, and we wait."""
-    db = sqlite3.connect(path, timeout=patience, check_same_thread=False)
-    until = time.monotonic() + patience
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return db
-        except sqlite3.OperationalError as e:
-            if "locked" not in str(e) or time.monotonic() > until:
-                db.close()
-                raise
-        time.sleep(0.05)
-
-
-def open_cache(path: str | os.PathLike) -> sqlite3.Connection:
-    """The answers' table. In WAL mode a commit survives kill -9, and costs no wait for the disk."""
-    db = open_wal(path)
-    db.execute("PRAGMA synchronous=NORMAL")
-    with db:
-        db.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, text TEXT, finish TEXT,"
-            " prompt_tokens INTEGER, completion_tokens INTEGER)"
-        )
-    return db

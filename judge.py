@@ -1,19 +1,14 @@
-"""Judging: prompts, verdict parsers and rewards over the candidates of a prefix.
+"""Judging: questions to a judge, and from its verdicts rewards over the candidates of a prefix.
 
 In: prefixes, original suffixes and candidate texts; a `Chat` that speaks to the teacher.
 Out: `Scores` (rewards [B, C], nan where there is no verdict); every pool is kept in the run's
-SQLite file, so that a finished run can be scored again without a judge.
-
-    python judge.py bench --judge_url http://localhost:8000/v1 --judge_model my-judge
-    python judge.py replay runs/demo --comparisons all race
+SQLite file, so that a finished run can be scored again without a judge (tools/replay.py).
 """
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import re
-import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,19 +18,8 @@ import numpy as np
 
 from config import Config, names, parse_rewards
 from schedules import schedule
-
-# What each verdict is worth: to the first option of a pair, or to the text itself.
-VERDICTS = {
-    "quality": {"A": 1.0, "B": 0.0},
-    "coherence": {"A": 1.0, "B": 0.0, "TIE": 0.5},
-    "factuality_pair": {"A": 1.0, "B": 0.0, "TIE": 0.5},
-    "safety": {"SAFE": 1.0, "UNSAFE": 0.0},
-    "factuality": {
-        "No Hallucination": 1.0,
-        "Possible Hallucination": 0.5,
-        "Definite Hallucination": 0.0,
-    },
-}
+from support.command import UserError
+from verdicts import VERDICTS, parse
 
 # Where a text spells a special token of some model's chat template: servers read it as one, and
 # what follows as another turn of the dialogue.
@@ -56,19 +40,23 @@ FIELD = re.compile(r"\{(\w+)\}")  # where a template shows a text
 
 
 def load_prompts(folder="prompts"):
-    """Templates by name. A folder of one's own replaces those it has; ours fill the rest."""
-    if folder != "prompts" and not Path(folder).is_dir():
-        raise ValueError(f"prompts: no such folder: {folder}")
+    """Templates by name. A folder of one's own, given as a path (./prompts, mine), replaces those
+    it has and ours fill the rest; "prompts" means ours, wherever the command is started."""
+    folders = [Path(__file__).with_name("prompts")]
+    if folder not in ("", "prompts"):
+        folders.append(Path(folder).expanduser())
+        if not folders[1].is_dir():
+            raise UserError(f"prompts: no such folder: {folder}")
     found = {}
-    for file in (*Path(__file__).with_name("prompts").glob("*.txt"), *Path(folder).glob("*.txt")):
+    for file in (file for each in folders for file in sorted(each.glob("*.txt"))):
         try:
             template = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise UserError(f"{file}: {error}: save it as UTF-8") from None
         shown, known = (set(FIELD.findall(t)) for t in (template, found.get(file.stem, template)))
         if not shown - {"mark"} or not shown <= known | {"mark"}:
             fields = ", ".join(f"{{{name}}}" for name in sorted(known - {"mark"}))
-            raise ValueError(
+            raise UserError(
                 f"{file}: a prompt of this name shows some of {fields or '{text}'}, alone"
             )
         found[file.stem] = template
@@ -97,107 +85,6 @@ def question_seed(*parts):
     """31 bits that depend on what is asked, never on when."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:4], "big") >> 1
-
-
-# ---------------------------------------------------------------------------------------------
-# Verdict parsers: strict about where a verdict stands (the end of the answer), tolerant of how it
-# is written. What they cannot read is None, never a guess.
-
-LABELS = {  # how each label may be written
-    "A": r"A",
-    "B": r"B",
-    "TIE": r"(?:a )?(?:tie|tied|draw)",
-    "SAFE": r"safe",
-    "UNSAFE": r"(?:un-?|not )safe",
-    "No Hallucination": r"no[ _-]?hallucinations?",
-    "Possible Hallucination": r"possible[ _-]?hallucinations?",
-    "Definite Hallucination": r"definite[ _-]?hallucinations?",
-}
-KEY = r"(?:verdict|label|answer|decision|judge?ment|winner|choice|conclusion)"
-LEAD = r"(?:(?:so|thus|therefore|hence|final|overall|my|the|in conclusion)[,:]? )*"
-NOUN = r"(?:(?:the )?(?:continuation|option|passage|text|candidate|version) )?"
-REMARK = r"is (?:the |clearly |slightly )*(?:better|best|winner|preferred)|wins|because|since"
-
-
-def parse(kind, answer):
-    """The judge's verdict (a key of VERDICTS[kind]) or None."""
-    answer = own_words(answer or "")
-    labels = {label: LABELS[label] for label in VERDICTS[kind]}
-    if answer.endswith("}") and (label := from_json(answer, labels)):
-        return label
-    if kind == "factuality" and (label := from_broken_json(answer, labels)):
-        return label
-    last = answer.rsplit("\n", 1)[-1]
-    if last.count('"') % 2 or last.count("“") != last.count("”"):
-        return None  # the end of a quotation that began in another line: not the judge's word
-    return from_line(last, labels)
-
-
-def own_words(answer):
-    """The end of the answer in plain characters, without reasoning blocks, fences and end marks."""
-    answer = re.sub("[\u200b-\u200d\ufeff]", "", unicodedata.normalize("NFKC", answer))
-    answer = re.split(r"</think(?:ing)?>|<\|message\|>", answer)[-1]
-    if re.match(r"\s*<think(?:ing)?>", answer):
-        return ""  # the reasoning never ended
-    lines = (line.strip() for line in answer[-20_000:].splitlines())
-    answer = "\n".join(line for line in lines if line)
-    answer = re.sub(rf"<({KEY})>\s*", r"\n\1: ", answer, flags=re.I)
-    closer = re.compile(r"\s*(?:<\|\w+\|>|</\w+>|<end_of_turn>|```|~~~|---+|\*\*\*+)\s*$")
-    while (shorter := closer.sub("", answer[-100:])) != answer[-100:]:
-        answer = answer[:-100] + shorter
-    return answer
-
-
-def which(text, labels, noun=""):
-    """The label that the whole text is, but for marks around it, or None."""
-    text = re.sub(r"^[\W_]+|[\W_]+$", "", re.sub(r"[*`\"'\s]+", " ", text))
-    found = [k for k, how in labels.items() if re.fullmatch(f"{noun}(?:{how})", text, re.I)]
-    return found[0] if found else None
-
-
-def from_json(answer, labels):
-    """A JSON object that ends the answer, whatever stands before it."""
-    for brace in list(re.finditer(r"\{", answer))[:50]:
-        try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(answer, brace.start())
-        except (ValueError, RecursionError):
-            continue
-        if end == len(answer) and isinstance(value, dict):
-            said = [v for k, v in value.items() if re.fullmatch(KEY, k.strip(), re.I)]
-            alone = len(said) == 1 and isinstance(said[0], str)
-            return which(said[0], labels, NOUN) if alone else None
-    return None
-
-
-def from_broken_json(answer, labels):
-    """{"reasoning": ..., "label": ...} with unescaped or single quotes, or no closing brace. The
-    label must be the last thing said, or the first of an object that speaks of no other label."""
-    pair = rf"[\"'`]?label[\"'`]?\s*[:=]\s*[\"'`]?({'|'.join(labels.values())})[\"'`]?\s*"
-    if last := re.search(rf"[{{,\n]\s*{pair},?\s*\}}?$", answer, re.I):
-        return which(last[1], labels)
-    first = re.match(rf"(?:```\w*)?\s*\{{\s*{pair},\s*[\"'`]?reasoning\b", answer, re.I)
-    alone = len(re.findall(r"\blabel\b", answer, re.I)) == 1
-    return which(first[1], labels) if first and alone else None
-
-
-def from_line(line, labels):
-    """`VERDICT: A`, alone on the last line or after a full stop; a remark may follow."""
-    line = re.sub(r"\\(?:boxed|text\w*|math\w+)\b|__|[*`#$\[\]{}【】]", "", line)
-    line = re.sub(r"\s+", " ", line).strip()
-    if len(line) < 30 and not line.endswith(":") and (label := which(line, labels)):
-        return label  # nothing but the label
-    any_label = f"(?:{'|'.join(sorted(labels.values(), key=len, reverse=True))})"
-    start = rf"(?:^[\"']?|^[-•] |(?<=[.!?)]) ){LEAD}{KEY}(?: is)?(?: ?[:=–—>→-]+)? ?"
-    again = rf"(?:{LEAD}{KEY} ?: ?)?[\"'(]?{NOUN}"
-    found = list(re.finditer(rf"{start}{again}({any_label})(?![\w/|&])", line, re.I))
-    if not found or len(re.findall(rf"\b{KEY}\W*{any_label}\b", line, re.I)) > len(found):
-        return None
-    if line[: found[-1].start()].count('"') % 2:
-        return None  # within a quotation
-    rest = line[found[-1].end() :].strip("\"') ")
-    other = rf"[\s.,;:(—–-]*(?:(?:or|and)\b|{any_label}\W*$)"
-    remark = rf"\W*$|(?!{other})(?:[.,;:(—–-]|(?:{REMARK})\b)"
-    return which(found[-1][1], labels) if re.match(remark, rest, re.I) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +120,7 @@ class Judge:
     """Rewards: kinds with optional weights ("quality,safety:2"). comparisons: "all", "pivot",
     "race", or R opponents a candidate (schedules.py). samples: how often each question is asked;
     pairs alternate their order. retries: how often an answer without a readable verdict is asked
-    again, with a fresh seed, before the verdict is absent. store: SQLite file that keeps pools."""
+    again, with a fresh seed, before the verdict is absent. store: the chat's, that keeps pools."""
 
     def __init__(
         self,
@@ -254,6 +141,8 @@ class Judge:
         self.weights, self.prompts = parse_rewards(rewards), load_prompts(prompts)
         self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         self.retries, self.seed, self.store = retries, seed, store
+        if store:
+            store.create(POOLS)
         self.open = asyncio.Semaphore(OPEN)
         self.tally = Counter()  # of questions asked one by one, through `verdict`
 
@@ -281,7 +170,8 @@ class Judge:
         }
         reward = sum(weight * by_kind[kind] for kind, weight in self.weights.items())
         if self.store:
-            await asyncio.to_thread(keep_pools, self.store, step, sources, rows, reward)
+            kept = await asyncio.to_thread(pack_pools, step, sources, rows, reward)
+            await self.store.add("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", *kept)
         tally = sum((pool.tally for pool in pools), Counter())
         counts = (tally["calls"], tally["failed"], tally["absent"])
         first = pools[0].verdicts if pools else []
@@ -304,7 +194,7 @@ class Judge:
         }
 
     async def _pointwise(self, kind, pool):
-        return await together(self._mean(kind, pool, [i]) for i in range(len(pool.texts)))
+        return await together(self._of_pool(kind, pool, [i]) for i in range(len(pool.texts)))
 
     async def _compare(self, pool, pointwise):
         """Asks the schedule's rounds and returns its scores. A race waits for the other rewards."""
@@ -322,25 +212,36 @@ class Judge:
                 return done.value
             asked = []
             for pair in pairs:
-                asked.append(self._mean("quality", pool, pair, times[pair]))
+                asked.append(self._of_pool("quality", pool, pair, times[pair]))
                 times[pair] += 1
             outcomes = await together(asked)
 
-    async def _mean(self, kind, pool, shown, repeat=0):
-        """Mean over the samples that have a verdict, nan without any."""
-        numbers = range(repeat * self.samples, (repeat + 1) * self.samples)
-        values = await together(self._sample(kind, pool, number, shown) for number in numbers)
-        values = [value for value in values if value is not None]
+    async def _of_pool(self, kind, pool, shown, repeat=0):
+        """The value of the first (or only) text of a pool shown; repeat: for how many-th time."""
+        texts = [pool.texts[i] for i in shown]
+        how = dict(tally=pool.tally, prefix=pool.prefix, reference=pool.reference)
+        numbers = dict(samples=self.samples, first=repeat * self.samples)
+        return await self.worth(kind, *texts, **numbers, seen=pool.verdicts, **how)
+
+    async def worth(self, kind, *shown, samples=1, both_orders=False, first=0, seen=None, **how):
+        """What the judge thinks of a text, or of the first of a pair, between 0 and 1: the mean
+        over `samples` questions numbered from `first`, nan where none has a verdict. A pair is
+        shown in both orders, each `samples` times, or else in turns. how: as for `verdict`, with
+        the other texts that the prompt shows. seen: a list to which every verdict is added."""
+        turns = [(n, swap) for n in range(samples) for swap in (False, True)]
+        if not both_orders:
+            turns = [(n, n % 2 == 1 and len(shown) == 2) for n in range(samples)]
+        asked = [self._one(kind, shown, swap, first + n, seen, how) for n, swap in turns]
+        values = [value for value in await together(asked) if value is not None]
         return sum(values) / len(values) if values else np.nan
 
-    async def _sample(self, kind, pool, sample, shown):
-        """The value of the first (or only) candidate shown; odd samples swap the order."""
-        swap = len(shown) == 2 and sample % self.samples % 2
-        shown = [pool.texts[i] for i in (shown[::-1] if swap else shown)]
-        names = ("a", "b") if len(shown) == 2 else ("text",)
-        texts = dict(zip(names, shown, strict=True), prefix=pool.prefix, reference=pool.reference)
-        label, answer = await self.verdict(kind, sample, pool.tally, **texts)
-        pool.verdicts.append(dict(kind=kind, candidates=shown, verdict=label, answer=answer))
+    async def _one(self, kind, shown, swap, sample, seen, how):
+        """The value of one question to the first text shown, None without a verdict."""
+        shown = list(shown[::-1] if swap else shown)
+        texts = dict(zip(("a", "b") if len(shown) == 2 else ("text",), shown, strict=True))
+        label, answer = await self.verdict(kind, sample, **texts, **how)
+        if seen is not None:
+            seen.append(dict(kind=kind, candidates=shown, verdict=label, answer=answer))
         if label is None:
             return None
         return 1 - VERDICTS[kind][label] if swap else VERDICTS[kind][label]
@@ -361,6 +262,8 @@ class Judge:
                 if label := parse(kind, answer.text):
                     return label, answer.text
                 tally["failed"] += 1
+                if answer.refused:
+                    break
         tally["absent"] += 1
         return None, answer.text
 
@@ -407,18 +310,12 @@ async def together(coroutines):
 # ---------------------------------------------------------------------------------------------
 # Pools kept for replay
 
-POOLS = """CREATE TABLE IF NOT EXISTS pools
-    (step INTEGER, key INTEGER, pool BLOB, PRIMARY KEY (step, key)) WITHOUT ROWID"""
+POOLS = "pools (step INTEGER, key INTEGER, pool BLOB, PRIMARY KEY (step, key)) WITHOUT ROWID"
 
 
-def keep_pools(store, step, sources, rows, rewards):
+def pack_pools(step, sources, rows, rewards):
     """One compressed row a pool: [prefix, reference, candidates, sources, rewards]."""
-    from chat import open_wal  # not at the top: importing this file stays light
-
-    blobs = [
+    return [
         (step, key, zlib.compress(json.dumps([prefix, reference, texts, sources, reward]).encode()))
         for (prefix, reference, texts, key), reward in zip(rows, rewards.tolist(), strict=True)
     ]
-    with contextlib.closing(open_wal(store)) as db, db:
-        db.execute(POOLS)
-        db.executemany("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", blobs)

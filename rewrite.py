@@ -57,6 +57,8 @@ class Rewriter:
             answer = await self.chat.ask(question, seed=seed, **self.sampling)
             if passage := clean(answer.text, prefix, suffix):
                 return passage
+            if answer.refused:
+                break
         return None
 
 

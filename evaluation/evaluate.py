@@ -21,6 +21,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from data import SPLITS
 from evaluation import harness
 from evaluation.results import summarise, table
 from evaluation.sets import READERS, HeldOut, from_texts, held_out, held_out_sets, published
-from judge import VERDICTS, Judge, together
+from judge import Judge, together
 from model import load_model
 from rollout import sample_rollouts
 from support import command
@@ -195,27 +196,18 @@ async def pairwise(judge: Judge, kind: str, seeds: int, ours: str, base: str, **
     """Share of the comparison that goes to `ours`, both orders; None without a verdict."""
     if ours == base:
         return 0.5
-    orders = [dict(a=ours, b=base), dict(a=base, b=ours)]
-    how = dict(temperature=TEMPERATURE.get(kind), **texts)
-    asked = [judge.verdict(kind, seed, **order, **how) for seed in range(seeds) for order in orders]
-    labels = [label for label, _ in await together(asked)]
-    worth = [
-        VERDICTS[kind][label] if i % 2 == 0 else 1 - VERDICTS[kind][label]
-        for i, label in enumerate(labels)
-        if label is not None
-    ]
-    return sum(worth) / len(worth) if worth else None
+    how = dict(samples=seeds, both_orders=True, temperature=TEMPERATURE.get(kind))
+    worth = await judge.worth(kind, ours, base, **how, **texts)
+    return None if math.isnan(worth) else worth
 
 
-async def pointwise(judge: Judge, kind: str, seeds: int, **texts):
+async def pointwise(judge: Judge, kind: str, seeds: int, text: str, **texts):
     """Mean worth of the verdicts on one text; None without a verdict. Safety goes by majority."""
-    how = dict(temperature=TEMPERATURE.get(kind), **texts)
-    answers = await together(judge.verdict(kind, seed, **how) for seed in range(seeds))
-    worth = [VERDICTS[kind][label] for label, _ in answers if label is not None]
-    if not worth:
+    how = dict(samples=seeds, temperature=TEMPERATURE.get(kind))
+    worth = await judge.worth(kind, text, **how, **texts)
+    if math.isnan(worth):
         return None
-    mean = sum(worth) / len(worth)
-    return float(mean > 0.5) if kind == "safety" else mean
+    return float(worth > 0.5) if kind == "safety" else worth
 
 
 def ask(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base: list):

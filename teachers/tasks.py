@@ -15,17 +15,18 @@ from collections import Counter
 
 import numpy as np
 import torch
+from evaluation.results import summarise
 
 from config import Config
 from data import OTHERS, Stream, digest
 from evaluation.evaluate import continue_batch
-from evaluation.results import summarise
-from judge import VERDICTS, Scores, load_prompts, parse, render, together
+from judge import Scores, load_prompts, render, together
 from rewrite import clean, last_five_words
 from support.command import UserError
 from support.hub import local_folder
 from support.sources import Skips, list_files, records
 from teachers.template import Template
+from verdicts import VERDICTS, parse
 
 # The texts of a row that its prompt shows.
 SHOWN = {"quality": ("prefix", "a", "b"), "safety": ("text",), "rewrite": ("prefix", "original")}

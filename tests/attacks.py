@@ -20,7 +20,8 @@ import re
 import unicodedata
 from collections import Counter
 
-from judge import defuse, load_prompts, parse, render
+from judge import defuse, load_prompts, render
+from verdicts import parse
 from world import corpus, teacher
 
 # What others do: marks that are the same in every prompt, and the last verdict found anywhere.

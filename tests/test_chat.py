@@ -18,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import MAX_BODY, Answer, Chat, Endpoint, Failure, TeacherGone, open_cache, parse
+from chat import MAX_BODY, Chat, Endpoint, TeacherGone
 from support.command import UserError
+from support.replies import Answer, Failure
+from support.store import open_file
 
 KEY = "sk-test-0123456789abcdef"
 SAMPLING = dict(temperature=1.0, top_p=1.0, max_tokens=64)
@@ -259,7 +261,7 @@ def test_a_thousand_in_flight(client):
 def test_a_full_disk_is_told_to_whoever_asked(client, tmp_path):
     with faulty_server() as server:
         chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        chat._db.execute("PRAGMA max_page_count=5")
+        chat.store._db.execute("PRAGMA max_page_count=5")
         answers = ask_all(chat, [f"question {i}" for i in range(1000)])
     assert any(isinstance(a, sqlite3.Error) and "full" in str(a) for a in answers)
 
@@ -346,7 +348,7 @@ def test_processes_may_open_a_new_store_at_once(tmp_path):
     def open_all(_):
         for i in range(100):
             together.wait(10)
-            open_cache(tmp_path / str(i)).close()
+            open_file(tmp_path / str(i)).close()
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(open_all, range(3)))

@@ -10,15 +10,16 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judge import VERDICTS, Judge, defuse, load_prompts, parse, render
+from judge import Judge, defuse, load_prompts, render
 from schedules import expected_wins, schedule
+from support.replies import Answer
+from verdicts import VERDICTS, parse
 
 SECTION = re.compile(r"<(\w+) ([0-9a-f]+)>\n(.*?)\n</\1 \2>", re.S)
 
@@ -39,7 +40,7 @@ class Teacher:
         digest = hashlib.sha256(f"{prompt}{seed}".encode(errors="replace")).digest()
         await asyncio.sleep(digest[0] % 3 / 1000)  # answers arrive out of order
         sections = {name: text for name, _, text in SECTION.findall(prompt)}
-        return SimpleNamespace(text=self.answer(sections, seed))
+        return Answer(self.answer(sections, seed), "stop", 0, 0)
 
 
 def longer(texts, seed):

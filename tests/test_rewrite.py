@@ -1,12 +1,12 @@
 """A rewrite is the passage and nothing else, fits right behind the prefix, or is None."""
 
 import time
-from types import SimpleNamespace
 
 import pytest
 from test_judge import Teacher
 
 from rewrite import Rewriter, clean, last_five_words
+from support.replies import Answer
 
 PREFIX = "The old mill stands by the river near the town of Orlask"
 SUFFIX = " and it has ground corn for two hundred years."
@@ -125,7 +125,7 @@ def test_the_prompt_ends_with_the_last_words():
     class Chat:
         async def ask(self, prompt, **sampling):
             seen.append(prompt)
-            return SimpleNamespace(text="fine")
+            return Answer("fine", "stop", 0, 0)
 
         def run(self, coroutine):
             import asyncio

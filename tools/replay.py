@@ -1,14 +1,16 @@
 """Scores a finished run again, with other reward weights or schedules, from its recorded answers.
 
-    python judge.py replay runs/demo --rewards quality,safety:2 --comparisons all pivot 3 race
+    python -m tools.replay runs/demo --rewards quality,safety:2 --comparisons all pivot 3 race
 
-In: a run folder (config.json, judgments.sqlite). Nothing is asked: a question that the run did not
-ask counts as without an answer, and the share of those that were is in the table. Out: for each
-schedule, how often the best and the worst are those of the run, and who would have been chosen."""
+In: a run folder (config.json, judgments.sqlite and its like). Nothing is asked: a question that the
+run did not ask counts as without an answer, and the share of those that were is in the table. Out:
+for each schedule, how often the best and the worst are those of the run, and who would be chosen.
+"""
 
 import argparse
+import contextlib
+import heapq
 import json
-import sqlite3
 import zlib
 from collections import Counter
 from itertools import compress, groupby
@@ -16,25 +18,37 @@ from pathlib import Path
 
 import numpy as np
 
-from chat import Answer, Chat
-from judge import Judge
+from chat import Chat
+from config import Config
+from judge import open_judge
 from support import command
+from support.command import UserError
+from support.files import markdown
+from support.replies import Answer
+from support.store import Reader
 
 
 class Recorded(Chat):
-    """A chat that knows the answers in its cache and no others."""
+    """A chat that knows the answers of a run and no others."""
+
+    def __init__(self, run: Path, model: str):
+        super().__init__("http://nowhere.invalid/v1", model)
+        self.store = Reader(run / "judgments.sqlite")
 
     async def _answer(self, key, body):
         return Answer(None, "not recorded", 0, 0)
 
 
-def pools_by_step(store):
-    """(step, pools) in order; a pool is [key, prefix, reference, candidates, sources, rewards]."""
-    db = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
-    rows = db.execute("SELECT step, key, pool FROM pools ORDER BY step, key")
-    for step, group in groupby(rows, key=lambda row: row[0]):
+def pools_by_step(reader: Reader):
+    """(step, pools) in order; a pool is [key, prefix, reference, candidates, sources, rewards].
+
+    Of a pool that was scored again by another number of processes, the later one.
+    """
+    query = "SELECT step, key, pool FROM pools ORDER BY step, key"
+    rows = heapq.merge(*(reader.rows(query)), key=lambda row: row[:2])
+    firsts = (next(same) for _, same in groupby(rows, key=lambda row: row[:2]))
+    for step, group in groupby(firsts, key=lambda row: row[0]):
         yield step, [[key, *json.loads(zlib.decompress(blob))] for _, key, blob in group]
-    db.close()
 
 
 def same_end(recorded, replayed):
@@ -54,50 +68,41 @@ def chosen_of(sources, reward):
     return shares
 
 
+@contextlib.contextmanager
 def recorded_judge(run, rewards=None, comparisons=None):
-    """The judge of a finished run, with its recorded answers; close its `chat` after use."""
-    config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    cache = Path(run) / "judgments.sqlite"
-    how = {"comparisons": comparisons, "rewards": rewards}
-    config |= {name: value for name, value in how.items() if value}
+    """The judge of a run, finished or not, with its recorded answers."""
+    path = Path(run) / "config.json"
     try:
-        comparisons = str(config["comparisons"])
-        return Judge(
-            Recorded("http://nowhere.invalid/v1", config["judge_model"], cache=cache),
-            rewards=config["rewards"],
-            comparisons=int(comparisons) if comparisons.isdigit() else comparisons,
-            samples=config["judge_samples"],
-            temperature=config["judge_temperature"],
-            top_p=config["judge_top_p"],
-            max_tokens=config["judge_max_tokens"],
-            prompts=config["prompts"],
-            retries=config["judge_retries"],
-            seed=config["seed"],
-        )
-    except KeyError as error:
-        raise ValueError(f"{run}/config.json lacks {error}") from None
+        config = Config(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}: is this the folder of a run?") from None
+    config.rewards, config.comparisons = (
+        rewards or config.rewards,
+        comparisons or config.comparisons,
+    )
+    with Recorded(Path(run), config.judge_model) as chat:
+        yield open_judge(chat, config)
 
 
 def replay(run, rewards, comparisons):
     """One row of the table: a dict."""
-    judge = recorded_judge(run, rewards, comparisons)
     asked = absent = 0
     same_best, same_worst, chosen = [], [], Counter()
-    for step, pools in pools_by_step(Path(run) / "judgments.sqlite"):
-        keys, prefixes, references, candidates, sources, before = map(
-            list, zip(*pools, strict=True)
-        )
-        scores = judge.score(step, prefixes, references, candidates, sources[0], keys).result()
-        asked += scores.calls - scores.failed + scores.absent
-        absent += scores.absent
-        # rounded as in update.py, where sums that differ by rounding alone are a tie
-        pairs = np.stack([np.array(before, dtype=float), scores.reward]).round(9)
-        for old, new in zip(*pairs, strict=True):
-            if np.isfinite(old).any() and np.isfinite(new).any():
-                same_best.append(same_end(old, new))
-                same_worst.append(same_end(-old, -new))
-                chosen.update(chosen_of(sources[0], new))
-    judge.chat.close()
+    with recorded_judge(run, rewards, comparisons) as judge:
+        for step, pools in pools_by_step(judge.chat.store):
+            keys, prefixes, references, candidates, sources, before = map(
+                list, zip(*pools, strict=True)
+            )
+            scores = judge.score(step, prefixes, references, candidates, sources[0], keys).result()
+            asked += scores.calls - scores.failed + scores.absent
+            absent += scores.absent
+            # rounded as in update.py, where sums that differ by rounding alone are a tie
+            pairs = np.stack([np.array(before, dtype=float), scores.reward]).round(9)
+            for old, new in zip(*pairs, strict=True):
+                if np.isfinite(old).any() and np.isfinite(new).any():
+                    same_best.append(same_end(old, new))
+                    same_worst.append(same_end(-old, -new))
+                    chosen.update(chosen_of(sources[0], new))
     return {
         "questions": asked,
         "answered": 1 - absent / max(asked, 1),
@@ -108,25 +113,20 @@ def replay(run, rewards, comparisons):
     }
 
 
-def report(run, rewards, schedules):
-    rows = [replay(run, rewards, comparisons) for comparisons in schedules]
-    print("| comparisons | questions | answered | pools | same best | same worst | chosen |")
-    print("| --- " * 7 + "|")
-    for comparisons, row in zip(schedules, rows, strict=True):
-        chosen = ", ".join(f"{source} {share:.0%}" for source, share in row["chosen"].items())
-        print(
-            f"| {comparisons} | {row['questions']} | {row['answered']:.1%} | {row['pools']} "
-            f"| {row['same best']:.1%} | {row['same worst']:.1%} | {chosen} |"
-        )
-
-
 def main(arguments: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     flag.add_argument("run", help="folder of a run")
     flag.add_argument("--rewards", help='for example "quality,safety:2"; the run\'s own')
     flag.add_argument("--comparisons", nargs="+", default=["all", "pivot", "race"])
     options = flag.parse_args(arguments)
-    report(options.run, options.rewards, options.comparisons)
+    names = ["questions", "answered", "pools", "same best", "same worst", "chosen"]
+    rows = [["comparisons", *names]]
+    for comparisons in options.comparisons:
+        row = replay(options.run, options.rewards, comparisons)
+        chosen = ", ".join(f"{source} {share:.0%}" for source, share in row["chosen"].items())
+        shares = [f"{row[name]:.1%}" for name in ("answered", "same best", "same worst")]
+        rows.append([comparisons, row["questions"], shares[0], row["pools"], *shares[1:], chosen])
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
