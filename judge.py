@@ -262,7 +262,7 @@ class Judge:
                 if label := parse(kind, answer.text):
                     return label, answer.text
                 tally["failed"] += 1
-                if answer.refused:
+                if answer.text is None and answer.refused:
                     break
         tally["absent"] += 1
         return None, answer.text

@@ -57,7 +57,7 @@ class Rewriter:
             answer = await self.chat.ask(question, seed=seed, **self.sampling)
             if passage := clean(answer.text, prefix, suffix):
                 return passage
-            if answer.refused:
+            if answer.text is None and answer.refused:
                 break
         return None
 

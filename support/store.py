@@ -81,6 +81,14 @@ class Reader:
                     return row
         return None
 
+    def rows(self, query: str) -> list[sqlite3.Cursor]:
+        """One cursor for each file that has the table, in the order in which `find` looks."""
+        found = []
+        for db in self.connections:
+            with contextlib.suppress(sqlite3.OperationalError):
+                found.append(db.execute(query))
+        return found
+
     def close(self) -> None:
         self._open.close()
 

@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 import json
 import re
-import sqlite3
 import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat import Chat
+from config import Config
 from judge import Judge, defuse, load_prompts, render
 from schedules import expected_wins, schedule
 from support.replies import Answer
+from support.store import open_store
+from tools.replay import chosen_of, replay
 from verdicts import VERDICTS, parse
+from world.corpus import document
+from world.teacher import start_teacher
 
 SECTION = re.compile(r"<(\w+) ([0-9a-f]+)>\n(.*?)\n</\1 \2>", re.S)
 
@@ -323,33 +329,24 @@ def test_a_lost_teacher_is_an_error_and_leaves_nothing_running():
     assert teacher.run(running()).result() == 1
 
 
-def test_pools_are_kept(tmp_path):
-    store = tmp_path / "judgments.sqlite"
-    for _ in range(2):  # a step that is scored again after a resume replaces itself
+def test_a_pool_that_is_scored_again_replaces_itself(tmp_path):
+    store = open_store(tmp_path / "judgments.sqlite")
+    for _ in range(2):  # as after a resume
         score(Teacher(longer), [["a", None, "aa"]], step=5, store=store)
-    with sqlite3.connect(store) as db:
-        assert db.execute("SELECT step, key FROM pools").fetchall() == [(5, 0)]
+    assert store.find("SELECT step, key FROM pools") == (5, 0)
+    store.close()
 
 
 def test_replay_needs_no_judge(tmp_path):
-    from chat import Chat
-    from tools.replay import replay
-    from world.corpus import document
-    from world.teacher import start_teacher
-
-    store, words = tmp_path / "judgments.sqlite", [document(0, i).split() for i in range(9)]
-    config = dict(
-        rewards="quality,safety", judge_samples=1, judge_retries=3, judge_model="world", seed=3
-    )
-    config |= dict(judge_temperature=1.0, judge_top_p=1.0, judge_max_tokens=512, prompts="prompts")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with start_teacher(noise=0.1) as url:
-        chat = Chat(url, "world", cache=store)
+    words = [document(0, i).split() for i in range(9)]
+    config = Config(rewards="quality,safety", judge_model="world", seed=3)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"an_old_key": 1}))
+    store = tmp_path / "judgments.sqlite"
+    with start_teacher(noise=0.1) as url, Chat(url, "world", cache=store) as chat:
         pool = [" ".join(w[56:88]) for w in words[:8]]
-        judge = Judge(chat, seed=3, store=store)
+        judge = Judge(chat, seed=3, store=chat.store)
         score = judge.score(0, [" ".join(words[8][:56])], [""], [pool], ["rollout"] * 8, [17])
         reward = score.result(30).reward[0]
-        chat.close()
     for comparisons, questions in (("all", 28 + 8), ("pivot", 7 + 8), (3, 12 + 8)):
         row = replay(tmp_path, None, comparisons)
         assert (row["questions"], row["answered"], row["pools"]) == (questions, 1, 1)
@@ -361,8 +358,6 @@ def test_replay_needs_no_judge(tmp_path):
 
 
 def test_replay_breaks_ties_as_training_does():
-    from tools.replay import chosen_of
-
     sources = ["suffix", "rollout", "rollout"]
     assert chosen_of(sources, np.array([1.0, 1.0, 0.0])) == {"suffix": 0.5, "rollout": 0.5}
     assert not chosen_of(sources, np.array([1.0, np.nan, 1.0]))

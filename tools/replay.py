@@ -13,6 +13,7 @@ import heapq
 import json
 import zlib
 from collections import Counter
+from dataclasses import fields
 from itertools import compress, groupby
 from pathlib import Path
 
@@ -32,8 +33,9 @@ class Recorded(Chat):
     """A chat that knows the answers of a run and no others."""
 
     def __init__(self, run: Path, model: str):
+        reader = Reader(run / "judgments.sqlite")
         super().__init__("http://nowhere.invalid/v1", model)
-        self.store = Reader(run / "judgments.sqlite")
+        self.store = reader
 
     async def _answer(self, key, body):
         return Answer(None, "not recorded", 0, 0)
@@ -45,7 +47,7 @@ def pools_by_step(reader: Reader):
     Of a pool that was scored again by another number of processes, the later one.
     """
     query = "SELECT step, key, pool FROM pools ORDER BY step, key"
-    rows = heapq.merge(*(reader.rows(query)), key=lambda row: row[:2])
+    rows = heapq.merge(*reader.rows(query), key=lambda row: row[:2])
     firsts = (next(same) for _, same in groupby(rows, key=lambda row: row[:2]))
     for step, group in groupby(firsts, key=lambda row: row[0]):
         yield step, [[key, *json.loads(zlib.decompress(blob))] for _, key, blob in group]
@@ -73,13 +75,12 @@ def recorded_judge(run, rewards=None, comparisons=None):
     """The judge of a run, finished or not, with its recorded answers."""
     path = Path(run) / "config.json"
     try:
-        config = Config(**json.loads(path.read_text(encoding="utf-8")))
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}: is this the folder of a run?") from None
-    config.rewards, config.comparisons = (
-        rewards or config.rewards,
-        comparisons or config.comparisons,
-    )
+    values |= {k: str(v) for k, v in dict(rewards=rewards, comparisons=comparisons).items() if v}
+    known = {field.name for field in fields(Config)}  # an earlier version had other keys
+    config = Config(**{name: value for name, value in values.items() if name in known})
     with Recorded(Path(run), config.judge_model) as chat:
         yield open_judge(chat, config)
 
