@@ -14,6 +14,7 @@ from faulty_server import faulty_server
 import train
 from evaluation import evaluate, harness, results
 from evaluation.sets import from_texts, held_out_sets, read_pairs
+from judge import Judge
 from model import Llama, preset, save_model
 from support.command import UserError
 from support.tokenizer import load_tokenizer
@@ -150,7 +151,7 @@ def test_a_wrong_file_is_named_with_line_and_fields(tmp_path):
         )
 
 
-class StubJudge:
+class StubJudge(Judge):
     """Prefers the longer text, and with `bias` always the first; calls texts with "bad" unsafe,
     but by seed 0 only."""
 

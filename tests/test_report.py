@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     with start_teacher() as url:
         for process, name in enumerate(("judgments.sqlite", "judgments.1.sqlite")):
             chat = Chat(url, config.judge_model, cache=folder / name)
-            judge = open_judge(chat, config, store=folder / name)
+            judge = open_judge(chat, config, store=chat.store)
             for step in range(3):
                 prefix = ATTACKS[1] + f" step {step}"
                 index = [2 * step + process]

@@ -17,8 +17,6 @@ import hashlib
 import json
 import math
 import re
-import sqlite3
-from contextlib import closing
 from html import escape
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from config import Config
 from evaluation.results import table
 from support import command
 from support.command import UserError
+from support.store import files_of
 from tools.plot import plot_run, read_log, read_summary
 from tools.replay import pools_by_step, recorded_judge
 
@@ -78,26 +77,18 @@ def pool_of(step: int, pool: list, judge) -> dict:
 
 def pools_of(run: Path, count: int) -> list[dict]:
     """So many of the pools that the run's processes have kept, in the order of steps."""
-    stores, keys = [], []
-    for store in sorted(run.glob("judgments*.sqlite")):
-        with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as db:
-            if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'pools'").fetchone():
-                stores.append(store)
-                keys += db.execute("SELECT step, key FROM pools").fetchall()
-    if not keys:
+    if not any(files_of(run / "judgments.sqlite")):
         return []
-    wanted, judge = set(spread(sorted(keys), count)), recorded_judge(run)
-    try:
-        found = [
+    with recorded_judge(run) as judge:
+        store = judge.chat.store
+        keys = {row for rows in store.rows("SELECT step, key FROM pools") for row in rows}
+        wanted = set(spread(sorted(keys), count))
+        return [
             pool_of(step, pool, judge)
-            for store in stores
             for step, pools in pools_by_step(store)
             for pool in pools
             if (step, pool[0]) in wanted
         ]
-    finally:
-        judge.chat.close()
-    return sorted(found, key=lambda pool: (pool["step"], pool["key"]))
 
 
 def settings_of(config: dict) -> str:
