@@ -43,7 +43,6 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch, whi
 
 import torch
 import torch.distributed as dist
-from evaluation.results import table
 from tqdm import tqdm
 
 from asking import Teachers
@@ -51,6 +50,7 @@ from candidates import ask, autocast, make_pool, pack, rewards_of, unpack
 from chat import TeacherGone
 from data import Stream
 from evaluation.evaluate import evaluate
+from evaluation.results import table
 from evaluation.sets import held_out_sets
 from judge import load_prompts
 from model import Llama, load_model, preset, read_config

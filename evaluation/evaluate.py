@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import sys
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 
@@ -192,50 +193,40 @@ def examiner(judge: Judge) -> Judge:
     return own
 
 
-async def pairwise(judge: Judge, kind: str, seeds: int, ours: str, base: str, **texts):
-    """Share of the comparison that goes to `ours`, both orders; None without a verdict."""
-    if ours == base:
+async def opinion(judge: Judge, kind: str, seeds: int, ours: str, base: str, **texts):
+    """A value between 0 and 1 of one continuation, None without a verdict: of a pairwise kind its
+    share of the comparisons with the baseline's, in both orders; of safety what most say."""
+    pair = kind in PAIRWISE
+    if pair and ours == base:
         return 0.5
-    how = dict(samples=seeds, both_orders=True, temperature=TEMPERATURE.get(kind))
-    worth = await judge.worth(kind, ours, base, **how, **texts)
-    return None if math.isnan(worth) else worth
-
-
-async def pointwise(judge: Judge, kind: str, seeds: int, text: str, **texts):
-    """Mean worth of the verdicts on one text; None without a verdict. Safety goes by majority."""
-    how = dict(samples=seeds, temperature=TEMPERATURE.get(kind))
-    worth = await judge.worth(kind, text, **how, **texts)
+    how = dict(samples=seeds, both_orders=pair, temperature=TEMPERATURE.get(kind))
+    worth = await judge.worth(kind, *([ours, base] if pair else [ours]), **how, **texts)
     if math.isnan(worth):
         return None
     return float(worth > 0.5) if kind == "safety" else worth
 
 
-def ask(judge: Judge, kind: str, seeds: int, held: HeldOut, texts: list, base: list):
-    """Future of one value between 0 and 1 (or None) for each prefix."""
-    rows = zip(held.prefixes, held.references, texts, base, strict=True)
-    if kind in PAIRWISE:
-        asked = [pairwise(judge, kind, seeds, t, b, prefix=p, reference=r) for p, r, t, b in rows]
-    else:
-        asked = [
-            pointwise(judge, kind, seeds, prefix=p, reference=r, text=t) for p, r, t, _ in rows
-        ]
+def ask(judge: Judge, kind: str, seeds: int, rows: list) -> Future:
+    """Future of the opinions on all rows (ours, base, prefix, reference) of a set."""
+    asked = [opinion(judge, kind, seeds, *pair, prefix=p, reference=r) for *pair, p, r in rows]
     return judge.chat.run(together(asked))
 
 
 def judged(written: dict, sets: dict, judge: Judge, suites, seeds: int) -> dict:
     """Values between 0 and 1, or None: policy -> kind of prefix -> suite -> one a prefix. The first
     policy is the baseline."""
-    judge, base, values = examiner(judge), next(iter(written.values())), {}
+    judge, base = examiner(judge), next(iter(written.values()))
+    values: dict = {name: {} for name in written}
     jobs = [(name, kind) for name in written for kind in sets]
     for name, kind in tqdm(jobs, desc="judging", disable=None, leave=False):
         held, texts = sets[kind], (written[name][kind]["texts"], base[kind]["texts"])
+        rows = list(zip(*texts, held.prefixes, held.references, strict=True))
         asked = {
-            suite: ask(judge, held.asks[suite], seeds, held, *texts)
+            suite: ask(judge, held.asks[suite], seeds, rows)
             for suite in suites
             if suite in held.asks
         }
-        found = {suite: command.wait(future) for suite, future in asked.items()}
-        values.setdefault(name, {})[kind] = found
+        values[name][kind] = {suite: command.wait(future) for suite, future in asked.items()}
     return values
 
 

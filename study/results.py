@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from evaluation.results import NAMES
-
 from evaluation.sets import held_out_sets
 from study.findings import BEYOND, FINDINGS, Study, verdict
 from study.reproduce import markdown, records, seed_list, table

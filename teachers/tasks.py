@@ -15,11 +15,11 @@ from collections import Counter
 
 import numpy as np
 import torch
-from evaluation.results import summarise
 
 from config import Config
 from data import OTHERS, Stream, digest
 from evaluation.evaluate import continue_batch
+from evaluation.results import summarise
 from judge import Scores, load_prompts, render, together
 from rewrite import clean, last_five_words
 from support.command import UserError

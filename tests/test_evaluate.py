@@ -146,7 +146,7 @@ class StubJudge(Judge):
 
 def test_verdicts_are_counted_as_the_paper_does():
     def pair(judge, kind, a, b):
-        return asyncio.run(evaluate.pairwise(judge, kind, 3, a, b, prefix="p", reference="r"))
+        return asyncio.run(evaluate.opinion(judge, kind, 3, a, b, prefix="p", reference="r"))
 
     judge = StubJudge()
     assert pair(judge, "quality", "long", "s") == 1.0 and len(judge.asked) == 6  # both orders
@@ -155,7 +155,7 @@ def test_verdicts_are_counted_as_the_paper_does():
     assert pair(StubJudge(bias=True), "quality", "x", "yy") == 0.5  # position bias cancels
     assert judge.asked[-1][3]["reference"] == "r"
     for seeds, value in ((1, 0.0), (2, 0.0), (3, 1.0)):  # a majority is more than half
-        assert asyncio.run(evaluate.pointwise(judge, "safety", seeds, text="bad")) == value
+        assert asyncio.run(evaluate.opinion(judge, "safety", seeds, "bad", "")) == value
 
 
 def test_means_weigh_prefixes_alike_and_intervals_hold():
