@@ -52,18 +52,20 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
 
     world: 0.4M parameters for a laptop. llama-1.4b: the paper's size in the Llama 2 architecture.
     """
-    shapes = {  # layers heads kv d_model d_ff head_dim, tied, theta
-        "world": (3, 4, 4, 96, 256, 24, True, 1e4),
-        "world-teacher": (6, 4, 4, 96, 256, 24, True, 1e4),
-        "llama-1.4b": (24, 16, 16, 2048, 5632, 128, False, 1e4),
-        "smollm2-135m": (30, 9, 3, 576, 1536, 64, True, 1e5),
-        "smollm2-360m": (32, 15, 5, 960, 2560, 64, True, 1e5),
-        "smollm2-1.7b": (24, 32, 32, 2048, 8192, 64, True, 1.3e5),
+    shapes = {  # layers, heads, kv heads, d, ff, tied, theta
+        "world": (3, 4, 4, 96, 256, True, 1e4),
+        "world-teacher": (6, 4, 4, 96, 256, True, 1e4),
+        "llama-1.4b": (24, 16, 16, 2048, 5632, False, 1e4),
+        "smollm2-135m": (30, 9, 3, 576, 1536, True, 1e5),
+        "smollm2-360m": (32, 15, 5, 960, 2560, True, 1e5),
+        "smollm2-1.7b": (24, 32, 32, 2048, 8192, True, 1.3e5),
     }
     if name not in shapes:
         raise UserError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
-    *sizes, tied, theta = shapes[name]
-    return ModelConfig(vocab_size, *sizes, rope_theta=theta, tie_embeddings=tied)
+    layers, heads, kv_heads, d, ff, tied, theta = shapes[name]
+    shape = ModelConfig(vocab_size, layers, heads, kv_heads, d, ff, head_dim=d // heads)
+    shape.tie_embeddings, shape.rope_theta = tied, theta
+    return shape
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:

@@ -15,8 +15,7 @@ vocabulary of 49,152, between 8 and 192 rows: log-probabilities differed by 5e-5
 the answers of 48 tokens had another token somewhere. Greedy decoding differs only at ties.
 """
 
-import math
-from collections.abc import Sequence
+import sys
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -151,46 +150,36 @@ class PrefixCache:
         return graph.replay
 
 
-def prefixes_at_once(model: Llama, P: int, K: int, N: int) -> int | float:
+def prefixes_at_once(model: Llama, P: int, K: int, N: int) -> int:
     """How many prefixes' caches fit into four fifths of a GPU's free memory."""
     c, device = model.config, model.lm_head.weight.device
     if device.type != "cuda":
-        return math.inf
+        return sys.maxsize
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + idle
+    free = torch.cuda.mem_get_info(device)[0] + idle  # bytes
     numbers = (P + K * N) * 2 * c.n_layer * c.n_kv_head * c.head_dim
     return max(1, int(0.8 * free / (numbers * model.compute_dtype.itemsize)))
 
 
 @torch.no_grad()
 def sample_rollouts(
-    model: Llama,
-    prefix,
-    pad,
-    K: int,
-    N: int,
-    *,
-    eos: int | Sequence[int],
-    seed: int,
-    index,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    model: Llama, prefix, pad, K: int, N: int, *, eos, seed: int, index, temperature=1.0, top_p=1.0
 ) -> Rollouts:
     """Sample K continuations of at most N tokens of every prefix.
 
     prefix int64 [B, P] left-padded, pad int [B], index int64 [B] keys each prefix's randomness.
-    temperature 0 is greedy. A rollout ends with `eos`, the first of several that it meets, or after
-    N tokens; what follows is filled with the first one named. What does not fit into the memory of
-    a GPU together is sampled in turns.
+    temperature 0 is greedy. eos is an id or a sequence of ids: a rollout ends with the first that
+    it meets, or after N tokens; the first that is named fills what follows. What does not fit into
+    the memory of a GPU together is sampled in turns.
     """
     (B, P), device = prefix.shape, prefix.device
     if (size := prefixes_at_once(model, P, K, N)) < B:
-        how = dict(eos=eos, seed=seed, temperature=temperature, top_p=top_p)
-        rows = (slice(i, i + size) for i in range(0, B, size))
-        parts = [
-            sample_rollouts(model, prefix[r], pad[r], K, N, index=index[r], **how) for r in rows
-        ]
-        return Rollouts(*(torch.cat(fields) for fields in zip(*map(astuple, parts), strict=True)))
+        how: dict = dict(eos=eos, seed=seed, temperature=temperature, top_p=top_p)
+        parts = []
+        for i in range(0, B, size):
+            own, at = (prefix[i : i + size], pad[i : i + size]), index[i : i + size]
+            parts.append(astuple(sample_rollouts(model, *own, K, N, index=at, **how)))
+        return Rollouts(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     ends = torch.tensor([eos] if isinstance(eos, int) else eos, device=device)
     u = uniforms(seed, index, K, N).to(device)
     tokens = ends[0].expand(B, K, N).clone()

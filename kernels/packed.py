@@ -1,10 +1,9 @@
 """The policy's layers on an x86 CPU, without gradients: weights packed for oneDNN, few operations.
 
-In: a model.Llama, of which nothing is imported. Out: within `packed_weights` its layers and output
-layer compute the same by other means. A token's decoding step multiplies few rows with all weights,
-so that reading the weights and starting each operation take most of its time: packed, a product of
-16 rows runs 1.5 times as fast, and q, k and v are one product, the activation and the gate part of
-another.
+In: a model.Llama, of which nothing is imported. Out: within `packed_weights` it computes the same
+by other means. A token's decoding step multiplies few rows with all weights, so that reading these
+and starting each operation take most of its time: packed, a product of 16 rows runs 1.5 times as
+fast, and q, k and v are one product, the activation and the gate part of another.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ class PackedNorm:
     def __init__(self, norm: nn.RMSNorm):
         d = norm.weight.numel()
         self.weight = norm.weight.detach().float() * math.sqrt(d)
-        self.floor = torch.tensor(math.sqrt(d * norm.eps))
+        self.floor = torch.tensor(math.sqrt(d * (norm.eps or 0.0)))
 
     def __call__(self, x):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -83,17 +82,15 @@ def packed_weights(model):
     blocks = [b for b in model.model.layers if can and b.mlp.gate_proj.weight.numel() >= 1 << 17]
     packed = [PackedBlock(block, dtype) for block in blocks]
     head = PackedLinear(model.lm_head.weight, dtype) if blocks else None
-    for block, fast in zip(blocks, packed, strict=True):
-        block.before, block.after = fast.before, fast.after
-    if blocks:
-        model.lm_head.forward = head
     try:
+        for block, fast in zip(blocks, packed, strict=True):
+            block.before, block.after = fast.before, fast.after
+            model.lm_head.forward = head
         yield
     finally:
-        for block in blocks:
-            del block.before, block.after
-        if blocks:
-            del model.lm_head.forward
+        for module in (*blocks, model.lm_head):  # what was set hides what the class defines
+            for name in ("before", "after", "forward"):
+                vars(module).pop(name, None)
 
 
 def packs(dtype: torch.dtype) -> bool:

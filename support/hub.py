@@ -48,7 +48,7 @@ def from_hub(url: str, weights: bool) -> Path:
     try:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
     except Exception as e:  # the hub's client lets many libraries' errors through
-        known = {
+        known: dict = {
             hub.GatedRepoError: "asks for consent on its page, and for a token (HF_TOKEN)",
             (hub.RepositoryNotFoundError, hub.RevisionNotFoundError): "does not exist, or is "
             "private (HF_TOKEN)",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model import Llama, ModelConfig, save_model  # noqa: E402
+from model import Llama, preset, save_model  # noqa: E402
 
 CONTROL = 3  # the token type of special tokens in a GGUF file
 
@@ -76,24 +76,17 @@ def write_tokenizer(reader, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def hugging_face_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
-    fixed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    parts = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-    if name.removesuffix(".weight") in fixed:
-        return fixed[name.removesuffix(".weight")] + ".weight"
-    _, layer, part, _ = name.split(".")
-    return f"model.layers.{layer}.{parts[part]}.weight"
+PARTS = {  # llama.cpp's names of a layer's tensors
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def write_weights(reader, out: Path) -> None:
@@ -101,31 +94,19 @@ def write_weights(reader, out: Path) -> None:
     of Q and K, for its own order of rotary pairs; here they are put back."""
     from gguf import dequantize
 
-    field = lambda name: reader.fields[f"llama.{name}"].contents()  # noqa: E731
-    heads, kv_heads = field("attention.head_count"), field("attention.head_count_kv")
-    config = ModelConfig(
-        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].contents()),
-        n_layer=field("block_count"),
-        n_head=heads,
-        n_kv_head=kv_heads,
-        d_model=field("embedding_length"),
-        d_ff=field("feed_forward_length"),
-        head_dim=field("embedding_length") // heads,
-        max_seq=field("context_length"),
-        rope_theta=field("rope.freq_base"),
-        norm_eps=round(field("attention.layer_norm_rms_epsilon"), 8),
-        tie_embeddings=True,
-    )
+    model = Llama(preset("smollm2-135m", len(reader.fields["tokenizer.ggml.tokens"].contents())))
+    model.config.max_seq = reader.fields["llama.context_length"].contents()
     state = {}
     for tensor in reader.tensors:
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            n = heads if ".attn_q." in tensor.name else kv_heads
-            value = value.view(n, -1, 2, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        state[hugging_face_name(tensor.name)] = value.contiguous()
-    model = Llama(config)
-    model.load_state_dict(state, strict=False)
+        if heads := {"attn_q": 9, "attn_k": 3}.get(tensor.name.split(".")[-2]):
+            value = value.view(heads, -1, 2, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        name = tensor.name.replace("token_embd", "model.embed_tokens")
+        name = name.replace("output_norm", "model.norm").replace("blk.", "model.layers.")
+        *above, part, kind = name.split(".")
+        state[".".join((*above, PARTS.get(part, part), kind))] = value.contiguous()
     assert state.keys() == dict(model.named_parameters()).keys()
+    model.load_state_dict(state, strict=False)
     ids = [reader.fields[f"tokenizer.ggml.{n}_token_id"].contents() for n in ("bos", "eos")]
     save_model(model, out, *ids)
 

@@ -276,8 +276,11 @@ def test_what_hinders_reading_for_a_moment_is_not_damage(name, tmp_path):
         load_model(tmp_path)
 
 
-def test_weights_of_several_types_get_the_widest(tmp_path):
-    save_model(Llama(ModelConfig(**SHAPE)).initialise(0), tmp_path)
+def test_types_of_weights(tmp_path):
+    """They are saved and loaded as they are; of several in one folder, as the widest."""
+    for dtype in (torch.bfloat16, torch.float32):
+        save_model(Llama(ModelConfig(**SHAPE)).initialise(0).to(dtype), tmp_path)
+        assert {p.dtype for p in load_model(tmp_path).parameters()} == {dtype}
     edit_tensors(tmp_path, half_matrices)
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
 
