@@ -1,11 +1,16 @@
 """The sampler: cached as uncached, exact frequencies, the trainer's log-probabilities."""
 
+import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import candidates
+from config import Config
+from evaluation.evaluate import continue_batch
 from kernels.packed import packed_weights, packs
 from model import Llama, ModelConfig
 from rollout import PrefixCache, sample, sample_rollouts, uniforms
@@ -76,6 +81,18 @@ def test_stops_at_every_end_of_text(model, ends):
         assert length == 12 or last in known
         met |= {last} & known
     assert met == known, "too few rollouts to see them all"
+
+
+def test_training_and_evaluation_stop_at_the_policys_own_ends(model):
+    policy = copy.deepcopy(model)
+    policy.config.token_ids, policy.config.generation = {"eos_token_id": 3}, {"eos_token_id": [5]}
+    prefix, pad = prefixes()
+    batch = SimpleNamespace(prefix=prefix, pad=pad, index=torch.arange(3))
+    tokenizer = SimpleNamespace(eos=EOS, decode=list)
+    drawn = candidates.rollouts(policy, batch, Config(rollouts=32, chunk=12), tokenizer).texts
+    texts = [*sum(drawn, []), *continue_batch(policy, batch, tokenizer, 12)]
+    assert not any({3, 5, EOS} & set(text[:-1]) for text in texts)
+    assert {3, 5, EOS} <= {text[-1] for text in texts}
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (1.7, 0.8)])
