@@ -36,18 +36,19 @@ from evaluation import harness
 from evaluation.results import summarise, table
 from evaluation.sets import READERS, HeldOut, from_texts, held_out, held_out_sets, published
 from judge import Judge, together
-from model import load_model
+from model import load_model, read_config
 from rollout import sample_rollouts
 from support import command
 from support.command import UserError
 from support.distributed import start
 from support.files import read_jsonl, write_text
-from support.hub import check_folder, local_folder
+from support.hub import local_folder
 from support.tokenizer import load_tokenizer
 from world.corpus import parse_dials
 from world.teacher import teacher_url
 
 SUITES = ("quality", "safety", "factuality", "coherence")
+POLICIES = ("base", "checkpoint")
 PAIRWISE = ("quality", "coherence", "factuality_pair")
 # Files beside the weights on which a continuation depends.
 HASHED = ("config.json", "generation_config.json", "special_tokens_map.json")
@@ -113,11 +114,9 @@ class Checkpoint(Writer):
     """
 
     def __init__(self, folder: str, device, kept: "Generations", chunk: int, max_seq: int):
-        check_folder(folder)
-        file = local_folder(folder, weights=False) / "config.json"
-        reads = json.loads(file.read_text(encoding="utf-8-sig")).get("max_position_embeddings")
-        if isinstance(reads, int) and reads < max_seq:  # beyond, a model talks nonsense
-            raise UserError(f"{file}: the model reads {reads} tokens, --max_seq is {max_seq}")
+        reads = read_config(folder).max_seq
+        if reads < max_seq:  # beyond, a model talks nonsense
+            raise UserError(f"{folder}: the model reads {reads} tokens, --max_seq is {max_seq}")
         self.folder, self.device, self.kept = folder, device, kept
         self.tokenizer, self.chunk = load_tokenizer(folder), chunk
 
@@ -260,6 +259,17 @@ def same_judge(folder: str, url: str, model: str) -> str | None:
     )
 
 
+def warn(args) -> str | None:
+    """Says on stderr what is doubtful about the judge; -> what `same_judge` says."""
+    warning = same_judge(args.checkpoint, args.judge_url, args.judge_model)
+    if warning:
+        print(warning, file=sys.stderr)
+    if args.judge_url == "world" and (args.data not in ("world", "none") or args.named):
+        foreign = "warning: the pocket world's teacher judges, and knows only its own texts"
+        print(f"{foreign}: set --judge_url", file=sys.stderr)
+    return warning
+
+
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -339,31 +349,22 @@ def sets_for(other, ours, sets: dict[str, HeldOut], most: int) -> dict[str, Held
     }
 
 
-def write_all(args) -> tuple[dict, dict]:
-    """(what every policy wrote, the sets)."""
-    kept = Generations(Path(args.out).parent / "generations.jsonl")
-    device = start(args.device, 0.0)
-    how = (device, kept, args.chunk, args.max_seq)
-    base, ours = (Checkpoint(f, *how) for f in (args.baseline or args.checkpoint, args.checkpoint))
-    sets = sets_of(args, ours.tokenizer)
-    theirs = sets_for(base.tokenizer, ours.tokenizer, sets, args.max_seq - args.chunk)
-    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):  # as in training
-        return {"base": base.write(theirs), "checkpoint": ours.write(sets)}, sets
+def write_all(base: Checkpoint, ours: Checkpoint, sets: dict[str, HeldOut], most: int) -> dict:
+    """What both wrote to the same prefixes, of at most `most` tokens."""
+    theirs = sets_for(base.tokenizer, ours.tokenizer, sets, most)
+    kind = ours.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):  # as in training
+        return dict(zip(POLICIES, (base.write(theirs), ours.write(sets)), strict=True))
 
 
 def main(arguments: list[str]):
     args = parse_args(arguments)
-    out, scores = Path(args.out), {}
-    if args.harness:
-        folders = {"base": args.baseline or args.checkpoint, "checkpoint": args.checkpoint}
-        scores = harness.scores_of(folders, args.harness)
-    warning = same_judge(args.checkpoint, args.judge_url, args.judge_model)
-    if warning:
-        print(warning, file=sys.stderr)
-    if args.judge_url == "world" and (args.data not in ("world", "none") or args.named):
-        foreign = "warning: the pocket world's teacher judges, and knows only its own texts"
-        print(f"{foreign}: set --judge_url", file=sys.stderr)
-    written, sets = write_all(args)
+    out, folders = Path(args.out), [args.baseline or args.checkpoint, args.checkpoint]
+    scores = harness.scores_of(dict(zip(POLICIES, folders, strict=True)), args.harness)
+    kept, device = Generations(out.parent / "generations.jsonl"), start(args.device, 0.0)
+    base, ours = (Checkpoint(f, device, kept, args.chunk, args.max_seq) for f in folders)
+    warning = warn(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
     # A record for each judge: the same question to another judge is another question.
     record = f"judgments-{hash_of(args.judge_url, args.judge_model, args.dials)[:8]}.sqlite"
     with (
@@ -371,6 +372,8 @@ def main(arguments: list[str]):
         Chat(url, args.judge_model, cache=out.parent / record) as chat,
     ):
         judge = Judge(chat, prompts=args.prompts, max_tokens=args.judge_max_tokens)
+        sets = sets_of(args, ours.tokenizer)
+        written = write_all(base, ours, sets, args.max_seq - args.chunk)
         values = judged(written, sets, judge, args.suites, args.seeds)
     known = harness.factuality(scores) if "factuality" in args.suites else {}
     everything = {name: found | known.get(name, {}) for name, found in values.items()}

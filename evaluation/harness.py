@@ -87,8 +87,10 @@ def scores_of(policies: dict[str, str], paths: list[str]) -> dict[str, dict[str,
     """Of each policy (name -> folder) the scores in the results of its folder.
 
     A single result is that of a single policy, wherever its folder lay. UserError where a policy
-    has none, for means over different tasks do not compare.
+    has none, for means over different tasks do not compare. {} without a path.
     """
+    if not paths:
+        return {}
     found = read(paths)
     if len(found) == 1 and len({Path(folder).resolve() for folder in policies.values()}) == 1:
         return dict.fromkeys(policies, next(iter(found.values())))
