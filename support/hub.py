@@ -6,6 +6,7 @@ tensors of its safetensors files. UserError for what is absent, damaged, or a mo
 computed otherwise than by transformers; an OSError is the machine's and passes.
 """
 
+import contextlib
 import json
 import re
 from functools import reduce
@@ -113,8 +114,7 @@ def read_object(path: Path) -> dict:
             raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
-        why = "is missing" if path.parent.is_dir() else f"is missing: {path.parent} is no folder"
-        raise UserError(f"{path} {why}") from None
+        raise UserError(f"{path} is missing") from None
     except (ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise
@@ -149,7 +149,7 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
     only_supported(rope, path)
     if kind == "llama3":
         original = LLAMA3[-1]
-        rope.setdefault(original, hf.get("max_position_embeddings"))
+        rope.setdefault(original, hf["max_position_embeddings"])
         rope[original] = hf.get(original, rope[original])
         scaling = {key: number(f"rope {key}", rope.get(key), path) for key in LLAMA3}
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
@@ -175,15 +175,12 @@ def read_shape(folder: str | Path) -> dict:
     if "model_type" not in hf:
         raise UserError(f"{path} names no model_type; only 'llama' is supported")
     only_supported(hf, path)
+    hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
+    hf.setdefault("max_position_embeddings", 2048)
     theta, scaling = read_rope(hf, path)
     shape: dict = {}
-    defaults = {
-        "n_kv_head": lambda: shape["n_head"],
-        "head_dim": lambda: shape["d_model"] // shape["n_head"],
-        "max_seq": lambda: 2048,
-    }
     for our, (key, limit) in SIZES.items():
-        value = hf[key] if key in hf else defaults.get(our, lambda: None)()
+        value = hf.get(key, shape["d_model"] // shape["n_head"] if our == "head_dim" else None)
         if type(value) is not int or not 0 < value < limit:
             raise UserError(
                 f"{path}: {key} must be a positive integer below {limit}, found {value!r:.80}"
@@ -297,7 +294,6 @@ def write_folder(folder: Path, shape: dict, state: dict):
     """config.json of a ModelConfig's fields, generation_config.json where it has one, and the
     tensors as model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     rope = shape["rope_scaling"]
     if rope is not None:
         rope = {"rope_type": "llama3", **rope, LLAMA3[-1]: int(rope[LLAMA3[-1]])}
@@ -319,3 +315,7 @@ def write_folder(folder: Path, shape: dict, state: dict):
         if value is not None:
             text = json.dumps(value, indent=2) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    weights = folder / "model.safetensors"
+    save_file(state, weights, metadata={"format": "pt"})
+    with contextlib.suppress(OSError):  # the library lets its owner alone read the file
+        weights.chmod((folder / "config.json").stat().st_mode & 0o777)

@@ -281,6 +281,8 @@ def test_types_of_weights(tmp_path):
     for dtype in (torch.bfloat16, torch.float32):
         save_model(Llama(ModelConfig(**SHAPE)).initialise(0).to(dtype), tmp_path)
         assert {p.dtype for p in load_model(tmp_path).parameters()} == {dtype}
+    config, weights = ((tmp_path / name).stat() for name in ("config.json", "model.safetensors"))
+    assert config.st_mode == weights.st_mode, "who may read the one may read the other"
     edit_tensors(tmp_path, half_matrices)
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
 
