@@ -1,18 +1,20 @@
 """The pool of a step: original suffix, rewrite and rollouts of every prefix, and their rewards.
 
-In: a batch of the stream, the policy, the teachers. Out: a Pool whose rewards arrive later.
+In: a batch of the stream, the policy, a rewriter. Out: a Pool; whoever asks the judge about it puts
+the coming answer into `Pool.scores`. Also what a log tells of a pool, and pools for checkpoints.
 """
 
-import math
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from config import Config, names
 from data import Batch
 from rollout import sample_rollouts
+from support.command import wait
+from support.runlog import Clock
 
 
 @dataclass
@@ -36,16 +38,15 @@ class Pool:
     old: torch.Tensor
     texts: list
     sources: list  # [C] of suffix, rewrite, rollout
-    seconds: dict
-    scores: Future | None = None  # judge.Scores
+    scores: Future | None = None  # of judge.Scores
 
 
 def suffixes(batch: Batch, eos: int) -> Part:
     """The original suffixes, C = 1, each to its first end of text (a document's is its last)."""
     B, N = batch.suffix.shape
     texts = [[text] for text in batch.suffix_text]
-    ended = (batch.suffix == eos).cumsum(dim=1) > 0
-    lengths = (~ended).sum(dim=1, keepdim=True).add(1).clamp(max=N)
+    ended = (batch.suffix == eos).cumsum(dim=1) > 0  # [B, N]
+    lengths = (~ended).sum(dim=1, keepdim=True).add(1).clamp(max=N)  # [B, 1]
     return Part("suffix", batch.suffix[:, None], lengths, torch.zeros(B, 1, N), texts)
 
 
@@ -65,7 +66,7 @@ def rollouts(policy, batch: Batch, config: Config, tokenizer) -> Part:
             temperature=config.temperature,
             top_p=config.top_p,
         )
-    tokens, lengths = drawn.tokens.cpu(), drawn.lengths.cpu()
+    tokens, lengths = drawn.tokens.cpu(), drawn.lengths.cpu()  # [B, K, N], [B, K]
     texts = [
         [tokenizer.decode(row[:n]) for row, n in zip(rows, ns, strict=True)]
         for rows, ns in zip(tokens.tolist(), lengths.tolist(), strict=True)
@@ -85,46 +86,92 @@ def rewrites(passages: list, chunk: int, tokenizer) -> Part:
     return Part("rewrite", tokens, lengths, torch.zeros(B, 1, chunk), texts)
 
 
-def make_pool(policy, batch: Batch, teachers, config: Config, tokenizer) -> Pool:
-    """The sources of config.candidates for every prefix, in that order."""
-    wanted, began, parts = names(config.candidates), time.time(), {}
-    if "rewrite" in wanted:  # asked first: the rewriter works while we sample
-        index = batch.index.tolist()
-        asked = teachers.rewriter.rewrite(batch.prefix_text, batch.suffix_text, index)
-    if "suffix" in wanted:
-        parts["suffix"] = suffixes(batch, tokenizer.eos)
-    if "rollouts" in wanted:
-        parts["rollouts"] = rollouts(policy, batch, config, tokenizer)
-    rolled = time.time()
+def make_pool(policy, batch: Batch, rewriter, config: Config, tokenizer, clock: Clock) -> Pool:
+    """The sources of config.candidates for every prefix, in that order: C = 1 + 1 + K at most.
+
+    rewriter: a rewrite.Rewriter, or None without rewrites; clock: where the seconds are counted.
+    """
+    wanted, parts = names(config.candidates), {}
+    with clock("rollout"):
+        if "rewrite" in wanted:  # asked first: the rewriter works while we sample
+            index = batch.index.tolist()
+            asked = rewriter.rewrite(batch.prefix_text, batch.suffix_text, index)
+        if "suffix" in wanted:
+            parts["suffix"] = suffixes(batch, tokenizer.eos)
+        if "rollouts" in wanted:
+            parts["rollouts"] = rollouts(policy, batch, config, tokenizer)
     if "rewrite" in wanted:
-        parts["rewrite"] = rewrites(teachers.wait(asked), config.chunk, tokenizer)
-    seconds = {"rollout": rolled - began, "judge_wait": time.time() - rolled}
+        with clock("judge_wait"):
+            passages = wait(asked)
+        parts["rewrite"] = rewrites(passages, config.chunk, tokenizer)
     pool = [parts[name] for name in wanted]
     return Pool(
         batch,
-        torch.cat([part.tokens for part in pool], dim=1),
-        torch.cat([part.lengths for part in pool], dim=1),
-        torch.cat([part.old for part in pool], dim=1),
+        torch.cat([part.tokens for part in pool], dim=1),  # [B, C, N]
+        torch.cat([part.lengths for part in pool], dim=1),  # [B, C]
+        torch.cat([part.old for part in pool], dim=1),  # [B, C, N]
         [sum(rows, []) for rows in zip(*(part.texts for part in pool), strict=True)],
         [part.source for part in pool for _ in range(part.tokens.shape[1])],
-        seconds,
     )
 
 
-def ask(pool: Pool, teachers, config: Config, step: int):
-    """Send a pool to the judge; the answers are awaited when the update needs them."""
-    if config.rewards:
-        pool.scores = teachers.score(step, pool)
+def statistics(pool: Pool, scores, judged: bool) -> dict:
+    """What the log tells of a pool, as {name: (sum, count)}; nan rewards are left out."""
+
+    def mean(values):
+        values = torch.from_numpy(values)
+        values = values[~values.isnan()]
+        return float(values.sum()), values.numel()
+
+    out: dict[str, tuple[float, int]] = {}
+    sources = np.array(pool.sources)
+    if judged:
+        out["reward"] = mean(scores.reward)
+        out |= {f"reward.{kind}": mean(values) for kind, values in scores.by_kind.items()}
+        for source in sorted(set(pool.sources)):
+            out[f"reward.{source}"] = mean(scores.reward[:, sources == source])
+        for name in ("calls", "failed", "absent"):
+            out[f"judge.{name}"] = (getattr(scores, name), 0)
+    if "rewrite" in pool.sources:
+        out["rewrite.failed"] = (sum(text is None for row in pool.texts for text in row), 0)
+    if "rollout" in pool.sources:
+        out |= of_rollouts(pool, torch.from_numpy(sources == "rollout"))
+    return out
 
 
-def rewards_of(pool: Pool, teachers):
-    """(rewards float [B, C], judge.Scores or None). Without a judge the first candidate wins."""
-    if pool.scores is None:
-        B, C = pool.lengths.shape
-        rank = -torch.arange(C, dtype=torch.float64).expand(B, C)
-        return rank.masked_fill(pool.lengths == 0, math.nan), None
-    scores = teachers.wait(pool.scores)
-    return torch.from_numpy(scores.reward), scores
+def of_rollouts(pool: Pool, mask) -> dict:
+    """Their tokens, length, surprise (nats a token) and repetition; mask bool [C]."""
+    tokens, lengths = pool.tokens[:, mask].flatten(0, 1), pool.lengths[:, mask].flatten()
+    total, count = int(lengths.sum()), len(lengths)
+    rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return {
+        "rollout.tokens": (total, 0),
+        "rollout.length": (total, count),
+        "rollout.nll": (-float(pool.old.sum()), total),
+        "rollout.repeated": (sum(repeated_share(row[:n]) for row, n in rows), count),
+    }
+
+
+def repeated_share(ids: list) -> float:
+    """Share of a rollout's 3-grams that it has already used: 1 when it says one thing for ever."""
+    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def example(pool: Pool, scores) -> str:
+    """One prefix, its candidates with their rewards, and a verdict of each kind: look at it."""
+    out, named, kinds = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"], {}, set()
+    rows = zip(pool.sources, pool.texts[0], scores.reward[0].tolist(), strict=True)
+    for n, (source, text, value) in enumerate(rows):
+        out.append(f"    {source:8} {value:5.2f}  {text!r}")
+        number = pool.sources[: n + 1].count(source)
+        named.setdefault(text, f"{source} {number}")
+    for seen in scores.examples:
+        if seen["kind"] not in kinds:
+            kinds.add(seen["kind"])
+            shown = " against ".join(named.get(text, "?") for text in seen["candidates"])
+            out.append(f"    {seen['kind']} of {shown}: {seen['verdict']}: {seen['answer']!r}")
+    return "\n".join(out)
 
 
 def pack(pool: Pool) -> dict:
@@ -134,9 +181,9 @@ def pack(pool: Pool) -> dict:
 
 
 def unpack(saved: dict) -> Pool:
-    """The Pool that `pack` was given, on the CPU and not yet asked about: scores None, no times."""
+    """The Pool that `pack` was given, on the CPU and not yet asked about."""
     fields = {name: value for name, value in saved.items() if name != "batch"}
-    return Pool(batch=Batch(**saved["batch"]), seconds={}, **fields)
+    return Pool(batch=Batch(**saved["batch"]), **fields)
 
 
 def autocast(config: Config, device: torch.device):

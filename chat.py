@@ -216,7 +216,8 @@ class Chat:
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
         urls = urls.split(",") if isinstance(urls, str) else urls
-        self._endpoints = [Endpoint(url.strip()) for url in urls]
+        self.urls = [url.strip() for url in urls]
+        self._endpoints = [Endpoint(url) for url in self.urls]
         self.store = open_store(Path(cache)) if cache else None
         if self.store:
             self.store.create(ANSWERS)

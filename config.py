@@ -1,8 +1,9 @@
 """Every knob of a run in one place: name, default, unit, reason.
 
-In: `train.py [config.py ...] [--key=value ...]`. A config file is Python that assigns keys; later
-files and flags win. Out: one Config. An unknown key is an error that names the nearest one, a value
-of the wrong type says what was expected; the resolved config is written to the run folder.
+In: `train.py [config.py[:row] ...] [--key=value ...]`. A config file is Python that assigns keys,
+and may assign `rows`, a dict of named rows with keys of their own; later files and flags win.
+Out: one Config. An unknown key or row is an error that names the nearest one, a value of the wrong
+type says what was expected; the resolved config is written to the run folder.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 import re
 import runpy
 import sys
@@ -19,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.command import UserError
-from support.files import write_text
 
 
 def key(default, meaning, group=""):
@@ -32,9 +33,7 @@ class Config:
     out_dir: str = key("out/world", "run folder: config, log, checkpoints, judgments, plots", "Run")
     seed: int = key(0, "keys all randomness together with step, sample and rollout")
     max_steps: int = key(100, "updates by the method, and as many by the next-token baseline")
-    init_from: str = key(
-        "scratch", "'scratch', a Hugging Face folder, hf://owner/name, an https folder, or 'resume'"
-    )
+    init_from: str = key("scratch", "'scratch', a Hugging Face folder, hf://owner/name, 'resume'")
     model: str = key("world", "shape for init_from=scratch: a preset of model.py")
     tokenizer: str = key(
         "auto",
@@ -50,16 +49,13 @@ class Config:
         "auto", "live monitors: any of tensorboard, wandb, trackio; auto: tensorboard if installed"
     )
 
-    task: str = key(
-        "pretrain", "pretrain, or judge / rewriter: train a teacher on rows of rewrite.py", "Data"
-    )
-    data: str = key("world", "path, glob, folder or URL of documents, or 'world'; task: of rows")
+    data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
     text_field: str = key("auto", "JSON field that holds a document's text")
     window: int = key(1024, "documents shuffled together")
     chunk: int = key(32, "N: tokens of a suffix and of every candidate")
     max_seq: int = key(96, "tokens of prefix + candidate; a prefix has at most max_seq - chunk")
     batch_size: int = key(32, "prefixes a step, over all processes")
-    dials: str = key("", "pocket world only: dials of world.py, e.g. 'share_unsafe=0.5,noise=0.1'")
+    dials: str = key("", "pocket world only, of world/corpus.py, e.g. 'share_unsafe=0.5,noise=0.1'")
 
     base_steps: int = key(
         1200, "next-token steps before the method when init_from=scratch", "Base and baseline"
@@ -114,6 +110,7 @@ class Config:
     rewrite_url: str = key("world", "as judge_url")
     rewrite_model: str = key("rewriter", "model name sent to rewrite_url")
     rewrite_temperature: float = key(1.0, "sampling of the rewriter")
+    rewrite_max_tokens: int = key(0, "tokens of a rewrite, its reasoning included; 0: 4 x chunk")
     concurrency: int = key(256, "questions in flight at once, of each process and kind of teacher")
     timeout: float = key(120.0, "seconds for one answer before it is asked again")
     give_up_after: float = key(600.0, "seconds without any answer before the run stops, resumable")
@@ -134,7 +131,6 @@ class Config:
 
 
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
-TASKS = ("pretrain", "judge", "rewriter")
 SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
 REWARDS = ("quality", "safety", "factuality")
@@ -144,6 +140,15 @@ POSITIVE += ["keep", "example_every", "judge_samples", "judge_max_tokens", "conc
 POSITIVE += ["grad_clip", "micro_batch_tokens", "gpus", "gpu_tflops", "judge_tokens_per_second"]
 NOT_NEGATIVE = ["seed", "overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries"]
 NOT_NEGATIVE += ["temperature", "judge_temperature", "rewrite_temperature", "learning_rate"]
+NOT_NEGATIVE += ["rewrite_max_tokens"]
+FOLDERS = ["out_dir", "data", "init_from", "tokenizer", "prompts"]  # where ~ is the home folder
+
+# Keys that change no result beyond rounding: they may differ when an unfinished run goes on.
+NEUTRAL = {"out_dir", "device", "save_every", "keep", "example_every", "track", "shard"}
+NEUTRAL |= {"recompute", "compile", "micro_batch_tokens", "concurrency", "timeout"}
+NEUTRAL |= {"give_up_after", "eval_prefixes", "eval_judge_url", "eval_judge_model", "dry_run"}
+NEUTRAL |= {"gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_out"}
+ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two is the pocket world
 
 
 def convert(name: str, value, kind: type, where: str):
@@ -195,22 +200,17 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             if not equals and name != "dry_run":
                 raise UserError(f"{arg}: write --{name}=value")
             apply(given, {name: value if equals else True}, arg)
-        elif arg.endswith(".py"):
+        elif re.search(r"\.py(:|$)", arg):
             apply(given, read_file(arg), arg)
         else:
             raise UserError(f"{arg}: neither a config file (.py) nor --key=value")
     resume = given.get("init_from") == "resume"
     if resume:
-        path = Path(given.get("out_dir", Config.out_dir)) / "config.json"
+        path = Path(expand(given.get("out_dir", Config.out_dir))) / "config.json"
         if not path.is_file():
             raise UserError(f"init_from=resume: {path} does not exist, there is no run to resume")
-        saved: dict = {}
-        try:
-            apply(saved, dict(json.loads(path.read_text(encoding="utf-8"))), str(path))
-        except (ValueError, TypeError) as e:
-            why = e if isinstance(e, UserError) else f"{path} is damaged: restore it"
-            raise UserError(why) from None
-        given = saved | {k: v for k, v in given.items() if k != "init_from"}
+        saved = {name: value for name, value in read_saved(path).items() if name not in given}
+        given = saved | {name: value for name, value in given.items() if name != "init_from"}
     config = check(Config(**given))
     if "--print_config" in argv:
         print(as_file(config))
@@ -218,19 +218,74 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     return config, resume
 
 
-def read_file(name: str) -> dict:
-    """The keys that a config file assigns. It is Python, so whatever it raises is its author's."""
-    if not Path(name).is_file():
+def read_file(argument: str) -> dict:
+    """The keys that FILE.py, or FILE.py:ROW, assigns. It is Python: what it raises is its own."""
+    file, colon, row = argument.partition(".py:")
+    found, rows = execute(file + ".py" * bool(colon))
+    if not colon:
+        if rows:
+            raise UserError(f"{argument} holds rows: say {argument}:ROW, one of {', '.join(rows)}")
+        return found
+    if row not in rows:
+        near = difflib.get_close_matches(row, rows, 1, cutoff=0)
+        hint = f"the nearest is {near[0]!r}" if near else "it has no rows"
+        raise UserError(f"{file}.py: there is no row {row!r}; {hint}")
+    return found | {k: v for k, v in rows[row].items() if k not in ROW_NOTES}
+
+
+def read_rows(file) -> dict[str, dict]:
+    """The rows of a config file by name, as the file has them, ROW_NOTES included."""
+    return execute(str(file))[1]
+
+
+ROW_NOTES = ("label", "paper", "scale")  # what a row says of itself beside keys
+
+
+def execute(name: str) -> tuple[dict, dict]:
+    """(top-level keys, rows) of a config file."""
+    if not Path(expand(name)).is_file():
         raise UserError(f"{name}: no such config file")
     try:
-        found = runpy.run_path(name)
+        found = runpy.run_path(expand(name))
     except Exception as e:
         raise UserError(f"{name}: {type(e).__name__}: {e}") from e
-    return {
+    found = {
         key: value
         for key, value in found.items()
         if not key.startswith("_") and not isinstance(value, types.ModuleType)
     }
+    return found, found.pop("rows", {})
+
+
+def expand(text: str) -> str:
+    """Each of the comma-separated paths with ~ as the home folder, which a shell leaves alone
+    behind --key=."""
+    return ",".join(os.path.expanduser(part) for part in text.split(","))
+
+
+def read_saved(path: Path) -> dict:
+    """The settings of a run folder's config.json; keys that are no more are left out."""
+    try:
+        saved, values = dict(json.loads(path.read_text(encoding="utf-8"))), {}
+        if saved.get("task", "pretrain") != "pretrain":
+            raise UserError(f"{path} is of an older version, whose teachers cannot go on here")
+        known = {f.name for f in dataclasses.fields(Config)}
+        apply(values, {k: v for k, v in saved.items() if k in known}, str(path))
+    except (ValueError, TypeError) as e:
+        why = e if isinstance(e, UserError) else f"{path} is damaged: restore or delete it"
+        raise UserError(f"{why}, or choose another out_dir") from None
+    return values
+
+
+def differences(saved: dict, config: Config) -> list[str]:
+    """What makes config another run than that of the saved settings: 'seed (0, now 1)'."""
+    out = []
+    for f in dataclasses.fields(Config):
+        before, now = saved.get(f.name, f.default), getattr(config, f.name)
+        moved = f.name in ADDRESSES and "world" not in (before, now)
+        if before != now and f.name not in NEUTRAL and not moved:
+            out.append(f"{f.name} ({before!r}, now {now!r})")
+    return out
 
 
 def as_file(config: Config) -> str:
@@ -251,6 +306,8 @@ def need(condition, message: str):
 
 def check(config: Config) -> Config:
     """Refuse values and combinations that cannot run, naming the keys."""
+    for name in FOLDERS:
+        setattr(config, name, expand(getattr(config, name)))
     check_values(config)
     sources, objective = names(config.candidates), config.objective
     need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
@@ -274,15 +331,6 @@ def check(config: Config) -> Config:
         config.chunk > 0 and config.max_seq >= 2 * config.chunk,
         f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
     )
-    if config.task != "pretrain":
-        need(
-            config.data != "world",
-            f"task={config.task} trains on rows that rewrite.py makes: set data to their files",
-        )
-        need(
-            "rewrite" not in sources,
-            f"task={config.task}: the candidates are rollouts, or suffix (the rows' answers)",
-        )
     return config
 
 
@@ -293,7 +341,6 @@ def check_values(config: Config):
         wrong = [x for x in found if x not in allowed]
         need(not wrong, f"{name}: {', '.join(wrong)} is none of {', '.join(allowed)}")
 
-    among("task", [config.task], TASKS)
     among("objective", [config.objective], OBJECTIVES)
     among("candidates", names(config.candidates), SOURCES)
     among("device", [config.device.partition(":")[0]], ("auto", "cpu", "cuda", "mps"))
@@ -339,14 +386,43 @@ def names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def monitors(config: Config) -> list[str]:
+    """The live monitors of a run: those named, or TensorBoard where it is installed."""
+    if config.track != "auto":
+        return names(config.track)
+    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+
+
 def needs_reference(config: Config) -> bool:
     """Whether the objective compares the policy with the frozen initial one."""
     return config.objective == "dpo" or (config.objective == "grpo" and bool(config.grpo_kl))
 
 
+def phases(config: Config) -> dict[str, Config]:
+    """The run's phases by name: base (from scratch only), baseline (optional), and the method."""
+    next_token = dict(objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0)
+    next_token["temperature"] = 1.0  # that of the rollouts is the method's
+    out = {}
+    if config.init_from == "scratch" and config.base_steps:
+        out["base"] = dataclasses.replace(
+            config,
+            **next_token,
+            out_dir=f"{config.out_dir}/base",
+            max_steps=config.base_steps,
+            batch_size=config.base_batch_size,
+            learning_rate=config.base_learning_rate,
+            warmup_steps=config.base_steps // 30,
+            save_every=250,
+        )
+    if config.baseline:
+        out_dir = f"{config.out_dir}/baseline"
+        out["baseline"] = dataclasses.replace(config, **next_token, out_dir=out_dir)
+    return out | {"method": config}
+
+
 def help_text() -> str:
     lines = [
-        "usage: python train.py [config.py ...] [--key=value ...]",
+        "usage: python train.py [config.py[:row] ...] [--key=value ...]",
         "       --print_config shows what these resolve to, as a config file",
     ]
     for f in dataclasses.fields(Config):
@@ -355,8 +431,3 @@ def help_text() -> str:
         flag, kind = f"--{f.name}={f.default}", type(f.default).__name__
         lines.append(f"  {flag:<36} {kind:<6} {f.metadata['meaning']}")
     return "\n".join(lines)
-
-
-def write(config: Config, path: Path):
-    """As JSON; a run that is killed meanwhile finds its settings again."""
-    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from config import Config
 from support.command import UserError
+from support.distributed import rank, world_size
 from support.sources import Files, Skips
 
 # Shares of the documents, by a hash of their text: whatever the shards, no document is in two.
@@ -240,3 +242,20 @@ class Stream:
     def give_up(self) -> None:
         counts = ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
         raise UserError(f"no document to use in {self.name} ({counts or 'it is empty'})")
+
+
+def open_stream(source, tokenizer, config: Config, kind=Stream, **how) -> Stream:
+    """The batches of this process: of documents, or of what another `kind` of Stream reads."""
+    return kind(
+        source,
+        tokenizer,
+        chunk=config.chunk,
+        max_seq=config.max_seq,
+        batch_size=config.batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        seed=config.seed,
+        text_field=None if config.text_field == "auto" else config.text_field,
+        window=config.window,
+        **how,
+    )

@@ -11,6 +11,7 @@ import json
 import re
 import zlib
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -286,6 +287,16 @@ def open_judge(chat, config: Config, store=None):
         seed=config.seed,
         store=store,
     )
+
+
+def first_wins(step: int, pool) -> Future:
+    """Scores without a judge: whoever is named first in config.candidates wins; nan: no rewrite.
+
+    pool: a candidates.Pool."""
+    rank = -np.arange(pool.lengths.shape[1], dtype=float)
+    scores: Future = Future()
+    scores.set_result(Scores(np.where(pool.lengths == 0, np.nan, rank), {}, 0, 0, 0, []))
+    return scores
 
 
 def new_pool(prefix, reference, candidates, key, sources):

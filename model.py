@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from config import Config
 from kernels.attention import prefix_attention
 from kernels.logprob import linear_logprob
 from support import hub
 from support.command import UserError
+from support.distributed import is_sharded, whole
 
 
 @dataclass
@@ -319,6 +321,30 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     return assemble(config, state)
 
 
+def initial_policy(config: Config, vocab_size: int, device) -> Llama:
+    """The policy before the first step, float32 on the device: new weights by seed, or init_from's.
+
+    UserError where they cannot be read, or hold fewer positions or tokens than the run needs.
+    """
+    if config.init_from == "scratch":
+        shape = preset(config.model, vocab_size)
+        shape.max_seq = max(shape.max_seq, config.max_seq)
+        policy = Llama(shape).initialise(config.seed).to(device)
+    else:
+        policy = load_model(config.init_from, device, torch.float32)
+    if policy.config.max_seq < config.max_seq:
+        raise UserError(
+            f"max_seq={config.max_seq} is more than the {policy.config.max_seq} positions that "
+            f"{config.init_from} was made for (max_position_embeddings in its config.json)"
+        )
+    if policy.config.vocab_size < vocab_size:
+        raise UserError(
+            f"init_from={config.init_from} knows {policy.config.vocab_size} tokens, "
+            f"tokenizer={config.tokenizer} has {vocab_size}: they do not belong together"
+        )
+    return policy
+
+
 def assemble(config: ModelConfig, state: dict) -> Llama:
     """A Llama that has these tensors, as they are, for its weights."""
     with torch.device("meta"):
@@ -327,6 +353,17 @@ def assemble(config: ModelConfig, state: dict) -> Llama:
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def in_one_piece(policy: Llama, device="cpu", keep: bool = True) -> Llama | None:
+    """The policy itself where it is not spread over processes, else a whole copy on the device.
+
+    All processes take part; those that do not `keep` it get None and hold one tensor at a time.
+    """
+    if not is_sharded(policy):
+        return policy
+    state = whole({name: p.detach() for name, p in policy.named_parameters()}, device, keep)
+    return assemble(policy.config, state) if keep else None
 
 
 def save_model(model: Llama, folder: str | Path, bos: int | None = None, eos: int | None = None):

@@ -67,7 +67,7 @@ def open_rewriter(chat, config: Config):
     return Rewriter(
         chat,
         temperature=config.rewrite_temperature,
-        max_tokens=getattr(config, "rewrite_max_tokens", 0) or 4 * config.chunk,
+        max_tokens=config.rewrite_max_tokens or 4 * config.chunk,
         prompts=config.prompts,
         seed=config.seed,
     )

@@ -1,19 +1,19 @@
 """One optimiser step on a pool: choose candidates, sum their losses, move the policy.
 
-In: a Pool and its rewards. Out: a changed policy, and metrics as {name: (sum, count)}.
+In: a Pool and its rewards. Out: a changed policy, and what the log tells of the step.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from candidates import Pool, autocast
+from candidates import Pool, autocast, statistics
 from config import Config, needs_reference
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
 from rollout import uniforms
-from support.distributed import gather
-from support.shard import is_sharded, whole
+from support.distributed import all_sum, gather, is_sharded, whole
 
 
 def whole_documents(prefix, pad, continuation, lengths):
@@ -26,23 +26,34 @@ def whole_documents(prefix, pad, continuation, lengths):
     return tokens[:, :1], torch.zeros_like(pad), tokens[:, None, 1:], lengths
 
 
-def pick(pool: Pool, reward, config: Config) -> dict:
-    """What the objective learns from: rows [R] of the batch and their candidates [R, C']."""
+@dataclass
+class Picked:
+    """What the objective learns from: R rows of a pool and C' candidates of each."""
+
+    rows: torch.Tensor  # int64 [R], of the batch
+    columns: torch.Tensor  # int64 [R, C'], of the pool; the chosen first (DPO: chosen, rejected)
+
+
+def pick(pool: Pool, reward, config: Config) -> Picked:
+    """The best and the worst candidate of a prefix for DPO, the best for NLL, all for GRPO.
+
+    reward float [B, C], nan = absent. Prefixes that teach nothing (a tie, no verdict) are left out.
+    """
     reward = reward.round(decimals=9)  # 0.4 + 0.8 and 0.6 + 0.6 are a tie
-    u = uniforms(config.seed + 1, pool.batch.index, reward.shape[1], 1)[:, :, 0]
-    chosen, rejected, keep = choose(reward, u)
+    u = uniforms(config.seed + 1, pool.batch.index, reward.shape[1], 1)[:, :, 0]  # [B, C]
+    chosen, rejected, keep = choose(reward, u)  # [B]
     if config.objective == "dpo":
-        columns = torch.stack((chosen, rejected), dim=1)
+        columns = torch.stack((chosen, rejected), dim=1)  # [B, 2]
     elif config.objective == "grpo":
-        columns = torch.arange(reward.shape[1]).expand(len(reward), -1)
+        columns = torch.arange(reward.shape[1]).expand(len(reward), -1)  # [B, C]
         if config.grpo_kl:  # a group of equal rewards still has its distance to the reference
             keep = ~reward.isnan().all(dim=1)
     else:
         # NLL needs a best candidate, not a better one: a tie goes to the first named.
         best = reward.nan_to_num(-math.inf).argmax(dim=1)
-        columns, keep = best[:, None], ~reward.isnan().all(dim=1)
-    rows = keep.nonzero()[:, 0]
-    return {"rows": rows, "columns": columns[rows], "chosen": columns[rows, 0]}
+        columns, keep = best[:, None], ~reward.isnan().all(dim=1)  # [B, 1]
+    rows = keep.nonzero()[:, 0]  # [R]
+    return Picked(rows, columns[rows])
 
 
 def micro_batches(rows, width: int, budget: int):
@@ -51,11 +62,11 @@ def micro_batches(rows, width: int, budget: int):
     return [slice(i, i + size) for i in range(0, len(rows), size)]
 
 
-def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, config: Config):
+def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, config: Config):
     """Sum of the objective over some rows and, for logging, sums of what it was made of."""
     device, temperature = next(policy.parameters()).device, config.temperature or 1.0
-    rows, columns = picked["rows"][part], picked["columns"][part]
-    prefix, pad = pool.batch.prefix[rows].to(device), pool.batch.pad[rows].to(device)
+    rows, columns = picked.rows[part], picked.columns[part]  # [R], [R, C']
+    prefix, pad = pool.batch.prefix[rows].to(device), pool.batch.pad[rows].to(device)  # [R, P], [R]
     # Padding common to these rows need not be computed.
     prefix, pad = prefix[:, int(pad.min()) :], pad - pad.min()
     continuations = pool.tokens[rows[:, None], columns].to(device)  # [R, C', N]
@@ -72,7 +83,7 @@ def losses(policy, reference, pool: Pool, picked: dict, part: slice, reward, con
     if config.objective == "dpo":
         return preference(logp, anchor, lengths, config)
     if config.objective == "grpo":
-        old = pool.old[rows[:, None], columns].to(device)
+        old = pool.old[rows[:, None], columns].to(device)  # [R, C, N]
         gain = advantages(reward[rows], config.grpo_std).float().to(device)
         how = dict(divide_by_length=config.grpo_length, kl=config.grpo_kl, reference=anchor)
         return grpo_loss(logp, old, gain, lengths, config.grpo_clip, **how).sum(), {}
@@ -108,24 +119,21 @@ def idle(policy, reference, config: Config):
     return logp.sum() * 0
 
 
-def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: Config):
-    """One optimiser step on the pool, over all processes. -> metrics, and what `pick` picked.
+def update(
+    policy, reference, optimizer, pool: Pool, picked: Picked, reward, step: int, config: Config
+) -> dict:
+    """One optimiser step on what was picked, over all processes. -> {name: (sum, count)}
 
     The loss is a mean over all kept prefixes (over all tokens for nll), however many processes and
     micro-batches they are spread over; a process without any joins with zero gradients. A loss or
-    gradient that is not finite leaves the policy as it was, and metrics["not_finite"] says so.
+    gradient that is not finite leaves the policy as it was, and "not_finite" says so.
     """
-    picked = pick(pool, reward, config)
-    rows, C = picked["rows"], picked["columns"].shape[1]
-    count = len(rows)
-    if config.objective in ("nll", "rf_nll"):
-        count = int(pool.lengths[rows, picked["chosen"]].sum())
-        if config.nll_prefix:
-            count += int((pool.batch.prefix.shape[1] - 1 - pool.batch.pad[rows]).sum())
+    # Micro-batches of rows, forward and backward: gradients add up to those of the mean.
+    count = count_of(pool, picked, config)
     total = sum(gather(count))
-    width = pool.batch.prefix.shape[1] + C * pool.tokens.shape[2]
-    metrics = {"loss": (0.0, 0), "not_finite": (0.0, 1)}
-    parts = micro_batches(rows, width, config.micro_batch_tokens)
+    metrics: dict[str, tuple[float, int]] = {"loss": (0.0, 0), "not_finite": (0.0, 1)}
+    width = pool.batch.prefix.shape[1] + picked.columns.shape[1] * pool.tokens.shape[2]
+    parts = micro_batches(picked.rows, width, config.micro_batch_tokens)
     turns = max(gather(len(parts))) if is_sharded(policy) else len(parts)
     for turn in range(turns):
         if turn < len(parts):
@@ -135,23 +143,50 @@ def update(policy, reference, optimizer, pool: Pool, reward, step: int, config: 
         (loss / max(total, 1)).backward()
         for name, value in {"loss": loss.detach(), **extra}.items():
             metrics[name] = (metrics.get(name, (0.0, 0))[0] + float(value), count)
-    if total == 0:
-        return metrics, picked
+    if total == 0:  # no process has a row
+        return metrics
+    # Gradients of all processes, clipped to a norm of grad_clip.
     if dist.is_initialized() and not is_sharded(policy):
         for p in policy.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
     norm = float(whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)))
     finite = math.isfinite(metrics["loss"][0]) and math.isfinite(norm)
-    if not all(gather(finite)):  # on one process: none moves
-        optimizer.zero_grad(set_to_none=True)
-        return metrics | {"not_finite": (1.0, 1), "grad_norm": (norm, 1)}, picked
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.step()
+    # The step, unless something is not finite on one process: then none moves.
+    if all(gather(finite)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+    else:
+        metrics["not_finite"] = (1.0, 1)
     optimizer.zero_grad(set_to_none=True)
-    metrics["grad_norm"] = (norm, 1)
-    return metrics, picked
+    return metrics | {"grad_norm": (norm, 1)}
+
+
+def count_of(pool: Pool, picked: Picked, config: Config) -> int:
+    """What this process's loss is a mean over: rows, or the tokens of the chosen for nll."""
+    if config.objective not in ("nll", "rf_nll"):
+        return len(picked.rows)
+    count = int(pool.lengths[picked.rows, picked.columns[:, 0]].sum())
+    if config.nll_prefix:
+        count += int((pool.batch.prefix.shape[1] - 1 - pool.batch.pad[picked.rows]).sum())
+    return count
+
+
+def describe(step: int, pool: Pool, scores, picked: Picked, metrics: dict, config: Config) -> dict:
+    """The step's line of log.jsonl, over all processes: metrics, who was chosen, the pool."""
+    means = dict(metrics)
+    means["skipped"] = (len(pool.lengths) - len(picked.rows), 0)
+    for source in sorted(set(pool.sources)):
+        is_source = torch.tensor([s == source for s in pool.sources])
+        chosen = is_source[picked.columns[:, 0]] if len(picked.rows) else is_source[:0]
+        means[f"chosen.{source}"] = (int(chosen.sum()), len(picked.rows))
+    means |= statistics(pool, scores, judged=bool(config.rewards))
+    line = {"step": step, "lr": learning_rate(step, config)}
+    for name, (total, count) in all_sum(means).items():
+        empty = math.nan if name.startswith(("reward", "loss")) else total  # no row is no loss
+        line[name] = total / count if count else empty
+    return line
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -2,38 +2,41 @@
 
 A run holds checkpoints/step_000100/{config.json, model.safetensors, tokenizer files, state.pt} and
 `ckpt`, a link to the newest. One is written under a temporary name, flushed to disk and renamed, so
-that a run killed at any moment leaves the previous one untouched.
+that a run killed at any moment leaves the previous one untouched. What cannot be read is never
+deleted: damage is set aside under another name, anything else ends the run.
 """
 
 import os
+import re
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from model import load_model, save_model
 from support.command import UserError
-from support.distributed import rank
 from support.files import flush
 
 
-def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Path:
-    """Write run/checkpoints/step_N, point run/ckpt at it, remove all but the newest `keep`.
+def save(run: Path, step: int, write: Callable[[Path], object], state: dict, keep: int) -> Path:
+    """Make run/checkpoints/step_N the newest, and remove all of ours but the newest `keep`.
 
-    state holds tensors and plain Python values. On failure the older ones stand as they were.
+    write(folder) puts weights and tokenizer into an empty folder; state holds tensors and plain
+    Python values. On failure (UserError) the older ones stand as they were.
     """
     folder = run / "checkpoints"
     final, temporary = folder / f"step_{step:06d}", folder / f".writing_{step:06d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_model(policy, temporary, tokenizer.bos, tokenizer.eos)
-        tokenizer.save(temporary)
+        write(temporary)
         torch.save(state, temporary / "state.pt")
         for path in (*temporary.iterdir(), temporary):
             flush(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # of a start that was set back before this step
+            set_aside(final, "older")
         os.replace(temporary, final)
         flush(folder)
         link = run / ".ckpt"
@@ -46,28 +49,82 @@ def save(run: Path, step: int, policy, tokenizer, state: dict, keep: int) -> Pat
         why = str(e).partition("\n")[0]
         raise UserError(f"cannot write the checkpoint {final} (disk full?): {why}") from e
     found = checkpoints(run)
-    here = found.index(final) + 1
-    for old in (*found[: max(0, here - keep)], *found[here:]):  # later ones were damaged
+    for old in found[: max(0, found.index(final) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"))
+    """The run's checkpoint folders, oldest first; what else a user keeps there is not ours."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(path for path in found if re.fullmatch(r"step_\d{6,}", path.name))
 
 
-def load(run: Path, device) -> tuple:
-    """The newest checkpoint that can be read: (policy, state), or (None, None).
+def load(run: Path, read: Callable[[Path], object]) -> tuple:
+    """The newest checkpoint that is whole, as (read(folder), state), or (None, None) without any.
 
-    A damaged one is named in one line and the one before it is used.
+    A damaged one is named in one line, set aside, and the one before it is used. UserError where a
+    checkpoint is whole but cannot be read now, and where there are some and all are damaged.
     """
-    for folder in reversed(checkpoints(run)):
+    found = checkpoints(run)
+    for folder in reversed(found):
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            return load_model(folder, device), state
+            return read(folder), state
         except Exception as e:  # there is no end to what damage can raise
-            if rank() == 0:
-                why = str(e).partition("\n")[0] or type(e).__name__
-                print(f"checkpoint {folder} is damaged, trying the one before it: {why}")
+            why = str(e).partition("\n")[0] or type(e).__name__
+            if not (damage := damage_of(folder)):
+                raise UserError(
+                    f"checkpoint {folder} cannot be read now, and nothing in it is damaged: {why}; "
+                    "mend that and run the same command again"
+                ) from e
+            aside = set_aside(folder, "damaged")
+            print(f"checkpoint {folder} is damaged ({damage}), set aside as {aside.name}")
+    if found:
+        raise UserError(f"every checkpoint in {run / 'checkpoints'} is damaged: choose another "
+                        "out_dir, or move them away to begin anew")  # fmt: skip
     return None, None
+
+
+def damage_of(folder: Path) -> str:
+    """What is broken in a checkpoint's files, "" if nothing is. OSError where they cannot be read.
+
+    state.pt is a zip archive with a checksum for each part, a safetensors file states its length.
+    """
+    state = folder / "state.pt"
+    try:
+        with zipfile.ZipFile(state) as archive:
+            if part := archive.testzip():
+                return f"{state.name}: {part}"
+    except FileNotFoundError:
+        return f"{state.name} is missing"
+    except (zipfile.BadZipFile, EOFError) as e:
+        return f"{state.name}: {e}"
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        path.open("rb").close()  # its error, if any, is of the system
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as e:
+            return f"{path.name}: {e}"
+    for path in (folder / "config.json", *folder.glob("*.index.json")):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except UnicodeDecodeError as e:
+            return f"{path.name}: {e}"
+        if not re.match(r"\s*\{.*\}\s*$", text, re.S):
+            return f"{path.name} is cut off"
+    return "" if weights else "model.safetensors is missing"
+
+
+def set_aside(folder: Path, what: str) -> Path:
+    """Rename a checkpoint to step_N.WHAT, or .WHAT.2 and so on where that is taken."""
+    number, aside = 1, folder.with_name(f"{folder.name}.{what}")
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.{what}.{number}")
+    folder.rename(aside)
+    return aside

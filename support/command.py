@@ -36,28 +36,37 @@ class Interrupted(Stopped):
 
     code = INTERRUPTED
 
+    def __init__(self):
+        super().__init__("interrupted")
+
 
 def run(main: Callable[[list[str]], object]):
     """main(arguments) as a process. Never returns."""
+    sys.exit(exit_code(main))
+
+
+def exit_code(main: Callable[[list[str]], object]) -> int:
+    """main(arguments of the command line), its foreseen ends as one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text of a corpus may end the run
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except Stopped as e:
-        code = end(f"{e or 'interrupted'}: the same command goes on", e.code)
+        return end(f"{e}: the run is saved, the same command goes on with it", e.code)
     except KeyboardInterrupt:
-        code = end("interrupted: the same command goes on", INTERRUPTED)
+        return end("interrupted: the same command goes on with what is saved", INTERRUPTED)
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0
     except (UserError, OSError, sqlite3.Error) as e:
-        code = end(f"error: {e}", FAILED)
-    sys.exit(code if isinstance(code, int) else 0)
+        return end(f"error: {e}", FAILED)
 
 
 def end(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0" or code == FAILED:  # else the first process says it
+        print(line, file=sys.stderr)
     return code
 
 

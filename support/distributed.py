@@ -1,58 +1,23 @@
-"""The processes of a torchrun: who we are, and sums over everybody. One process needs nothing."""
+"""The processes of a torchrun: who we are, sums over everybody, a policy spread over them (FSDP2).
 
+In: the environment that torchrun sets, modules and optimiser states. Out: the same module, of which
+each process holds a share of the weights, gradients and moments; a layer's weights are gathered
+while it computes. Sampling, whose number of steps differs between processes, works on a whole copy.
+One process needs nothing of this, and every function does the obvious there.
+"""
+
+import contextlib
 import os
+import pickle
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.command import UserError
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_sum(pairs: dict) -> dict:
-    """{name: (sum, count)} added up over all processes that name it."""
-    if not dist.is_initialized():
-        return pairs
-    everyone = gather(pairs)
-    keys = dict.fromkeys(key for each in everyone for key in each)
-    return {
-        key: tuple(map(sum, zip(*(each.get(key, (0, 0)) for each in everyone), strict=True)))
-        for key in keys
-    }
-
-
-def gather(value) -> list:
-    """The value of every process, on all of them."""
-    if not dist.is_initialized():
-        return [value]
-    out = [None] * world_size()
-    dist.all_gather_object(out, value)
-    return out
-
-
-def agreed(work):
-    """work() on every process; what it raises on one of them is raised on all, so that none is left
-    waiting for the others."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as e:
-        error = e
-    everyone = gather(error)
-    if error is not None:
-        raise error  # rather than its copy, which has lost its traceback
-    for each in everyone:
-        if each is not None:
-            raise each
-    return result
 
 
 def start(kind: str, patience: float) -> torch.device:
@@ -70,7 +35,13 @@ def start(kind: str, patience: float) -> torch.device:
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not found.get(device.type, True):
         raise UserError(f"device={kind}: PyTorch finds none here; set device=auto")
-    several = "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(
+            f"RANK is set without {', '.join(missing)}: start with torchrun, or unset it"
+        )
+    several = not missing and int(os.environ["WORLD_SIZE"]) > 1
     if device.type == "cuda":
         if several and device.index is not None:
             raise UserError(f"device={kind}: torchrun gives each process its own; say cuda")
@@ -81,3 +52,104 @@ def start(kind: str, patience: float) -> torch.device:
         timeout = timedelta(seconds=2 * patience + 600)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """The value of every process, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    out = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def all_sum(pairs: dict) -> dict:
+    """{name: (sum, count)} added up over all processes that name it."""
+    if not dist.is_initialized():
+        return pairs
+    everyone = gather(pairs)
+    keys = dict.fromkeys(key for each in everyone for key in each)
+    return {
+        key: tuple(map(sum, zip(*(each.get(key, (0, 0)) for each in everyone), strict=True)))
+        for key in keys
+    }
+
+
+@contextlib.contextmanager
+def agreement():
+    """What is raised within on one process is raised on all, so that none is left waiting for the
+    others. Such an exception has `agreed` set: work that needs all processes may follow it."""
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    everyone = gather(portable(error))
+    if error is None:
+        error = next((each for each in everyone if each is not None), None)
+    if error is not None:
+        error.agreed = True  # type: ignore[attr-defined]
+        raise error
+
+
+def portable(error: Exception | None) -> Exception | None:
+    """The error, as one that another process can be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+# ---- FSDP2 --------------------------------------------------------------------------------------
+
+
+def shard(model, device: torch.device):
+    """Spread a model over all processes, layer by layer; gradients are summed, not averaged."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"shard=True needs a newer PyTorch than {torch.__version__}: upgrade it")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in (*model.model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return model
+
+
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(value, device="cpu", keep: bool = True):
+    """value, in nested dicts and lists, with every spread tensor gathered by all processes. One
+    that does not `keep` the result takes part and holds a tensor at a time (None in its place)."""
+    if isinstance(value, DTensor):
+        tensor = value.full_tensor()
+        return tensor.to(device) if keep else None
+    if isinstance(value, dict):
+        return {name: whole(v, device, keep) for name, v in value.items()}
+    return [whole(v, device, keep) for v in value] if isinstance(value, list) else value
+
+
+def load_optimizer(optimizer, state: dict):
+    """Take the moments from a state in one piece, spread as the parameters are; settings stay."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    spread = {}
+    for i, p in enumerate(params):
+        spread[i] = dict(state["state"].get(i, {}))
+        for name, value in spread[i].items():
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                value = value.to(p.device_mesh.device_type)
+                spread[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
+    moments = {i: s for i, s in spread.items() if s}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

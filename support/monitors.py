@@ -5,25 +5,23 @@ TensorBoard's files are under RUN/tensorboard. A monitor that fails says so once
 never stops a run.
 """
 
-import dataclasses
-import importlib.util
+import importlib
+import json
 import uuid
 from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Config, names
-
 PROJECT = "nanosip"
 
 
 class TensorBoard:
-    def __init__(self, run: Path, config: Config, step: int):
+    def __init__(self, run: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step, flush_secs=10)
         if step == 0:
-            settings = dataclasses.asdict(config).items()
+            settings = settings_of(run).items()
             self.text("config", "\n".join(f"{name} = {value}" for name, value in settings), 0)
 
     def numbers(self, line: dict, step: int):
@@ -31,83 +29,60 @@ class TensorBoard:
             self.writer.add_scalar(name.replace(".", "/"), value, step)
 
     def text(self, name: str, text: str, step: int):
-        self.writer.add_text(
-            name, "    " + text.replace("\n", "\n    "), step
-        )  # as is, no Markdown
+        as_is = "    " + text.replace("\n", "\n    ")  # code to Markdown
+        self.writer.add_text(name, as_is, step)
 
     def close(self):
         self.writer.close()
 
 
 class Wandb:
-    """Needs a login, or WANDB_MODE=offline. A resumed run goes on under the id in its folder."""
+    """wandb (needs a login, or WANDB_MODE=offline), or trackio, which has the same interface. A
+    resumed run goes on under the id in its folder."""
 
-    def __init__(self, run: Path, config: Config, step: int):
-        import wandb
-
-        kept = run / "wandb_id"
+    def __init__(self, library: str, run: Path, step: int):
+        self.library, kept = importlib.import_module(library), run / f"{library}_id"
         if step == 0 or not kept.exists():
             kept.write_text(uuid.uuid4().hex)
-        self.html = wandb.Html
-        self.run = wandb.init(
-            project=PROJECT,
-            name=str(run),
-            dir=str(run),
-            id=kept.read_text(),
-            resume="allow",
-            config=dataclasses.asdict(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
-        )
+        if library == "wandb":
+            own = dict(id=kept.read_text(), resume="allow", dir=str(run), name=str(run))
+            own["settings"] = self.library.Settings(silent=True, init_timeout=30)
+        else:
+            own = dict(name=f"{run} {kept.read_text()[:8]}", embed=False)
+            own["resume"] = "allow" if step else "never"
+        self.library.init(project=PROJECT, config=settings_of(run), **own)
 
     def numbers(self, line: dict, step: int):
-        self.run.log({name.replace(".", "/"): value for name, value in line.items()}, step=step)
+        self.library.log({name.replace(".", "/"): v for name, v in line.items()}, step=step)
 
     def text(self, name: str, text: str, step: int):
-        safe = text.replace("&", "&amp;").replace("<", "&lt;")
-        self.run.log({name: self.html(f"<pre>{safe}</pre>")}, step=step)
+        if self.library.__name__ == "wandb":
+            safe = text.replace("&", "&amp;").replace("<", "&lt;")
+            shown = self.library.Html(f"<pre>{safe}</pre>")
+        else:
+            shown = self.library.Markdown("    " + text.replace("\n", "\n    "))
+        self.library.log({name: shown}, step=step)
 
     def close(self):
-        self.run.finish()
+        self.library.finish()
 
 
-class Trackio:
-    """Local; `trackio show` opens what it wrote."""
-
-    def __init__(self, run: Path, config: Config, step: int):
-        import trackio
-
-        self.trackio = trackio
-        settings = dataclasses.asdict(config)
-        resume = "allow" if step else "never"
-        trackio.init(project=PROJECT, name=str(run), config=settings, resume=resume, embed=False)
-
-    def numbers(self, line: dict, step: int):
-        self.trackio.log({name.replace(".", "/"): value for name, value in line.items()}, step=step)
-
-    def text(self, name: str, text: str, step: int):
-        quoted = "    " + text.replace("\n", "\n    ")
-        self.trackio.log({name: self.trackio.Markdown(quoted)}, step=step)
-
-    def close(self):
-        self.trackio.finish()
+def settings_of(run: Path) -> dict:
+    file = run / "config.json"  # a phase below the run has none
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-KINDS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+def start(name: str, run: Path, step: int):
+    return TensorBoard(run, step) if name == "tensorboard" else Wandb(name, run, step)
 
 
 class Monitors:
-    """All monitors of one run; a context manager. step: where the run begins or goes on."""
+    """All monitors of one phase; a context manager. step: where it begins or goes on."""
 
-    def __init__(self, config: Config, step: int, active: bool = True):
-        wanted = names(config.track)
-        if wanted == ["auto"]:
-            wanted = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    def __init__(self, run: Path, names: list[str], step: int):
         self.open: dict = {}
-        for name in wanted if active else []:
-            self.guard(name, self.start, name, config, step)
-
-    def start(self, name: str, config: Config, step: int):
-        self.open[name] = KINDS[name](Path(config.out_dir), config, step)
+        for name in names:
+            self.guard(name, lambda name=name: self.open.update({name: start(name, run, step)}))
 
     def guard(self, name: str, act, *arguments):
         try:

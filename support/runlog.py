@@ -1,75 +1,220 @@
-"""What a run tells: a line of log.jsonl and of the screen a step, and example candidates.
+"""A run's folder and what it tells: the lock, log.jsonl, the screen, live monitors, a collapse.
 
-In: a step's pool, rewards and metrics. Out: log.jsonl; names with dots group what belongs together.
+In: a step's numbers, {name: value}; names with dots group what belongs together. Out: log.jsonl, an
+object a step; a line and a progress bar on the screen; what TensorBoard or others write.
 """
 
 import contextlib
+import fcntl
 import json
 import math
-from collections import Counter, deque
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from candidates import Pool
-from config import Config, names
-from support.distributed import all_sum
-from support.files import write_text
-from update import learning_rate
+from support.command import ROOT, UserError
+from support.files import read_jsonl, write_text
+
+# ---- The folder ---------------------------------------------------------------------------------
 
 
-def describe(step, pool, reward, scores, picked, metrics, teachers, config: Config) -> dict:
-    """The step's line of log.jsonl, over all processes."""
-
-    def mean(values):
-        values = values[~values.isnan()]
-        return float(values.sum()), values.numel()
-
-    means = dict(metrics)
-    means["skipped"] = (len(reward) - len(picked["rows"]), 0)
-    kinds = sorted({s.removesuffix("s") for s in names(config.candidates)})
-    is_source = {kind: torch.tensor([s == kind for s in pool.sources]) for kind in kinds}
-    for kind, mask in is_source.items():
-        means[f"chosen.{kind}"] = (int(mask[picked["chosen"]].sum()), len(picked["rows"]))
-    if scores is not None:
-        means["reward"] = mean(reward)
-        for name, values in scores.by_kind.items():
-            means[f"reward.{name}"] = mean(torch.from_numpy(values))
-        for kind, mask in is_source.items():
-            means[f"reward.{kind}"] = mean(reward[:, mask])
-        for name in ("calls", "failed", "absent"):
-            means[f"judge.{name}"] = (getattr(scores, name), 0)
-        means |= teachers.traffic()
-    if "rewrite" in is_source:
-        means["rewrite.failed"] = (sum(text is None for row in pool.texts for text in row), 0)
-    if "rollout" in is_source:
-        means |= of_rollouts(pool, is_source["rollout"])
-    line = {"step": step, "lr": learning_rate(step, config)}
-    for name, (total, count) in all_sum(means).items():
-        empty = math.nan if name.startswith("reward") else total  # no verdict is no score
-        line[name] = total / count if count else empty
-    return line
+def lock(run: Path):
+    """Hold the run folder for this process, until the returned file is closed or it dies."""
+    run.mkdir(parents=True, exist_ok=True)
+    held = (run / ".lock").open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run}") from None
+    except OSError as e:  # a file system without locks
+        print(f"warning: {run} cannot be locked ({e}): start no second run in it")
+    return held
 
 
-def of_rollouts(pool: Pool, mask) -> dict:
-    """Their tokens, length, surprise (nats a token) and repetition; mask bool [C]."""
-    tokens, lengths = pool.tokens[:, mask].flatten(0, 1), pool.lengths[:, mask].flatten()
-    total, count = int(lengths.sum()), len(lengths)
-    rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+def settle(run: Path, settings: dict, differences: Callable[[Path], list[str]] | None):
+    """The run folder, locked: an unfinished run of the same settings goes on, any other is moved
+    aside. differences(config.json): what makes it another run; None: go on, whatever it is."""
+    held, path = lock(run), run / "config.json"
+    if path.exists() and differences:
+        other = differences(path)
+        if not other and not (run / "summary.json").exists():
+            print(f"going on with the unfinished run in {run}")
+        else:
+            aside = free_name(run)
+            run.rename(aside)
+            what = f"another run ({', '.join(other[:3])})" if other else "the finished run"
+            print(f"{run} held {what}, which is now {aside}")
+            held.close()
+            held = lock(run)
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+    write_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return held
+
+
+def free_name(run: Path) -> Path:
+    """RUN.1, RUN.2 ...: the first that does not exist."""
+    if Path.cwd().is_relative_to(run.resolve()):
+        raise UserError(f"{run} holds another run and is the current folder: choose --out_dir")
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+def environment() -> dict:
+    """What a reader needs to repeat the run."""
+    commit = ""
+    if git := shutil.which("git"):
+        command = [git, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {
-        "rollout.tokens": (total, 0),
-        "rollout.length": (total, count),
-        "rollout.nll": (-float(pool.old.sum()), total),
-        "rollout.repeated": (sum(repeated_share(row[:n]) for row, n in rows), count),
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cpu": named[1] if named else platform.processor(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
     }
 
 
-def repeated_share(ids: list) -> float:
-    """Share of a rollout's 3-grams that it has already used: 1 when it says one thing for ever."""
-    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+# ---- The log ------------------------------------------------------------------------------------
 
+PARTS = ("data", "rollout", "judge_wait", "update")  # of a step's seconds
+
+
+class Clock(dict):
+    """Seconds of a step by part: `with clock("rollout"): ...` adds to clock["rollout"]."""
+
+    def __init__(self):
+        super().__init__(dict.fromkeys(PARTS, 0.0))
+        self.began = time.time()
+
+    @contextlib.contextmanager
+    def __call__(self, part: str):
+        began = time.time()
+        try:
+            yield
+        finally:
+            self[part] += time.time() - began
+
+    def stop(self):
+        self["step"] = time.time() - self.began
+        self["other"] = self["step"] - sum(self[part] for part in PARTS)
+
+
+class RunLog:
+    """log.jsonl of a phase, without the lines of steps that a resumed run does again, and what is
+    shown of it. A context manager; on all but one process (active=False) it does nothing."""
+
+    def __init__(self, run: Path, label: str, step: int, steps: int, track: list, active: bool):
+        self.label, self.steps, self.active = label, steps, active
+        self.learned = 0  # steps of this start that learned from something
+        self.stack = contextlib.ExitStack()
+        if not active:
+            return
+        path = run / "log.jsonl"
+        kept = [line for line in read_jsonl(path) if line["step"] < step] if step else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.stack.enter_context(path.open("a", encoding="utf-8"))
+        self.watch = Collapse(kept)
+        self.monitors = []
+        if track:
+            from support.monitors import Monitors  # only where one is used
+
+            self.monitors = [self.stack.enter_context(Monitors(run, track, step))]
+        how = dict(total=steps, initial=step, desc=label, disable=None, mininterval=1)
+        self.bar = self.stack.enter_context(tqdm(**how))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def sync(self):
+        """Wait until the log is on the disk."""
+        if self.active:
+            os.fsync(self.file.fileno())
+
+    def step(self, line: dict, clock: Clock):
+        """Write a step's line, with its seconds, and show it; numbers that are none become null."""
+        clock.stop()
+        line |= {f"seconds.{name}": round(value, 4) for name, value in clock.items()}
+        if "rollout.tokens" in line:
+            speed = line["rollout.tokens"] / clock["rollout"] if clock["rollout"] else 0.0
+            line["rollout.tokens_per_second"] = round(speed)
+        self.learned += math.isfinite(line["loss"])
+        if not self.active:
+            return
+        numbers = {k: v if math.isfinite(v) else None for k, v in line.items()}
+        self.file.write(json.dumps(numbers) + "\n")
+        self.file.flush()
+        self.bar.update(1)
+        self.bar.set_postfix_str(numbers_that_matter(line))
+        notes = self.watch.see(line) + ["NOT FINITE: update skipped"] * bool(line["not_finite"])
+        done = line["step"] + 1
+        if "reward" in line or notes or done % 100 == 0 or done == self.steps:
+            self.bar.write("  ".join([step_line(self.label, line, self.steps), *notes]))
+        for monitor in self.monitors:
+            monitor.numbers(numbers)
+
+    def text(self, name: str, text: str, step: int):
+        """Show a text, and give it to the monitors."""
+        if self.active:
+            tqdm.write(text)
+            for monitor in self.monitors:
+                monitor.text(name, text, step)
+
+
+def shown(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def step_line(label: str, line: dict, steps: int) -> str:
+    """A step in one line."""
+    done, loss = line["step"] + 1, shown(line["loss"], 3)
+    if "reward" not in line:
+        return f"{label} step {done:4d} of {steps}  loss {loss}"
+    chosen = [f"{k.partition('.')[2]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")]
+    parts = [
+        f"step {done:4d}  loss {loss}  reward {shown(line['reward'], 3)}",
+        f"chosen: {', '.join(chosen)}",
+        f"skipped {line['skipped']:.0f}",
+        f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)",
+        f"{line['seconds.step']:.2f} s",
+    ]
+    if line.get("rewrite.failed"):
+        parts.insert(3, f"rewrites failed {line['rewrite.failed']:.0f}")
+    return "  ".join(parts)
+
+
+def numbers_that_matter(line: dict) -> str:
+    """For the progress bar: loss, reward, who is chosen, failures of the judge, speed."""
+    out = [f"loss {shown(line['loss'], 3)}"]
+    if "reward" in line:
+        won = {k.partition(".")[2]: v for k, v in line.items() if k.startswith("chosen.")}
+        out += [f"reward {shown(line['reward'], 2)}", *(f"{k} {v:.0%}" for k, v in won.items())]
+        out.append(f"judge failed {line['judge.failed'] / max(1, line['judge.calls']):.0%}")
+    if "rollout.tokens_per_second" in line:
+        out.append(f"{line['rollout.tokens_per_second']:,} tokens/s")
+    return ", ".join(out)
+
+
+# ---- A collapse ---------------------------------------------------------------------------------
 
 WINDOW = 10  # steps that are averaged, at the start of the run and now
 SHRUNK = {"rollout.nll": 0.2, "rollout.length": 0.25}  # collapsed below this share of the start
@@ -80,10 +225,11 @@ class Collapse:
     """Watches a run for rollouts that lose their entropy, their length or their variety, measured
     against its own first steps. In: the lines of the log. Out: words for the step line."""
 
-    def __init__(self, run: Path):
-        self.first, self.recent = [], deque(maxlen=WINDOW)
-        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            self.see(json.loads(line))
+    def __init__(self, lines: list[dict]):
+        self.first: list[dict] = []
+        self.recent: deque[dict] = deque(maxlen=WINDOW)
+        for line in lines:
+            self.see(line)
 
     def see(self, line: dict) -> list[str]:
         if line.get("rollout.nll") is None:
@@ -105,85 +251,3 @@ class Collapse:
             for name, passed in limits.items()
             if passed
         ]
-
-
-def report(line: dict, clock: dict, log, watch, bar, label: str, config: Config):
-    """Write the line to log.jsonl and show it; clock: seconds of the step and of its parts."""
-    parts = sum(clock[name] for name in ("data", "rollout", "judge_wait", "update"))
-    clock["other"] = clock["step"] - parts
-    line |= {f"seconds.{name}": round(value, 4) for name, value in clock.items()}
-    if "rollout.tokens" in line:
-        speed = line["rollout.tokens"] / clock["rollout"] if clock["rollout"] else 0.0
-        line["rollout.tokens_per_second"] = round(speed)
-    bar.update(1)
-    bar.set_postfix_str(numbers_that_matter(line))
-    if log is None:
-        return
-    numbers = {name: value if math.isfinite(value) else None for name, value in line.items()}
-    log.write(json.dumps(numbers) + "\n")
-    log.flush()
-    notes = watch.see(line)
-    if line["not_finite"]:
-        notes.append("NOT FINITE: update skipped")
-    done = line["step"] + 1
-    if not config.rewards and (done % 100 == 0 or done == config.max_steps):
-        bar.write(f"{label} step {done:4d} of {config.max_steps}  loss {line['loss']:.3f}")
-    if config.rewards:
-        shares = [
-            f"{k[len('chosen.') :]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")
-        ]
-        bar.write(
-            f"step {done:4d}  loss {line['loss']:.3f}  reward {line['reward']:.3f}  "
-            f"chosen: {', '.join(shares)}  skipped {line['skipped']:.0f}  "
-            f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)  "
-            f"{clock['step']:.2f} s" + "".join(f"  {note}" for note in notes)
-        )
-    elif notes:
-        bar.write(f"{label} step {done:4d}  {'  '.join(notes)}")
-
-
-def numbers_that_matter(line: dict) -> str:
-    """For the progress bar: loss, reward, who is chosen, failures of the judge, speed."""
-    out = [f"loss {line['loss']:.3f}"]
-    if "reward" in line:
-        won = {k.partition(".")[2]: v for k, v in line.items() if k.startswith("chosen.")}
-        out += [f"reward {line['reward']:.2f}", *(f"{k} {v:.0%}" for k, v in won.items())]
-        out.append(f"judge failed {line['judge.failed'] / max(1, line['judge.calls']):.0%}")
-    if "rollout.tokens_per_second" in line:
-        out.append(f"{line['rollout.tokens_per_second']:,} tokens/s")
-    return ", ".join(out)
-
-
-def show_example(pool: Pool, reward, scores) -> str:
-    """Print one prefix, its candidates with their rewards, and a verdict of each kind: look at the
-    text. -> what was printed."""
-    out = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"]
-    for source, text, value in zip(pool.sources, pool.texts[0], reward[0].tolist(), strict=True):
-        out.append(f"    {source:8} {value:5.2f}  {text!r}")
-    count: Counter = Counter()
-    names: dict[str, str] = {}
-    for source, text in zip(pool.sources, pool.texts[0], strict=True):
-        count[source] += 1
-        names.setdefault(text, f"{source} {count[source]}")
-    seen: dict = {}
-    for verdict in scores.examples:
-        seen.setdefault(verdict["kind"], verdict)
-    for verdict in seen.values():
-        shown = " against ".join(names.get(text, "?") for text in verdict["candidates"])
-        found = f"{verdict['verdict']}: {verdict['answer']!r}"
-        out.append(f"    {verdict['kind']} of {shown}: {found}")
-    tqdm.write("\n".join(out))
-    return "\n".join(out)
-
-
-def open_log(run: Path, step: int):
-    """log.jsonl, without the lines of steps that a resumed run does again."""
-    path = run / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-    kept = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
-    return path.open("a", encoding="utf-8")

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.shard import is_sharded, load_optimizer, shard, whole, whole_model
 from torch.distributed.fsdp import FSDPModule
 
 from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig
-from support.shard import is_sharded, load_optimizer, shard, whole, whole_model
 from update import make_optimizer, update
 
 SHAPE = ModelConfig(

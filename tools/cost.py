@@ -7,9 +7,12 @@ prompt's characters / 4 plus the texts at full length, an answer is ANSWER_TOKEN
 are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk aside.
 """
 
+import torch
+
 from config import Config, names, needs_reference
 from judge import load_prompts
-from model import ModelConfig
+from model import ModelConfig, preset, read_config
+from support.tokenizer import load_tokenizer
 
 ANSWER_TOKENS = 80  # a short reasoning and a verdict
 
@@ -36,10 +39,6 @@ def comparisons(config: Config) -> int:
 def questions(config: Config) -> dict[str, int]:
     """Questions a step by kind; malformed answers, asked again, come on top."""
     B, C = config.batch_size, pool_size(config)
-    if config.task == "judge":
-        return {}
-    if config.task == "rewriter":  # rewrites of unsafe suffixes, which are half of the rows
-        return dict.fromkeys(("quality", "safety"), B * C * config.judge_samples // 2)
     out = {}
     for kind in (name.partition(":")[0] for name in names(config.rewards)):
         each = comparisons(config) if kind == "quality" else C
@@ -117,7 +116,7 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
         "weights, gradients, optimiser": 16.0 * count / share,
         "initial policy (the reference)": 4.0 * count / share,
     }
-    if config.baseline and config.task == "pretrain" and not spread:
+    if config.baseline and not spread:
         out["next-token baseline, for the evaluation"] = 4.0 * count
     if bf16 and not spread:  # autocast keeps them for the length of a forward pass
         out["their copies in bfloat16"] = 2.0 * count * (2 if needs_reference(config) else 1)
@@ -162,3 +161,13 @@ def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
         prices = f"{config.price_in:g} / {config.price_out:g}"
         page.append(f"price {price:,.0f} at {prices} a million tokens read / written")
     return "\n".join(page)
+
+
+def dry_run(config: Config) -> str:
+    """The estimate for a config, whose policy need not be there yet."""
+    if config.init_from == "scratch":
+        known = config.tokenizer != "auto" or config.data == "world"
+        shape = preset(config.model, load_tokenizer("world").vocab_size if known else 32000)
+    else:
+        shape = read_config(config.init_from)
+    return estimate(config, shape, bf16=config.dtype == "bfloat16" or torch.cuda.is_available())

@@ -312,6 +312,18 @@ def start_teacher(**dials):
     return command.running(start)
 
 
+def warn_of_foreign_texts(config):
+    """The pocket world's teacher knows only its own texts; config: of a run."""
+    if config.data == "world":
+        return
+    if config.judge_url == "world" and (config.rewards or config.eval_prefixes):
+        print(f"warning: the pocket world's teacher judges; what it says of {config.data} means")
+        print("         nothing: set judge_url")
+    if config.rewrite_url == "world" and "rewrite" in config.candidates:
+        print("warning: the pocket world's teacher rewrites, which it can do with its own texts")
+        print("         alone: set rewrite_url, or leave rewrite out of the candidates")
+
+
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("serve", choices=["serve"], help="answer questions over HTTP")
