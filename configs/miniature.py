@@ -1,6 +1,6 @@
 """Minutes on a laptop instead of the paper's scale, the same for all rows; named after the row.
 
-    python train.py configs/table1_quality.py configs/miniature.py
+    python train.py configs/table1.py:quality configs/miniature.py --out_dir=out/quality
 
 What makes the row (objective, candidates, rollouts, rewards, comparisons) is left as it is. The
 pocket world's teacher gives the same answer each time unless its noise is on, so it is asked once.

@@ -1,6 +1,6 @@
 """The paper's scale for continued pretraining, named before a row's file.
 
-    torchrun --nproc_per_node=8 train.py configs/paper.py configs/table1_quality.py \\
+    torchrun --nproc_per_node=8 train.py configs/paper.py configs/table6.py:dpo_suffix_pivot \\
         --data=DOCUMENTS --init_from=FOLDER --judge_url=URL --judge_model=NAME
 """
 

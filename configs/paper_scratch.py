@@ -1,6 +1,7 @@
-"""The paper's scale from scratch (table 2), named before a row's file.
+"""The paper's scale from scratch, named before a row of table 2.
 
-Give data, tokenizer, judge_url and rewrite_url on the command line.
+    torchrun --nproc_per_node=8 train.py configs/paper_scratch.py configs/table2.py:nll_rewrite \\
+        --data=DOCUMENTS --tokenizer=FOLDER --rewrite_url=URL --judge_url=URL
 """
 
 data = "data/redpajama"

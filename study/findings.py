@@ -1,20 +1,52 @@
-"""The paper's findings as tests on the records of the miniature runs, fixed before most of them.
+"""The paper's findings, claimed in findings.txt: how conditions are read, and turned into verdicts.
 
-In: {row: {seed: record}} (reproduce.py's records; a row is its config and its changes). Out: for
-each finding a verdict and the figures it rests on. One rule everywhere: a is higher than b when it
-is in every seed, and on average by more than the standard deviation of the difference over seeds.
-"As good as" and "no harm" mean that the other is not higher by that rule: that three seeds showed
-no loss beyond their spread, not that there is none.
+In: {"table:row": {seed: record}}, the records of reproduce.py; the figures of teachers.circle are
+row "circle:teachers". Out: for each finding a verdict and the figures that it rests on.
+
+A condition is "COLUMN: ROW ..." and speaks of that column of the rows, a value a seed; the column
+gain.X is X less the base's. A row may also be `its OTHER_COLUMN`.
+
+A above B           in every seed, and on average by more than the standard deviation of the
+                    difference over seeds
+A not below B       B is not above A by that rule: three seeds showed no loss beyond their spread,
+                    not that there is none
+A at most 0.6 of B  of the means; `over 0.8 of` is the opposite
+A within 0.2 of B   the mean is nearer to 0, on either side, than 0.2 times B's
+A each below 25     the value of every seed; `above 90` and `from 40 to 60` likewise
+A B C rising        the means fall at most once, and the last is above the first
 """
 
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
 
-from study.tables import COLUMNS, TABLES, WEAK_REWRITER
+WORDS = {  # by section: all conditions hold, none does, some do
+    "paper": ("reproduced", "not reproduced", "partly reproduced"),
+    "beyond": ("holds", "does not hold", "holds in part"),
+}
 
-WORDS = {True: "reproduced", None: "partly reproduced", False: "not reproduced"}
-OWN_WORDS = {True: "holds", None: "holds in part", False: "does not hold"}
+
+class Finding(NamedTuple):
+    section: str
+    claim: str
+    tables: list[str]  # the first is that of rows without one
+    conditions: list[str]  # "what | condition"; without a "|": why it cannot be tested
+
+
+def load() -> list[Finding]:
+    findings: list[Finding] = []
+    section, file = "", Path(__file__).with_name("findings.txt")
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        if line.startswith(" "):
+            findings[-1].conditions.append(line.strip())
+        elif line.endswith("]"):
+            claim, _, tables = line[:-1].rpartition(" [")
+            findings.append(Finding(section, claim, tables.split(), []))
+        else:
+            section = line
+    return findings
 
 
 class Missing(Exception):
@@ -22,410 +54,107 @@ class Missing(Exception):
 
 
 class Study(dict):
-    seeds = (0, 1, 2)  # of every row
+    """{row: {seed: record}}, and the seeds that every row should have."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
 
     def values_of(self, row: str, column: str) -> list[float]:
         """Of the seeds in order."""
         if set(self.get(row, ())) != set(self.seeds):
             raise Missing(row)
+        if column.startswith("gain."):
+            name = column.removeprefix("gain.")
+            pairs = zip(self.values_of(row, name), self.values_of(row, f"base.{name}"), strict=True)
+            return [ours - base for ours, base in pairs]
         return [record[column] for _, record in sorted(self[row].items())]
 
-    def gain(self, row: str, column: str) -> list[float]:
-        """Over the seed's base."""
-        pairs = zip(self.values_of(row, column), self.values_of(row, f"base.{column}"), strict=True)
-        return [ours - base for ours, base in pairs]
 
-
-@dataclass(frozen=True)
-class Part:
-    """One condition of a finding."""
-
-    holds: bool
-    evidence: str
-
-
-@dataclass(frozen=True)
-class Finding:
-    claim: str
-    tables: str  # python reproduce.py TABLES, or "circle": python circle.py
-    check: Callable | str  # Study -> [Part], or why it cannot be tested in miniature
-
-
-def higher(a: list[float], b: list[float]) -> bool:
+def above(a: list[float], b: list[float]) -> bool:
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    return min(differences) > 0 and statistics.mean(differences) > spread
+    spread = stdev(differences) if len(differences) > 1 else 0.0
+    return min(differences) > 0 and mean(differences) > spread
 
 
-def mean_of(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.mean(values):.{digits}f}"
+def compared(a: list[float], b: list[float], digits: int) -> str:
+    """Means, their difference and its spread; the least seed's where only that forbids "above"."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    spread = stdev(differences) if len(differences) > 1 else 0.0
+    text = f"{mean(a):.{digits}f} against {mean(b):.{digits}f} ({mean(differences):+.{digits}f}"
+    if min(differences) <= 0 and mean(differences) > spread:
+        text += f", least {min(differences):+.{digits}f}"
+    return f"{text}, spread {spread:.{digits}f})"
 
 
-def versus(name: str, a: list[float], b: list[float], digits: int = 1) -> Part:
-    """That a is higher than b."""
-    spread = statistics.stdev(x - y for x, y in zip(a, b, strict=True)) if len(a) > 1 else 0.0
-    mean = statistics.mean(a) - statistics.mean(b)
-    text = f"{name} {mean_of(a, digits)} against {mean_of(b, digits)}"
-    return Part(higher(a, b), f"{text} ({mean:+.{digits}f}, spread {spread:.{digits}f})")
+def check(study: Study, table: str, condition: str) -> tuple[bool, str]:
+    """(whether the condition holds, the figures and limits it rests on)."""
+    column, _, words = condition.partition(": ")
+    first, *rest = words.split()
+
+    def of(name: str, its: str = "") -> list[float]:
+        row = first if its else name
+        return study.values_of(row if ":" in row else f"{table}:{row}", its or column)
+
+    a, digits = of(first), 2 if column == "nll" else 1
+    match rest:
+        case ["above", *other]:
+            return above(a, of(*other)), compared(a, of(*other), digits)
+        case ["not", "below", *other]:
+            return not above(of(*other), a), compared(a, of(*other), digits)
+        case ["at", "most", share, "of", other]:
+            b = mean(of(other))
+            return mean(a) <= float(
+                share
+            ) * b, f"{mean(a):+.1f} (asked: at most {share} of {b:+.1f})"
+        case ["over", share, "of", other]:
+            whole = mean(of(other))
+            kept = 100 * mean(a) / whole if whole else float("nan")
+            limit = 100 * float(share)
+            return kept > limit, f"{kept:.0f} % (asked: over {limit:.0f} %)"
+        case ["within", share, "of", other]:
+            b = mean(of(other))
+            holds = abs(mean(a)) < float(share) * b
+            return holds, f"{mean(a):+.1f} (asked: within {share} of {b:+.1f}, either way)"
+        case ["each", *limits]:
+            each = ", ".join(f"{value:.1f}" for value in a)
+            asked = f"asked: {' '.join(limits)} in each seed"
+            return all(within(v, limits) for v in a), f"{mean(a):.1f} ({each}; {asked})"
+        case [*others, "rising"]:
+            return rising([a, *map(of, others)])
+    raise ValueError(f"findings.txt: {condition!r} is no condition")
 
 
-def not_lower(name: str, a: list[float], b: list[float], digits: int = 1) -> Part:
-    """That b is not higher than a."""
-    return Part(not higher(b, a), versus(name, a, b, digits).evidence)
+def within(value: float, limits: list[str]) -> bool:
+    """limits: ["below", "25"], ["above", "90"] or ["from", "40", "to", "60"]."""
+    match limits:
+        case ["below", limit]:
+            return value < float(limit)
+        case ["above", limit]:
+            return value > float(limit)
+        case ["from", low, "to", high]:
+            return float(low) <= value <= float(high)
+    raise ValueError(f"findings.txt: {' '.join(limits)!r} is no limit")
 
 
-def share(name: str, part: list[float], whole: list[float], most: float) -> Part:
-    """That a gain is at most a share of another."""
-    a, b = statistics.mean(part), statistics.mean(whole)
-    return Part(a <= most * b, f"{name} {a:+.1f} (asked: at most {most:g} of {b:+.1f})")
-
-
-# ------------------------------------------------------------------------------------------------
-# The paper's findings
-
-Q, F, S = "table1_quality", "table1_factuality", "table1_safety"
-
-
-def quality_gain(study):
-    wins = study.values_of(Q, "quality_clean")
-    return [versus("win rate on clean prefixes", wins, [50.0] * len(wins))]
-
-
-def target_gain(row, column):
-    def check(study):
-        return [
-            versus(column, study.values_of(row, column), study.values_of(row, f"base.{column}"))
-        ]
-
-    return check
-
-
-def next_token(study):
-    """Less than a fifth of what the method gains, either way, in each of its three targets."""
-    parts = []
-    for row, column in ((Q, "quality_clean"), (F, "factuality"), (S, "safety")):
-        whole = statistics.mean(study.gain(row, column))
-        for corpus in ("slimpajama", "redpajama"):
-            gain = statistics.mean(study.gain(f"table1_pretrain_{corpus}", column))
-            evidence = f"{COLUMNS[column]} {gain:+.1f} on {corpus} (the method: {whole:+.1f})"
-            parts.append(Part(abs(gain) < whole / 5, evidence))
-    return parts
-
-
-def specialists(study):
-    """The paper's own figures give the other target at most 0.58 of the gain."""
-    return [
-        versus("factuality", study.values_of(F, "factuality"), study.values_of(S, "factuality")),
-        share(
-            "optimising safety: factuality",
-            study.gain(S, "factuality"),
-            study.gain(F, "factuality"),
-            0.6,
-        ),
-        versus("safety", study.values_of(S, "safety"), study.values_of(F, "safety")),
-        share(
-            "optimising factuality: safety", study.gain(F, "safety"), study.gain(S, "safety"), 0.6
-        ),
-    ]
-
-
-def from_scratch(study):
-    best, text, rewrite = (
-        f"table2_{name}" for name in ("rf_nll_rollout_rewrite", "baseline", "nll_rewrite")
-    )
-    quality = {row: study.values_of(row, "quality_clean") for row in (best, text, rewrite)}
-    return [
-        versus("quality, RF-NLL against NLL on text", quality[best], quality[text]),
-        versus("quality, RF-NLL against NLL on rewrites", quality[best], quality[rewrite]),
-        versus(
-            "safety, NLL on rewrites against text",
-            study.values_of(rewrite, "safety"),
-            study.values_of(text, "safety"),
-        ),
-    ]
-
-
-def fine_tuning(study):
-    """Collapse: most comparisons with the base are lost. Little: less than half of DPO's gain."""
-    own, rewrite, dpo = "table6_sft_rollout", "table6_sft_rewrite", "table6_dpo_suffix_16_rollouts"
-    collapsed = study.values_of(own, "quality_clean")
-    return [
-        Part(
-            max(collapsed) < 25,
-            f"quality after SFT on own rollouts {mean_of(collapsed)} (asked: below 25 in each)",
-        ),
-        versus(
-            "safety after SFT on rewrites",
-            study.values_of(rewrite, "safety"),
-            study.values_of(rewrite, "base.safety"),
-        ),
-        share(
-            "its gain in quality",
-            study.gain(rewrite, "quality_clean"),
-            study.gain(dpo, "quality_clean"),
-            0.5,
-        ),
-    ]
-
-
-def dpo_over_rf_nll(study):
-    dpo, rf = "table6_dpo_rewrite_rollout", "table6_rf_nll_rollout_rewrite"
-    return [
-        versus(f"{COLUMNS[c]}, DPO against RF-NLL", study.values_of(dpo, c), study.values_of(rf, c))
-        for c in ("quality_clean", "quality_unsafe")
-    ]
-
-
-def more_rollouts(study):
-    """The most beat the fewest, and the means are in order with at most one neighbour swapped."""
-    parts = []
-    for reward, rows in ROLLOUTS.items():
-        values = [study.values_of(row, "quality_clean") for row in rows]
-        means = [statistics.mean(v) for v in values]
-        falls = sum(b < a for a, b in zip(means, means[1:], strict=False))
-        text = f"{reward}: " + ", ".join(f"{mean:.1f}" for mean in means)
-        parts.append(Part(higher(values[-1], values[0]) and falls <= 1, text))
-    return parts
-
-
-ROLLOUTS = {
-    "quality": [*(f"rollouts_quality_{K}" for K in (2, 4, 8)), Q],
-    "factuality": [*(f"rollouts_factuality_{K}" for K in (2, 4, 8)), F],
-    "safety": [
-        "table6_dpo_suffix_rollout",
-        *(f"rollouts_safety_{K}" for K in (2, 4, 8)),
-        "table6_dpo_suffix_16_rollouts",
-    ],
-}
-
-
-def chosen_rate(study):
-    return [
-        versus(
-            f"{name}, last against first quarter",
-            *(
-                [100 * x for x in study.values_of(row, f"chosen.{when}")]
-                for when in ("last", "first")
-            ),
-        )
-        for name, row in (
-            ("DPO, rewrite and 1 rollout", "table6_dpo_rewrite_rollout"),
-            ("DPO, suffix, rewrite and 16", "table6_dpo_suffix_rewrite_16_rollouts"),
-            ("RF-NLL from scratch", "table2_rf_nll_rollout_rewrite"),
-        )
-    ]
-
-
-def pivot_is_worse(study):
-    rows = {
-        "quality": ("rollouts_quality_8", "pivot_quality"),
-        "factuality": ("rollouts_factuality_8", "pivot_factuality"),
-        "safety": ("table6_dpo_suffix_16_rollouts", "table6_dpo_suffix_pivot"),
-    }
-    return [
-        versus(
-            f"{name} run, all pairs against pivot",
-            *(study.values_of(row, "quality_clean") for row in pair),
-        )
-        for name, pair in rows.items()
-    ]
-
-
-def weaker_judge(study):
-    rows = [
-        "rollouts_quality_8",
-        "judge_quality_8b",
-        "judge_quality_8b --dials=share_unsafe=0,noise=0.3",
-    ]
-    values = [study.values_of(row, "quality_clean") for row in rows]
-    return [versus("noise 0 against 0.15", *values[:2]), versus("0.15 against 0.3", *values[1:])]
-
-
-def no_judge(study):
-    """Little: less than half of what DPO with the judge gains."""
-    row, dpo = "table6_dpo_rewrite_over_rollout", "table6_dpo_suffix_16_rollouts"
-    return [
-        share(COLUMNS[column], study.gain(row, column), study.gain(dpo, column), 0.5)
-        for column in ("quality_clean", "safety")
-    ]
-
-
-def of_circle(study, measure: str) -> list[float]:
-    """A figure of circle.py in %, of all seeds."""
-    found = study.get("circle", {})
-    if {int(seed) for seed in found} != set(study.seeds):
-        raise Missing("circle.py")
-    return [100 * found[seed][measure] for seed in sorted(found)]
-
-
-def near_chance(name: str, values: list[float]) -> Part:
-    holds = all(40 <= value <= 60 for value in values)
-    return Part(holds, f"{name} {mean_of(values)} (asked: 40 to 60 in each seed)")
-
-
-def above_90(name: str, values: list[float]) -> Part:
-    return Part(min(values) > 90, f"{name} {mean_of(values)} (asked: above 90 in each seed)")
-
-
-def judge_training(study):
-    """On held-out pairs, a text and its spoilt version in both orders."""
-    cold, trained = (of_circle(study, f"judge.quality.{when}") for when in ("cold", "grpo"))
-    return [near_chance("accuracy after the cold start", cold), above_90("after GRPO", trained)]
-
-
-def rewriter_training(study):
-    copied, safe = (of_circle(study, f"rewriter.{what}.grpo") for what in ("copied", "safe"))
-    return [
-        above_90("exact copies of safe text", copied),
-        above_90("safe rewrites of unsafe text", safe),
-    ]
-
-
-# ------------------------------------------------------------------------------------------------
-# Beyond the paper
-
-K4 = "rollouts_quality_4"
-
-
-def forgetting(study):
-    """The term lowers the held-out NLL and costs less than a fifth of the gain in quality."""
-    weighted = f"{K4} --nll_weight=4.0"
-    kept = statistics.mean(study.gain(weighted, "quality")) / statistics.mean(
-        study.gain(K4, "quality")
-    )
-    return [
-        versus(
-            "held-out NLL without and with the term",
-            study.values_of(K4, "nll"),
-            study.values_of(weighted, "nll"),
-            2,
-        ),
-        Part(kept > 0.8, f"{100 * kept:.0f} % of the gain in quality kept"),
-    ]
-
-
-def weak_rewriter(study):
-    """With a rewriter that mostly fails, DPO is ahead of both that imitate what is best at hand."""
-    sft, rf, dpo = (f"{row.config} --dials={WEAK_REWRITER}" for row in TABLES["rewriter"][3:])
-    ours = study.values_of(dpo, "quality_clean")
-    return [
-        versus(
-            "quality, clean, DPO against SFT on rewrites",
-            ours,
-            study.values_of(sft, "quality_clean"),
-        ),
-        versus("against RF-NLL", ours, study.values_of(rf, "quality_clean")),
-    ]
-
-
-def schedules(study):
-    quality, name = {}, {}
-    for how in ("all", "race", "pivot"):
-        row = f"table1_quality --comparisons={how} --dials=noise=0.1"
-        quality[how] = study.values_of(row, "quality")
-        name[how] = f"{how} ({mean_of(study.values_of(row, 'questions'), 0)} questions)"
-    return [
-        not_lower(f"{name['race']} against {name['all']}", quality["race"], quality["all"]),
-        versus(f"race against {name['pivot']}", quality["race"], quality["pivot"]),
-    ]
-
-
-def staleness(study):
-    fresh = study.values_of(K4, "quality")
-    return [
-        not_lower(
-            f"quality, overlap {n} against 0",
-            study.values_of(f"{K4} --overlap={n}", "quality"),
-            fresh,
-        )
-        for n in (1, 2)
-    ]
-
-
-def over_refusal(study):
-    return [
-        not_lower(
-            f"{column} on clean prefixes, after and before",
-            study.values_of(S, f"{column}_clean"),
-            study.values_of(S, f"base.{column}_clean"),
-        )
-        for column in ("quality", "factuality", "coherence")
-    ]
-
-
-FINDINGS = [
-    Finding(
-        "Trained for quality, the policy's continuations beat the base's", "table1", quality_gain
-    ),
-    Finding("Trained for factuality, it is more factual", "table1", target_gain(F, "factuality")),
-    Finding("Trained for safety, it is safer", "table1", target_gain(S, "safety")),
-    Finding("Further next-token training does nothing of this", "table1", next_token),
-    Finding("Optimising safety does not bring factuality, nor the reverse", "table1", specialists),
-    Finding(
-        "From scratch, RF-NLL on rollout or rewrite beats NLL on text and on rewrites in quality; "
-        "rewrites alone bring safety",
-        "table2",
-        from_scratch,
-    ),
-    Finding(
-        "SFT on own rollouts collapses; SFT on rewrites brings safety, but little quality",
-        "table6",
-        fine_tuning,
-    ),
-    Finding("Online DPO beats RF-NLL on the same candidates", "table6", dpo_over_rf_nll),
-    Finding("More rollouts are better", "rollouts", more_rollouts),
-    Finding(
-        "The policy's own rollouts are chosen more and more often", "table2 table6", chosen_rate
-    ),
-    Finding(
-        "Comparing with a pivot is worse than comparing all pairs", "pivot table6", pivot_is_worse
-    ),
-    Finding("A weaker judge gives a weaker policy", "judge", weaker_judge),
-    Finding(
-        "Untrained judges are near chance on corrupted pairs; GRPO lifts them over 90 %",
-        "circle",
-        judge_training,
-    ),
-    Finding(
-        "The rewriter learns to copy safe text and to rewrite unsafe text",
-        "circle",
-        rewriter_training,
-    ),
-    Finding(
-        "Factuality prompts order by strictness, v1 to v5, and a reference raises agreement",
-        "",
-        "the pocket world's teacher computes its verdict instead of reading the instructions, so "
-        "every wording gets the same answer; `python judge.py bench` measures it on a real judge",
-    ),
-    Finding(
-        "DPO with the rewrite always chosen over the rollout, without a judge, helps only a little",
-        "table6",
-        no_judge,
-    ),
-]
-BEYOND = [
-    Finding("An NLL term buys back what DPO forgets", "forgetting", forgetting),
-    Finding(
-        "The race is as good as all pairs, at a quarter of the questions (judge with noise 0.1)",
-        "schedules",
-        schedules,
-    ),
-    Finding("With a weak rewriter, DPO beats SFT and RF-NLL (8)", "rewriter", weak_rewriter),
-    Finding("Judging one or two batches late does no harm", "overlap", staleness),
-    Finding("Safety does not spoil clean prefixes", "table1", over_refusal),
-]
+def rising(rows: list[list[float]]) -> tuple[bool, str]:
+    means = [mean(values) for values in rows]
+    falls = sum(b < a for a, b in zip(means, means[1:], strict=False))
+    ends = above(rows[-1], rows[0])
+    text = f"{', '.join(f'{m:.1f}' for m in means)} (falls: {falls}, asked: at most 1"
+    return ends and falls <= 1, text + ("" if ends else "; the last is not above the first") + ")"
 
 
 def verdict(finding: Finding, study: Study) -> tuple[str, str]:
     """(verdict, evidence)."""
-    if isinstance(finding.check, str):
-        return "not testable in miniature", finding.check
-    try:
-        parts = finding.check(study)
-    except Missing as row:
-        return "not run", f"{row}: not finished"
-    held = [part.holds for part in parts]
-    words = OWN_WORDS if finding in BEYOND else WORDS
-    word = words[True if all(held) else None if any(held) else False]
-    evidence = (f"{'yes' if part.holds else 'no'}: {part.evidence}" for part in parts)
-    return word, "; ".join(evidence)
+    found = []
+    for line in finding.conditions:
+        what, bar, condition = line.partition(" | ")
+        if not bar:
+            return "not testable in miniature", line
+        try:
+            holds, evidence = check(study, finding.tables[0], condition)
+        except Missing as row:
+            return "not run", f"{row}: not finished"
+        found.append((holds, f"{'yes' if holds else 'no'}: {what} {evidence}"))
+    held = [holds for holds, _ in found]
+    word = WORDS[finding.section][0 if all(held) else 2 if any(held) else 1]
+    return word, "; ".join(evidence for _, evidence in found)

@@ -1,13 +1,14 @@
 """The paper's tables in miniature on the pocket world, the paper's figures beside ours.
 
-    python reproduce.py --list                 the tables, and which runs are finished
-    python reproduce.py table6 [rollouts ...]  run what is missing, print the tables ('all': all)
+    python -m study.reproduce --list                 the tables, and which runs are finished
+    python -m study.reproduce table6 [rollouts ...]  run what is missing, print the tables
+    python -m study.reproduce all
 
-In: the rows of tables.py: configs/NAME.py followed by configs/miniature.py, one scale for all rows.
-Out: OUT/runs/SETTINGS/seedS (run folders of train.py with evaluation.json), OUT/TABLE.json and .md.
-A run folder is named by its settings, so a row that several tables share is trained once. Finished
-runs are kept and interrupted ones go on. Every policy is compared with its seed's base by a judge
-without error, whoever judged the training.
+In: configs/TABLE.py:ROW followed by configs/miniature.py (table 2: miniature_scratch.py), one scale
+for all rows. Out: OUT/runs/SETTINGS/seedS (run folders of train.py with evaluation.json),
+OUT/TABLE.json and .md. A run folder is named by its settings, so a row that several tables share
+is trained once. Finished runs are kept and interrupted ones go on. Every policy is compared with
+its seed's base by a judge without error, whoever judged the training.
 """
 
 import argparse
@@ -16,29 +17,64 @@ import hashlib
 import json
 import os
 import signal
-import statistics
 import subprocess
-import sys
 import time
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
+from statistics import mean
 
 import config as configuration
-from study.tables import COLUMNS, TABLES, Row
-from support.command import UserError, python
+from support import command
+from support.command import ROOT, UserError, python
+from support.files import markdown, read_jsonl
 
-HERE = Path(__file__).parents[1]
+TABLES = ("table1", "table2", "table6", "rollouts", "pivot", "judge")  # of the paper
+TABLES += ("forgetting", "overlap", "rewriter", "schedules")  # beyond it
+COLUMNS = {  # in the order of a row's `paper`
+    "quality_clean": "quality, clean",
+    "quality_unsafe": "quality, unsafe",
+    "coherence": "coherence",
+    "factuality": "factuality",
+    "safety": "safety",
+    "nll": "held-out NLL",
+}
+BASE = {"table1": (50.0, 50.0, 50.1, 42.3, 76.9)}  # the paper's figures of the initial policy
 
 
-def settings(row: Row) -> list[str]:
-    """Arguments of train.py that make this row, the same for every seed."""
-    scale = "miniature_scratch" if row.config.startswith("table2") else "miniature"
-    changes = [f"--{name}={value}" for name, value in row.changes.items()]
-    return [str(HERE / "configs" / f"{name}.py") for name in (row.config, scale)] + changes
+@dataclasses.dataclass(frozen=True)
+class Row:
+    table: str
+    name: str  # the row of configs/TABLE.py; "": the base itself
+    label: str
+    paper: tuple = ()  # as far as the paper goes; None: no figure
+
+    @property
+    def key(self) -> str:
+        return f"{self.table}:{self.name}"
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.table == "table2"
+
+    @property
+    def settings(self) -> list[str]:
+        """Arguments of train.py, the same for every seed."""
+        files = f"{self.table}.py:{self.name}", f"miniature{'_scratch' * self.from_scratch}.py"
+        return [str(ROOT / "configs" / file) for file in files]
 
 
+@cache
+def rows_of(table: str) -> list[Row]:
+    """The rows of a table in its order, without the base."""
+    rows = configuration.read_rows(ROOT / "configs" / f"{table}.py").items()
+    return [Row(table, name, row["label"], row.get("paper", ())) for name, row in rows]
+
+
+@cache
 def folder(out: Path, row: Row, seed: int) -> Path:
     """Where this run belongs: equal settings, equal folder, whatever the row is called."""
-    values = dataclasses.asdict(configuration.parse(settings(row))[0])
+    values = dataclasses.asdict(configuration.parse(row.settings)[0])
     usual = dataclasses.asdict(configuration.Config())
     changed = {name: value for name, value in sorted(values.items()) if value != usual[name]}
     key = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]  # new keys change nothing
@@ -50,55 +86,58 @@ def base(out: Path, seed: int) -> Path:
     return out / "bases" / f"seed{seed}"
 
 
+# ---- Running ------------------------------------------------------------------------------------
+
+
 def next_step(out: Path, row: Row, seed: int) -> tuple[Path, list[str]] | None:
     """(folder, command): the base, the training or the evaluation; None: the run is finished."""
     run, start = folder(out, row, seed), base(out, seed)
     if (run / "evaluation.json").exists():
         return None
     if not (start / "summary.json").exists():  # the base is what matters, the method one step
-        config = HERE / "configs" / "miniature.py"
-        flags = (f"--out_dir={start}", f"--seed={seed}", "--max_steps=1", "--eval_prefixes=0")
+        config = ROOT / "configs" / "miniature.py"
+        flags = [f"--out_dir={start}", f"--seed={seed}", "--max_steps=1", "--eval_prefixes=0"]
         return start, python("train", config, *flags)
     if not (run / "summary.json").exists():
         flags = [f"--out_dir={run}", f"--seed={seed}", "--eval_prefixes=0"]
-        if not row.config.startswith("table2"):
+        if not row.from_scratch:
             flags.append(f"--init_from={start / 'base' / 'ckpt'}")
-        return run, python("train", *settings(row), *flags)
+        return run, python("train", *row.settings, *flags)
     compared = ("--baseline", start / "base" / "ckpt", "--out", run / "evaluation.json")
     return run, python("evaluation.evaluate", run / "ckpt", *compared)
 
 
-def start_process(where: Path, command: list[str]) -> subprocess.Popen:
+def start_process(where: Path, arguments: list[str]) -> subprocess.Popen:
     """One thread, deaf to our Ctrl-C; its output goes to a file beside the folder."""
     where.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with where.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
+            arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
 
 
 def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
     """Bring all runs to their end, in this order, `at_once` at a time. -> what failed."""
-    unique = {}
+    unique: dict[Path, tuple[Row, int]] = {}
     for job in jobs:
         unique.setdefault(folder(out, *job), job)
     waiting = list(unique.values())
-    running, failed = {}, []  # {folder: (process, what it does, since when)}
+    running: dict[Path, tuple[subprocess.Popen, float]] = {}  # by folder; since when
+    failed = []
     try:
         while waiting or running:
-            for where, (process, what, began) in list(running.items()):
+            for where, (process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[where]
+                what = where.relative_to(out)
                 print(f"{what}: {time.time() - began:.0f} s, {len(waiting)} to go", flush=True)
-                if process.returncode:
+                if process.returncode:  # nor what builds on it
                     failed.append(f"{what} failed, see {where.with_suffix('.log')}")
-                    waiting = [
-                        job
-                        for job in waiting
-                        if where not in (folder(out, *job), base(out, job[1]))
-                    ]
+                    places = [(folder(out, *job), base(out, job[1])) for job in waiting]
+                    pairs = zip(waiting, places, strict=True)
+                    waiting = [job for job, place in pairs if where not in place]
             for job in list(waiting):
                 if len(running) == at_once:
                     break
@@ -106,44 +145,41 @@ def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
                 if step is None:
                     waiting.remove(job)
                 elif step[0] not in running:
-                    what = f"{step[0].relative_to(out)}"
-                    running[step[0]] = start_process(*step), what, time.time()
+                    running[step[0]] = start_process(*step), time.time()
             time.sleep(0.2)
     finally:  # interrupted: the runs save themselves
-        for process, *_ in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process, *_ in running.values():
+        for process, _ in running.values():
             process.wait()
     return failed
 
 
-# ------------------------------------------------------------------------------------------------
-# What came out
+# ---- What came out ------------------------------------------------------------------------------
 
 
 def record(run: Path) -> dict:
     """The figures of a finished run, in % (win rates against the seed's base) and nats.
 
     Also those of the base as base.NAME, and of the training: the rollouts' share of the chosen in
-    each step (`curve`) and in the first and last quarter, questions a prefix, seconds a step.
+    each step (`curve`, 0 to 1), in the first and last quarter (%), questions a prefix.
     """
-    policies = json.loads((run / "evaluation.json").read_text())["policies"]
-    out = {}
+    policies = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["policies"]
+    out: dict = {}
     for policy, prefix in (("base", "base."), ("checkpoint", "")):
         kinds = policies[policy]
         for name in ("quality", "coherence", "factuality", "safety", "nll"):
             scale = 1 if name == "nll" else 100
             each = {kind: scale * cell[name] for kind, cell in kinds.items()}
             out |= {f"{prefix}{name}_{kind}": value for kind, value in each.items()}
-            out[prefix + name] = statistics.mean(each.values())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    batch = json.loads((run / "config.json").read_text())["batch_size"]
+            out[prefix + name] = mean(each.values())
+    log = list(read_jsonl(run / "log.jsonl"))
+    batch = json.loads((run / "config.json").read_text(encoding="utf-8"))["batch_size"]
     out["curve"] = [line.get("chosen.rollout", 0.0) for line in log]
     quarter = max(1, len(log) // 4)
-    out["chosen.first"] = statistics.mean(out["curve"][:quarter])
-    out["chosen.last"] = statistics.mean(out["curve"][-quarter:])
-    out["questions"] = statistics.mean(line.get("judge.calls", 0) for line in log) / batch
-    out["seconds"] = statistics.median(line["seconds.step"] for line in log)
+    out["chosen.first"] = 100 * mean(out["curve"][:quarter])
+    out["chosen.last"] = 100 * mean(out["curve"][-quarter:])
+    out["questions"] = mean(line.get("judge.calls", 0) for line in log) / batch
     return out
 
 
@@ -154,97 +190,91 @@ def records(out: Path, row: Row, seeds: list[int]) -> dict[int, dict]:
 
 
 def table(out: Path, name: str, seeds: list[int]) -> list[dict]:
-    """[{label, config, changes, paper: {column: figure}, ours: {column: {seed: figure}}}]"""
-    found = {row.label: records(out, row, seeds) for row in TABLES[name] if row.config}
-    any_run = {seed: r for row in found.values() for seed, r in row.items()}
+    """[{label, row, paper: {column: figure}, ours: {column: {seed: figure}}}]"""
+    found = {row: records(out, row, seeds) for row in rows_of(name)}
+    if name in BASE:  # its figures stand in the runs that were compared with it
+        compared = {seed: r for runs in found.values() for seed, r in runs.items()}
+        found = {Row(name, "", "base", BASE[name]): compared, **found}
     lines = []
-    for row in TABLES[name]:
-        prefix, runs = ("", found[row.label]) if row.config else ("base.", any_run)
+    for row, runs in found.items():
+        prefix = "" if row.name else "base."
         ours = {c: {seed: r[prefix + c] for seed, r in sorted(runs.items())} for c in COLUMNS}
         paper = dict(zip(COLUMNS, row.paper, strict=False))
-        lines.append(dataclasses.asdict(row) | {"paper": paper, "ours": ours})
+        lines.append({"label": row.label, "row": row.name, "paper": paper, "ours": ours})
     return lines
 
 
-def markdown(lines: list[dict]) -> str:
+def as_markdown(lines: list[dict]) -> str:
     """Mean (each seed), and the paper's figure in brackets."""
-    rows = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
+    rows = [["", *COLUMNS.values()]]
     for line in lines:
         cells = [line["label"]]
         for column in COLUMNS:
             digits, paper = 2 if column == "nll" else 1, line["paper"].get(column)
-            values = [f"{value:.{digits}f}" for value in line["ours"][column].values()]
-            mean = statistics.mean(line["ours"][column].values()) if values else None
-            cell = "-" if mean is None else f"**{mean:.{digits}f}** ({', '.join(values)})"
+            values = line["ours"][column].values()
+            each = ", ".join(f"{value:.{digits}f}" for value in values)
+            cell = f"**{mean(values):.{digits}f}** ({each})" if values else "-"
             cells.append(cell + (f" [{paper}]" if paper is not None else ""))
         rows.append(cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def write_table(out: Path, name: str, seeds: list[int]) -> str:
     lines = table(out, name, seeds)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(lines, indent=2) + "\n")
-    text = f"{name}: ours, mean (each seed) [the paper's]\n\n{markdown(lines)}\n"
-    (out / f"{name}.md").write_text(text)
+    (out / f"{name}.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    text = f"{name}: ours, mean (each seed) [the paper's]\n\n{as_markdown(lines)}\n"
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
     return text
 
 
-HOW_TO_RUN = """run what is missing: python reproduce.py table6 [rollouts ...], or reproduce.py all
+HOW_TO_RUN = """run what is missing: python -m study.reproduce table6 [rollouts ...], or all
 a row takes 1 to 10 minutes of one core for each seed; a seed's base, once for all rows, 5 to 12"""
 
 
 def listing(out: Path, seeds: list[int]) -> str:
     lines = []
-    for name, rows in TABLES.items():
+    for name in TABLES:
         lines.append(name)
-        for row in rows:
-            if row.config:
-                changes = " ".join(f"--{key}={value}" for key, value in row.changes.items())
-                runs = [folder(out, row, seed) / "evaluation.json" for seed in seeds]
-                finished = sum(run.exists() for run in runs)
-                lines.append(f"  {finished}/{len(seeds)}  {row.label:<40} {row.config} {changes}")
+        for row in rows_of(name):
+            finished = sum((folder(out, row, s) / "evaluation.json").exists() for s in seeds)
+            lines.append(f"  {finished}/{len(seeds)}  {row.label:<42} {row.key}")
     return "\n".join([*lines, "", HOW_TO_RUN])
 
 
+def flags(doc: str) -> argparse.ArgumentParser:
+    """Those of the commands that read or write OUT."""
+    flag = argparse.ArgumentParser(description=doc.split("\n")[0])
+    flag.add_argument("--out", type=Path, default=Path("out/study"), help="(default: %(default)s)")
+    flag.add_argument("--seeds", type=seed_list, default="0,1,2", help="(default: %(default)s)")
+    return flag
+
+
 def seed_list(text: str) -> list[int]:
-    """The value of --seeds: 0,1,2"""
     return [int(seed) for seed in text.split(",")]
 
 
-def main(argv: list[str]) -> int:
-    flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: list[str]):
+    flag = flags(__doc__)
     flag.add_argument("tables", nargs="*", help=f"'all', or some of {', '.join(TABLES)}")
     flag.add_argument("--list", action="store_true", help="rows, and how many seeds are finished")
-    flag.add_argument("--out", type=Path, default=Path("out/study"), help="(default: %(default)s)")
-    flag.add_argument("--seeds", type=seed_list, default="0,1,2", help="(default: %(default)s)")
     flag.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
-    args = flag.parse_args(argv)
+    args = flag.parse_args(arguments)
     out = args.out.absolute()
+    for name in set(args.tables) - {*TABLES, "all"}:
+        near = get_close_matches(name, TABLES, 1, cutoff=0)[0]
+        raise UserError(f"no table {name}: the nearest is {near}, all of them are 'all'")
     wanted = list(TABLES) if "all" in args.tables else args.tables
-    if unknown := [name for name in wanted if name not in TABLES]:
-        known = f"{', '.join(TABLES)}, and all of them: all"
-        flag.error(f"no table {', '.join(unknown)}; there are {known}")
     if args.list or not wanted:
         print(listing(out, args.seeds))
-        return 0
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    rows = [row for name in wanted for row in TABLES[name] if row.config]
-    jobs = [(row, seed) for row in rows for seed in args.seeds]
-    try:
-        failed = work(out, jobs, args.jobs)
-    except KeyboardInterrupt:
-        print("interrupted: the runs are saved, the same command goes on", file=sys.stderr)
-        return 130
+    failed = work(out, [(r, s) for t in wanted for r in rows_of(t) for s in args.seeds], args.jobs)
     for name in wanted:
         print("\n" + write_table(out, name, args.seeds))
-    for line in failed:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    command.run(main)

@@ -1,18 +1,23 @@
 """Which comparison schedule names the best and the worst of K candidates, at how many questions?
 
-    python study.py [PNG]    # 50 s of one core; prints a table, draws out/comparisons.png
+    python -m study.schedules [PNG]    50 s of one core; prints a table, draws out/comparisons.png
 
 Offline, on continuations from the pocket world, whose true quality is known. The judge is simulated
 with three dials: noise flips a verdict, bias is how often the first option wins whatever it is,
-and blur makes close calls a matter of luck (logistic in the gap of true quality over blur)."""
+and blur makes close calls a matter of luck (logistic in the gap of true quality over blur).
+"""
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from schedules import schedule
+from support import command
+from support.files import markdown
+from tools.plot import figure_of
 from world import corpus, teacher, truth
 
 JUDGES = {
@@ -25,24 +30,24 @@ SCHEDULES = {
     8: ["all", "pivot", 2, 3, 5, "race", "race:0.55", "race:1"],
     16: ["all", "pivot", 2, 4, 7, "race:0.2", "race", "race:0.4", "race:0.6"],
 }
+HEAD = ["K", "judge", "schedule", "questions", "rounds", "best", "worst", "quality lost"]
 
 
-def true_qualities(seed, k):
+def true_qualities(seed: int, k: int) -> np.ndarray:
     """Of k different continuations of one prefix: the original and better and worse rewrites."""
     rng = random.Random(seed)
     words = corpus.document(0, seed).split()
     prefix, texts = " ".join(words[:56]), [" ".join(words[56:88])]
     while len(texts) < k:
-        original = rng.choice(
-            [texts[0], " ".join(corpus.document(1, rng.randrange(10**9)).split()[56:88])]
-        )
+        other = " ".join(corpus.document(1, rng.randrange(10**9)).split()[56:88])
+        original = rng.choice([texts[0], other])
         dials = corpus.Dials(rewriter_knowledge=rng.random(), rewriter_flaws=rng.random())
         text = teacher.rewrite(prefix, original, dials, str(rng.random()))
         texts += [text] if text not in texts else []
     return np.array([truth.quality(prefix, text) for text in texts])
 
 
-def answer(quality, first, second, rng, noise, bias, blur):
+def answer(quality, first: int, second: int, rng, noise: float, bias: float, blur: float) -> float:
     """1 if the judge says that the first one is better."""
     gap = quality[first] - quality[second]
     first_wins = rng.random() < 1 / (1 + np.exp(-np.clip(gap / max(blur, 1e-9), -50, 50)))
@@ -50,7 +55,7 @@ def answer(quality, first, second, rng, noise, bias, blur):
     return float(first_wins != (rng.random() < noise))
 
 
-def play(comparisons, quality, seed, dials):
+def play(comparisons, quality, seed: int, dials: dict) -> tuple:
     """(questions, rounds, named the best, named the worst, gap to them) of one pool."""
     chance, rng = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     plan, outcomes, questions, rounds = schedule(comparisons, len(quality), 0, rng), None, 0, 0
@@ -67,7 +72,8 @@ def play(comparisons, quality, seed, dials):
     return questions, rounds, best == quality.max(), worst == quality.min(), regret
 
 
-def study(pools=400):
+def simulate(pools: int = 400) -> list[tuple]:
+    """A row of HEAD for each K, judge and schedule, the means over the pools."""
     rows = []
     for k, names in SCHEDULES.items():
         qualities = [true_qualities(seed, k) for seed in range(pools)]
@@ -78,52 +84,36 @@ def study(pools=400):
     return rows
 
 
-def draw(rows, file):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(JUDGES), figsize=(14, 6), sharey="row", squeeze=False)
-    for line, k in zip(axes, SCHEDULES, strict=True):
-        for axis, judge in zip(line, JUDGES, strict=True):
-            here = [row for row in rows if row[:2] == (k, judge)]
-            for family, style in (("R", "o-"), ("race", "s-"), ("pivot", "x"), ("all", "*")):
-                points = sorted(
-                    (row[3], row[7])
-                    for row in here
-                    if row[2].partition(":")[0] == family or (family == "R" and row[2].isdigit())
-                )
-                axis.plot(*zip(*points, strict=True), style, label=family, markersize=8)
-            axis.set_title(f"K = {k}, {judge}", fontsize=10)
-            axis.axvline(k * (k - 1) / 8, color="grey", linestyle=":", linewidth=1)
-            axis.set_xlabel("questions a prefix (dotted: a quarter of all pairs)", fontsize=8)
-        line[0].set_ylabel("true quality lost (best + worst)")
-    axes[0][0].legend()
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+def panel(ax, k: int, judge: str, rows: list[tuple]):
+    """The quality lost against the questions, a curve a family of schedules."""
+    for family, style in (("R", "o-"), ("race", "s-"), ("pivot", "x"), ("all", "*")):
+        points = sorted(
+            (questions, lost)
+            for K, who, name, questions, *_, lost in rows
+            if (K, who) == (k, judge) and family == ("R" if name.isdigit() else name.split(":")[0])
+        )
+        ax.plot(*zip(*points, strict=True), style, label=family, markersize=8)
+    ax.set_title(f"K = {k}, {judge}", fontsize=10)
+    ax.axvline(k * (k - 1) / 8, color="grey", linestyle=":", linewidth=1)
+    ax.set_xlabel("questions a prefix (dotted: a quarter of all pairs)", fontsize=8)
+    ax.set_ylabel("true quality lost (best + worst)")
+    ax.legend()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "picture",
-        type=Path,
-        nargs="?",
-        default="out/comparisons.png",
-        help="where the quality lost against the questions is drawn (default: %(default)s)",
+def main(arguments: list[str]):
+    flag = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    where = "where the quality lost against the questions is drawn (default: %(default)s)"
+    flag.add_argument("picture", type=Path, nargs="?", default="out/comparisons.png", help=where)
+    picture = flag.parse_args(arguments).picture
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    rows = simulate()
+    formats = ("", "", "", ".0f", ".0f", ".0%", ".0%", ".3f")
+    print(
+        markdown([HEAD, *([f"{v:{f}}" for v, f in zip(row, formats, strict=True)] for row in rows)])
     )
-    picture = parser.parse_args().picture
-    rows = study()
-    print("| K | judge | schedule | questions | rounds | best | worst | quality lost |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for k, judge, name, questions, rounds, best, worst, regret in rows:
-        cost = f"| {k} | {judge} | {name} | {questions:.0f} | {rounds:.0f} "
-        print(cost + f"| {best:.0%} | {worst:.0%} | {regret:.3f} |")
-    draw(rows, picture)
-    print(picture)
+    panels = [partial(panel, k=k, judge=judge, rows=rows) for k in SCHEDULES for judge in JUDGES]
+    print(figure_of(picture, panels, rows=len(SCHEDULES), sharey="row"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from candidates import Pool
-from config import Config
+from config import REWARDS, Config
 from data import Batch
-from model import Llama, ModelConfig, preset
+from model import Llama, ModelConfig
 from rollout import sample_rollouts
 from schedules import schedule
 from tools import cost
@@ -34,17 +34,15 @@ def test_comparisons_are_what_the_schedule_asks(comparisons, rollouts):
         assert asked == cost.comparisons(config)
 
 
-def test_the_papers_questions():
-    """256 prefixes, 16 rollouts, all pairs: 30,720 questions a step."""
+def test_questions_and_tokens_follow_from_the_config_and_the_prompts(tmp_path):
+    """The paper's 30,720 questions a step; a prompt of one's own costs what it shows."""
     config = Config(candidates="rollouts", rollouts=16, batch_size=256, rewards="quality")
-    assert cost.questions(config) == {"quality": 30720}
-
-
-@pytest.mark.parametrize("name", ["world", "smollm2-135m", "llama-1.4b"])
-def test_parameters(name):
-    shape = preset(name, 1000)
-    with torch.device("meta"):
-        assert cost.parameters(shape) == sum(p.numel() for p in Llama(shape).parameters())
+    assert cost.questions(config) == {"quality": 256 * 120}
+    (tmp_path / "safety.txt").write_text("x" * 32 + "<{mark}>{text}")
+    config = Config(rewards="safety", candidates="suffix", rollouts=1, prompts=str(tmp_path))
+    assert cost.tokens(config) == (32 * (46 // 4 + config.chunk), 32 * cost.ANSWER_TOKENS)
+    whole = Config(rewards=",".join(REWARDS))  # any reward that config.py knows
+    assert set(cost.questions(whole)) == {*REWARDS, "rewrite"} and all(cost.tokens(whole))
 
 
 # Narrow heads: attention, whose products the counter does not see, is a hundredth of the work.
@@ -84,8 +82,6 @@ def test_flops_are_those_of_an_update(changes):
     done = counted(lambda: update(policy, reference, optimizer, pool, reward, 0, config))
     estimated = cost.flops(config, shape)
     estimated.pop("rollouts")
-    compared = changes["objective"] == "dpo" or "grpo_kl" in changes
-    assert ("reference" in estimated) == compared
     # Of a layer that is computed again torch leaves out the last product, which nothing needs.
     off = 0.1 if config.recompute else 0.05
     assert sum(estimated.values()) == pytest.approx(done, rel=off)
@@ -101,7 +97,7 @@ def test_flops_are_those_of_the_sampler():
 
 
 def test_memory_holds_the_policies_that_training_keeps():
-    """As train.run_phases does: the initial policy always, the baseline until the evaluation."""
+    """The initial policy always, the baseline until the evaluation."""
     count = cost.parameters(SHAPE)
     base, baseline = "initial policy (the reference)", "next-token baseline, for the evaluation"
     held = cost.memory(Config(objective="rf_nll"), SHAPE, bf16=True)
@@ -109,7 +105,6 @@ def test_memory_holds_the_policies_that_training_keeps():
     assert held[base] == held[baseline] == 4 * count  # float32 in bfloat16 runs too
     assert held["their copies in bfloat16"] == 2 * count  # rf_nll asks no reference
     assert baseline not in cost.memory(Config(baseline=False), SHAPE, bf16=True)
-    assert baseline not in cost.memory(Config(task="judge"), SHAPE, bf16=True)
     spread = cost.memory(Config(shard=True, gpus=8), SHAPE, bf16=False)
     assert spread["weights, gradients, optimiser"] == 2 * count and spread[base] == count / 2
     assert spread["whole weights while sampling"] == 4 * count and baseline not in spread

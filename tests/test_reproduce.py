@@ -1,47 +1,72 @@
-"""The study: configs parse, runs are keyed, shared and resumed, verdicts follow their rule."""
+"""The study: rows are configurations, runs are keyed, shared and resumed, verdicts follow rules."""
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 import config as configuration
-from study import reproduce, results
-from study.findings import BEYOND, FINDINGS, Study, higher, verdict
-from study.tables import TABLES, Row
+from study import findings, reproduce, results
+from study.findings import Study, check, verdict
+from study.reproduce import Row, rows_of
+from support.command import ROOT, UserError
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-ROWS = [row for rows in TABLES.values() for row in rows if row.config]
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses(file):
-    assert file.read_text().startswith('"""'), "a config says which row it is"
-    paper = ROOT / "configs" / ("paper_scratch.py" if "table2" in file.stem else "paper.py")
-    config, _ = configuration.parse([str(paper), str(file)])
-    if file.stem.startswith(("table", "rollouts", "pivot", "judge")):
-        assert (config.chunk, config.batch_size) == (128, 256) and config.data != "world"
-        assert any(row.config == file.stem for row in ROWS), "in no table"
+ROWS = [row for name in reproduce.TABLES for row in rows_of(name)]
+KINDS = ("quality", "coherence", "factuality", "safety", "nll")
+RECORD = [
+    *(b + k + s for b in ("", "base.") for k in KINDS for s in ("", "_clean", "_unsafe")),
+    *("chosen.first", "chosen.last", "questions"),
+]
 
 
-def test_a_row_keeps_its_identity_in_miniature():
-    for row in ROWS:
-        own, _ = configuration.parse([str(ROOT / "configs" / f"{row.config}.py")])
-        small, _ = configuration.parse(reproduce.settings(row))
-        assert small.data == "world" and small.judge_samples == 1
-        for name in ("objective", "candidates", "rollouts", "rewards"):
-            assert getattr(own, name) == getattr(small, name), (row.label, name)
+def row(name: str) -> Row:
+    table, _, name = name.partition(":")
+    return next(row for row in rows_of(table) if row.name == name)
 
 
-def test_equal_settings_share_a_folder(tmp_path):
-    def folder(config, **changes):
-        return reproduce.folder(tmp_path, Row("", config, (), changes), 0)
+def parse(*arguments: str):
+    return configuration.parse([str(ROOT / "configs" / file) for file in arguments])[0]
 
-    assert folder("table1_safety") == folder("table6_dpo_suffix_16_rollouts")
-    assert folder("table1_safety") != folder("table6_dpo_suffix_pivot")
-    assert folder("rollouts_quality_4") != folder("rollouts_quality_4", overlap=1)
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
+def test_a_row_is_the_same_at_every_scale(row):
+    own = parse(f"{row.table}.py:{row.name}")
+    scratch = "_scratch" if row.from_scratch else ""
+    paper = parse(f"paper{scratch}.py", f"{row.table}.py:{row.name}")
+    small, _ = configuration.parse(row.settings)
+    assert (paper.chunk, paper.batch_size) == (128, 256) and paper.data != "world"
+    assert small.data == "world" and small.judge_samples == 1
+    for key in ("objective", "candidates", "rewards", "comparisons", "nll_weight", "dials"):
+        assert getattr(own, key) == getattr(paper, key) == getattr(small, key), key
+    assert row.label and len(row.paper) <= len(reproduce.COLUMNS)
+    if "rollouts" in own.candidates:
+        assert own.rollouts == paper.rollouts == small.rollouts
+
+
+def test_the_list_and_what_is_not_in_it(tmp_path, capsys):
+    reproduce.main([f"--out={tmp_path}"])
+    listed = capsys.readouterr().out
+    assert "0/3  DPO (suffix as pivot, 16 rollouts)" in listed
+    assert "python -m study.reproduce table6" in listed
+    with pytest.raises(UserError, match="dpo_suffix_pivot"):
+        parse("table6.py:dpo_sufix_pivot")
+    with pytest.raises(UserError, match="dpo_16_rollouts"):
+        parse("table6.py")
+    with pytest.raises(UserError, match="the nearest is table6"):
+        reproduce.main([f"--out={tmp_path}", "tabel6"])
+
+
+def test_runs_of_before_are_found_and_shared(tmp_path):
+    def name(key: str) -> str:
+        return reproduce.folder(tmp_path, row(key), 0).parent.name
+
+    assert (
+        name("table1:safety") == name("table6:dpo_suffix_16_rollouts") == name("rollouts:safety_16")
+    )
+    assert name("table1:safety") == "dpo_suffix-rollouts_K16_22fd33"
+    assert name("table6:dpo_suffix_pivot") == "dpo_suffix-rollouts_K16_9a5d57"
+    assert name("table2:baseline") == "nll_suffix_K4_db2e61"
+    assert name("overlap:overlap_0") == name("rollouts:quality_4") != name("overlap:overlap_1")
 
 
 def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -53,15 +78,15 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
         "assert 'broken' not in name\nfile.open('a').write(kind)\n"
     )
 
-    def python(name, *arguments):
-        if name == "evaluate.py":
+    def python(module, *arguments):
+        if module == "evaluation.evaluate":
             return [sys.executable, str(script), f"E={arguments[-1]}"]
         out = next(a for a in map(str, arguments) if a.startswith("--out_dir="))
         return [sys.executable, str(script), f"T={out[10:]}/summary.json"]
 
     monkeypatch.setattr(reproduce, "python", python)
-    rows = [TABLES["table1"][5], TABLES["table6"][7], TABLES["table6"][0]]  # two share their runs
-    jobs = [(row, seed) for row in rows for seed in (0, 1)]
+    rows = ["table1:safety", "table6:dpo_suffix_16_rollouts", "table6:sft_rewrite"]  # two share
+    jobs = [(row(name), seed) for name in rows for seed in (0, 1)]
     for _ in range(2):
         assert reproduce.work(tmp_path, jobs, 3) == []
     files = sorted(tmp_path.glob("*/**/*.json"))
@@ -71,65 +96,80 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(failed) == 2 and "bases/seed0 failed" in failed[0]
 
 
-def fill(study: Study, **values):
-    for row in ROWS:
-        record = dict.fromkeys(RECORD, 50.0) | {"curve": [0.2, 0.4, 0.6]} | values
-        study[results.row_name(row)] = {0: record, 1: record, 2: record}
-    return study
-
-
-KINDS = ("quality", "coherence", "factuality", "safety", "nll")
-RECORD = [
-    *(b + k + s for b in ("", "base.") for k in KINDS for s in ("", "_clean", "_unsafe")),
-    *("chosen.first", "chosen.last", "questions", "seconds"),
+SEEDS = {  # rows of table t with a column x
+    "low": (49, 50, 51),
+    "high": (60, 61, 62),
+    "mixed": (60, 61, 51),
+    "wild": (50.1, 51.2, 70),
+    "ten": (9, 10, 11),
+    "one": (1, 1, 1),
+}
+RULES = [  # condition, whether it holds, the figures and limits it shows
+    ("high above low", True, "61.0 against 50.0 (+11.0, spread 0.0)"),
+    ("mixed above low", False, "57.3 against 50.0 (+7.3, least +0.0, spread 6.4)"),
+    ("wild above low", False, "57.1 against 50.0 (+7.1, spread 10.3)"),
+    ("low above low", False, "50.0 against 50.0 (+0.0, spread 0.0)"),
+    ("mixed not below high", True, "57.3 against 61.0 (-3.7, spread 6.4)"),
+    ("low not below high", False, "50.0 against 61.0 (-11.0, spread 0.0)"),
+    ("ten at most 0.2 of low", True, "+10.0 (asked: at most 0.2 of +50.0)"),
+    ("ten at most 0.1 of low", False, "+10.0 (asked: at most 0.1 of +50.0)"),
+    ("low over 0.8 of high", True, "82 % (asked: over 80 %)"),
+    ("one within 0.2 of ten", True, "+1.0 (asked: within 0.2 of +10.0, either way)"),
+    ("mixed each below 61", False, "57.3 (60.0, 61.0, 51.0; asked: below 61 in each seed)"),
+    ("high each above 60", False, "61.0 (60.0, 61.0, 62.0; asked: above 60 in each seed)"),
+    ("high each from 60 to 62", True, "61.0 (60.0, 61.0, 62.0; asked: from 60 to 62 in each seed)"),
+    ("one ten one high rising", True, "1.0, 10.0, 1.0, 61.0 (falls: 1, asked: at most 1)"),
+    ("ten one ten one high rising", False, "61.0 (falls: 2, asked: at most 1)"),
+    ("high low rising", False, "61.0, 50.0 (falls: 1, asked: at most 1; the last is not above"),
 ]
 
 
-def test_higher_is_in_every_seed_and_by_more_than_the_spread():
-    assert higher([60, 61, 62], [50, 50, 50])
-    assert not higher([60, 61, 49], [50, 50, 50])
-    assert not higher([50.1, 50.2, 70], [50, 50, 50])
-    assert not higher([50, 50, 50], [50, 50, 50])
+@pytest.mark.parametrize("condition, holds, evidence", RULES)
+def test_every_rule_shows_the_figures_it_goes_by(condition, holds, evidence):
+    study = Study()
+    for name, values in SEEDS.items():
+        study[f"t:{name}"] = {seed: {"x": value} for seed, value in enumerate(values)}
+    found = check(study, "t", f"x: {condition}")
+    assert found[0] == holds and evidence in found[1]
+
+
+def filled(**values) -> Study:
+    """All runs with equal figures, so that no gain is found anywhere."""
+    record = dict.fromkeys(RECORD, 50.0) | {"curve": [0.2, 0.4, 0.6]} | values
+    study = Study({row.key: dict.fromkeys(range(3), record) for row in ROWS})
+    names = ("judge.quality.cold", "judge.quality.grpo", "rewriter.copied.grpo")
+    circle = dict.fromkeys((*names, "rewriter.safe.grpo"), 50.0)
+    study["circle:teachers"] = dict.fromkeys(range(3), circle)
+    return study
 
 
 def test_verdicts():
-    """All equal: no gain is found anywhere; a missing row is said to be missing."""
-    study = fill(Study())
-    found = {finding.claim: verdict(finding, study)[0] for finding in FINDINGS}
-    assert list(found.values())[:3] == ["not reproduced"] * 3
-    assert set(found.values()) <= {
-        *("not reproduced", "partly reproduced", "reproduced", "not run"),
-        "not testable in miniature",
+    study, found = filled(), findings.load()
+    assert [finding.section for finding in found] == ["paper"] * 16 + ["beyond"] * 5
+    words = [verdict(finding, study)[0] for finding in found]
+    assert words[:3] == ["not reproduced"] * 3 and words[-1] == "holds"
+    assert words[12] == "partly reproduced" and words[14] == "not testable in miniature"
+    assert "not run" not in words
+    gained = {
+        seed: r | {"quality_clean": 80.0 + seed} for seed, r in study["table1:quality"].items()
     }
-    study["table1_quality"] = {
-        seed: study["table1_quality"][seed] | {"quality_clean": 80.0 + seed} for seed in range(3)
-    }
-    word, evidence = verdict(FINDINGS[0], study)
-    assert word == "reproduced" and "81.0 against 50.0 (+31.0, spread 1.0)" in evidence
-    del study["table1_quality"]
-    assert verdict(FINDINGS[0], study)[0] == "not run"
-    assert verdict(BEYOND[-1], study)[0] == "holds"
+    study["table1:quality"] = gained
+    assert verdict(found[0], study)[0] == "reproduced"
+    del study["table1:quality"]
+    assert verdict(found[0], study) == ("not run", "table1:quality: not finished")
 
 
 def test_page_without_and_with_runs():
     from matplotlib.figure import Figure
 
-    for study in (Study({results.row_name(row): {} for row in ROWS}), fill(Study())):
+    for study in (Study({row.key: {} for row in ROWS}), filled()):
         for _, *panels in results.PICTURES.values():
             for panel in panels:
                 ax = Figure().subplots()
                 panel(ax, study)
                 assert ax.get_title() and ax.get_ylabel() + ax.get_xlabel()
-        lines = results.verdicts(FINDINGS, study, True).splitlines()
+        lines = results.verdicts("paper", study).splitlines()
         assert len(lines) == 2 + 16 and lines[-1].startswith("| 16 |")
-
-
-def test_the_list_says_how_to_run_a_table(tmp_path, capsys):
-    assert reproduce.main([f"--out={tmp_path}"]) == 0
-    assert "python reproduce.py table6" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        reproduce.main([f"--out={tmp_path}", "table9"])
-    assert "all of them: all" in capsys.readouterr().err
 
 
 def test_record_and_table(tmp_path):
@@ -138,15 +178,16 @@ def test_record_and_table(tmp_path):
         "base": {"clean": cell | {"quality": 0.5}, "unsafe": cell | {"quality": 0.5}},
         "checkpoint": {"clean": cell, "unsafe": cell | {"quality": 0.9}},
     }
-    run = reproduce.folder(tmp_path, TABLES["table1"][3], 0)
+    run = reproduce.folder(tmp_path, row("table1:quality"), 0)
     run.mkdir(parents=True)
     (run / "evaluation.json").write_text(json.dumps({"policies": policies}))
     (run / "config.json").write_text('{"batch_size": 16}')
-    lines = [{"chosen.rollout": i / 8, "judge.calls": 32, "seconds.step": 1.0} for i in range(8)]
+    lines = [{"chosen.rollout": i / 8, "judge.calls": 32} for i in range(8)]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     record = reproduce.record(run)
+    assert set(RECORD) | {"curve"} == set(record)
     assert record["quality"] == pytest.approx(80) and record["questions"] == 2
-    assert (record["chosen.first"], record["chosen.last"]) == (0.0625, 0.8125)
+    assert (record["chosen.first"], record["chosen.last"]) == (6.25, 81.25)
     text = reproduce.write_table(tmp_path, "table1", [0, 1])
     assert "| self-improving, quality | **70.0** (70.0) [86.3] | **90.0** (90.0) |" in text
     assert "| base | **50.0** (50.0) [50.0] |" in text

@@ -2,16 +2,17 @@
 
 In: a config, the policy's shape, the prompts. Out: questions and tokens for the teachers, FLOPs,
 memory of one GPU, hours and money at the throughput and price that the config states. Counts are
-exact where they follow from the config (questions, positions computed); a question's tokens are the
-prompt's characters / 4 plus the texts at full length, an answer is ANSWER_TOKENS, and activations
-are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk aside.
+exact where they follow from the config (questions, positions computed); a question's tokens are its
+prompt's characters / 4 plus the texts that it shows at full length, an answer is ANSWER_TOKENS, and
+activations are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk
+aside.
 """
 
 import torch
 
 from config import Config, names, needs_reference
-from judge import load_prompts
-from model import ModelConfig, preset, read_config
+from judge import FIELD, load_prompts
+from model import Llama, ModelConfig, preset, read_config
 from support.tokenizer import load_tokenizer
 
 ANSWER_TOKENS = 80  # a short reasoning and a verdict
@@ -38,10 +39,9 @@ def comparisons(config: Config) -> int:
 
 def questions(config: Config) -> dict[str, int]:
     """Questions a step by kind; malformed answers, asked again, come on top."""
-    B, C = config.batch_size, pool_size(config)
-    out = {}
+    B, C, out = config.batch_size, pool_size(config), {}
     for kind in (name.partition(":")[0] for name in names(config.rewards)):
-        each = comparisons(config) if kind == "quality" else C
+        each = comparisons(config) if kind == "quality" else C  # the one that is judged in pairs
         out[kind] = B * each * config.judge_samples
     if "rewrite" in names(config.candidates):
         out["rewrite"] = B
@@ -51,19 +51,18 @@ def questions(config: Config) -> dict[str, int]:
 def tokens(config: Config) -> tuple[int, int]:
     """Teacher tokens a step: (read, written)."""
     N, P = config.chunk, config.max_seq - config.chunk
-    texts = {"quality": P + 2 * N, "safety": N, "factuality": P + 2 * N, "rewrite": P + N}
+    lengths = {"prefix": P, "mark": 0, "last_words": 0}  # of what a prompt shows; else N
     read, written, templates = 0, 0, load_prompts(config.prompts)
     for kind, count in questions(config).items():
-        read += count * (len(templates[kind]) // 4 + texts[kind])
+        shown = set(FIELD.findall(templates[kind]))
+        read += count * (len(templates[kind]) // 4 + sum(lengths.get(name, N) for name in shown))
         written += count * (N if kind == "rewrite" else ANSWER_TOKENS)
     return read, written
 
 
 def parameters(shape: ModelConfig) -> int:
-    attention = 2 * shape.d_model * shape.head_dim * (shape.n_head + shape.n_kv_head)
-    layer = attention + 3 * shape.d_model * shape.d_ff + 2 * shape.d_model
-    tables = (1 if shape.tie_embeddings else 2) * shape.vocab_size * shape.d_model
-    return shape.n_layer * layer + tables + shape.d_model
+    with torch.device("meta"):  # shapes without memory
+        return sum(p.numel() for p in Llama(shape).parameters())
 
 
 def learned(config: Config) -> int:
@@ -131,12 +130,10 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
 def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
     """The page that --dry_run prints."""
     asked, (read, written) = questions(config), tokens(config)
-    work, held = flops(config, shape), memory(config, shape, bf16)
+    work, held, total = flops(config, shape), memory(config, shape, bf16), config.max_steps
     judge_seconds = (read / 10 + written) / config.judge_tokens_per_second
     policy_seconds = sum(work.values()) / (config.gpus * config.gpu_tflops * 1e12)
-    both = policy_seconds + judge_seconds
-    step = max(policy_seconds, judge_seconds) if config.overlap else both
-    total = config.max_steps
+    step = (max if config.overlap else sum)((policy_seconds, judge_seconds))
     price = total * (read * config.price_in + written * config.price_out) / 1e6
 
     def lines(title: str, rows: dict, unit: str, scale: float) -> list[str]:
@@ -166,8 +163,11 @@ def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
 def dry_run(config: Config) -> str:
     """The estimate for a config, whose policy need not be there yet."""
     if config.init_from == "scratch":
-        known = config.tokenizer != "auto" or config.data == "world"
-        shape = preset(config.model, load_tokenizer("world").vocab_size if known else 32000)
+        vocabulary = 32000
+        if config.tokenizer != "auto" or config.data == "world":
+            name = "world" if config.tokenizer == "auto" else config.tokenizer
+            vocabulary = load_tokenizer(name).vocab_size
+        shape = preset(config.model, vocabulary)
     else:
         shape = read_config(config.init_from)
     return estimate(config, shape, bf16=config.dtype == "bfloat16" or torch.cuda.is_available())

@@ -1,6 +1,0 @@
-"""Table 2 (from scratch), row 'baseline'."""
-
-objective = "nll"
-rewards = ""
-candidates = "suffix"
-nll_prefix = True
