@@ -110,12 +110,11 @@ def test_memory_holds_the_policies_that_training_keeps():
     assert spread["whole weights while sampling"] == 4 * count and baseline not in spread
 
 
-def test_memory_of_a_step():
+@pytest.mark.parametrize("budget, rows", [(65536, 4), (300, 2)])
+def test_memory_of_a_step(budget, rows):
     """A process's 4 of 8 prefixes of 64 tokens: rollouts of 32, and a pair of them learned from."""
-    config = Config(batch_size=8, gpus=2, chunk=32, max_seq=96, rollouts=4, objective="dpo")
+    config = Config(batch_size=8, gpus=2, chunk=32, max_seq=96, micro_batch_tokens=budget)
     held = cost.memory(config, SHAPE, bf16=True)
     assert held["cache of prefixes and rollouts"] == 4 * (64 + 4 * 32) * 2 * 2 * 1 * 16 * 2
     per_token = 2 * (16 * 128 + 4 * 352) * 2
-    assert held["activations of a micro-batch"] == 4 * (64 + 2 * 32) * per_token
-    small = cost.memory(replace(config, micro_batch_tokens=300), SHAPE, bf16=True)
-    assert small["activations of a micro-batch"] == 2 * (64 + 2 * 32) * per_token
+    assert held["activations of a micro-batch"] == rows * (64 + 2 * 32) * per_token

@@ -5,14 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from chat import Chat
 from config import Config
 from judge import open_judge
-from support.command import ROOT, UserError
+from support.command import UserError, python
 from tools import plot, report
 from world.teacher import start_teacher
 
@@ -59,7 +58,7 @@ def test_the_page_holds_what_was_judged_and_no_markup_of_models(run):
     best, *_, failed = pools[0]["candidates"]
     assert failed["text"] is None and failed["reward"] is None and best["best"]
     assert {v["kind"] for v in best["verdicts"]} == {"quality", "safety", "factuality"}
-    assert all(v["answer"] for v in best["verdicts"])
+    assert all(v["answer"] for pool in pools for v in pool["candidates"][0]["verdicts"])
     assert text.count("<script") == 2 and "onerror" in text and "<img src=x" not in text
     assert (
         "<b>run" not in text and "://" not in text.partition('id="data"')[0].partition("<pre>")[0]
@@ -106,24 +105,20 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "draw_curve", lambda ax, *rest: drawn.append(rest) or draw(ax, *rest))
     assert "0 of " in report.write_report(young, 2).read_text(encoding="utf-8")
     assert [(len(log), key, name) for log, key, name in drawn] == [(2, "loss", "base")]
-    assert plot.plot_runs([young, run]).exists()
-
-
-def test_runs_of_the_same_name_are_told_apart(run, tmp_path):
     other = shutil.copytree(run, tmp_path / run.name)
     assert plot.run_names([run, other]) == [f"{p.parent.name}/{run.name}" for p in (run, other)]
+    assert plot.plot_runs([young, run, other]) == young / "compared.png"
 
 
-@pytest.mark.parametrize("module", ["tools.plot", "tools.report"])
-@pytest.mark.parametrize("kept", [[], ["log.jsonl"]])
-def test_a_folder_that_is_no_run_is_one_line(module, kept, run, tmp_path):
-    for name in kept:  # a log without settings: enough for a picture
-        shutil.copy(run / name, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
-    if kept and module == "tools.plot":
-        assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "training.png")
-    else:
-        assert done.returncode == 1 and re.fullmatch("error: .*\n", done.stderr)
-        assert str(tmp_path) in done.stderr
+def test_what_is_no_run_is_one_line(run, tmp_path):
+    """Of a log without settings there is a picture, and no page."""
+    shutil.copy(run / "log.jsonl", tmp_path)
+    for module, folder, code in (
+        ("tools.plot", tmp_path, 0),
+        ("tools.report", tmp_path, 1),
+        ("tools.plot", tmp_path / "none", 1),
+        ("tools.report", tmp_path / "none", 1),
+    ):
+        done = subprocess.run(python(module, folder), capture_output=True, text=True)
+        assert done.returncode == code and str(folder) in (done.stderr if code else done.stdout)
+        assert re.fullmatch("error: .*\n" if code else "", done.stderr)
