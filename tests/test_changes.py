@@ -1,15 +1,17 @@
-"""The README's three changes apply to this tree and work: a reward, an objective, a source."""
+"""The three changes of docs/extending.md apply to this tree and work: a reward, an objective, a
+candidate source."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.command import ROOT
+
+BLOCKS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/extending.md").read_text("utf-8"), re.S)
 TRY = """
 import asyncio, sys
 from types import SimpleNamespace
@@ -27,44 +29,42 @@ scores = Judge(Teacher(), rewards="clarity:2").score(
 print(scores.reward.tolist(), flush=True)
 train.main(sys.argv[1:])
 """
-SMALL = ["--base_steps=1", "--max_steps=1", "--batch_size=2", "--base_batch_size=2", "--rollouts=2"]
-SMALL += ["--eval_prefixes=0", "--baseline=False", "--track=", "--objective=ipo"]
+SMALL = ["--base_steps=1", "--max_steps=1", "--batch_size=2", "--base_batch_size=2", "--track="]
+SMALL += ["--eval_prefixes=0", "--baseline=False"]
 
 
-BLOCKS = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-
-
-def apply(block, tree, *flags):
-    command = ["git", "apply", *flags, "-"]
-    done = subprocess.run(command, input=block, text=True, cwd=tree, capture_output=True)
-    assert done.returncode == 0, done.stderr + block
-
-
-def test_they_fit_and_are_small():
-    assert len(BLOCKS) == 3
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the repository with all three changes."""
+    tree = tmp_path_factory.mktemp("changed") / "tree"
+    kept = shutil.ignore_patterns(".*", "out", "__pycache__", "*.png", "*.jsonl")
+    shutil.copytree(ROOT, tree, ignore=kept)
     for block in BLOCKS:
-        assert len(re.findall(r"^[+](?!\+\+)", block, re.M)) < 20
-        apply(block, ROOT, "--check")
+        apply = ["git", "apply", "-"]
+        done = subprocess.run(apply, input=block, text=True, cwd=tree, capture_output=True)
+        assert done.returncode == 0, done.stderr + block
+    return tree
+
+
+def run(tree, *command) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tree, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_they_fit_together_are_small_and_can_be_estimated(tree):
+    assert len(BLOCKS) == 3
+    assert all(len(re.findall(r"^[+](?!\+\+)", block, re.M)) < 20 for block in BLOCKS)
+    flags = ["--rewards=quality,clarity:0.5", "--objective=ipo", "--candidates=greedy,suffix"]
+    assert "clarity 64" in run(tree, "train.py", *flags, "--dry_run")
 
 
 @pytest.mark.skipif(not os.environ.get("NANOSIP_FULL"), reason="trains: NANOSIP_FULL=1")
-def test_they_work_together(tmp_path):
-    tree = tmp_path / "tree"
-    kept = shutil.ignore_patterns(".*", "out", "docs", "__pycache__", "*.jsonl")
-    shutil.copytree(ROOT, tree, ignore=kept)
-    for block in BLOCKS:
-        apply(block, tree)
-    run = tmp_path / "run"
-    command = [sys.executable, "-c", TRY, *SMALL, f"--out_dir={run}", "--candidates=greedy,suffix"]
-    done = subprocess.run(
-        command,
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("[[2.0, 0.0]]")
-    line = (run / "log.jsonl").read_text()
+def test_they_work_together(tree, tmp_path):
+    flags = [*SMALL, f"--out_dir={tmp_path}", "--objective=ipo", "--candidates=greedy,suffix"]
+    assert run(tree, "-c", TRY, *flags).startswith("[[2.0, 0.0]]")
+    line = (tmp_path / "log.jsonl").read_text()
     assert '"loss": 25.0' in line and '"chosen.greedy"' in line  # (1 / (2 * 0.1)) ** 2

@@ -15,7 +15,7 @@ from model import Llama, ModelConfig
 from rollout import sample_rollouts
 from schedules import schedule
 from tools import cost
-from update import make_optimizer, update
+from update import make_optimizer, pick, update
 
 
 @pytest.mark.parametrize("comparisons", ["all", "pivot", "1", "2", "5", "race", "race:0.5"])
@@ -73,13 +73,13 @@ def test_flops_are_those_of_an_update(changes):
     policy.recompute = config.recompute
     B, P, N, C = 3, 48, 8, cost.pool_size(config)
     prefix, tokens = torch.randint(2048, (B, P)), torch.randint(2048, (B, C, N))
-    batch = Batch(
-        prefix, torch.zeros(B, dtype=torch.int32), tokens[:, 0], torch.arange(B), [], [], {}
-    )
+    pad, index = torch.zeros(B, dtype=torch.int32), torch.arange(B)
+    batch = Batch(prefix, pad, tokens[:, 0], index, [], [], {})
     old = torch.full((B, C, N), -math.log(2048))
-    pool = Pool(batch, tokens, torch.full((B, C), N), old, [], [], {})
+    pool = Pool(batch, tokens, torch.full((B, C), N), old, [], [])
     optimizer, reward = make_optimizer(policy, config), torch.rand(B, C, dtype=torch.float64)
-    done = counted(lambda: update(policy, reference, optimizer, pool, reward, 0, config))
+    step = (pool, pick(pool, reward, config), reward, 0, config)
+    done = counted(lambda: update(policy, reference, optimizer, *step))
     estimated = cost.flops(config, shape)
     estimated.pop("rollouts")
     # Of a layer that is computed again torch leaves out the last product, which nothing needs.
