@@ -131,8 +131,9 @@ class Config:
 
 
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
-SOURCES = ("suffix", "rewrite", "rollouts")
 MONITORS = ("tensorboard", "wandb", "trackio")
+SOURCES = ("suffix", "rewrite", "rollouts")
+# Kinds of judgment: verdicts.py says what a verdict is worth, prompts/ how it is asked for.
 REWARDS = ("quality", "safety", "factuality")
 
 POSITIVE = ["max_steps", "batch_size", "base_batch_size", "rollouts", "window", "save_every"]
