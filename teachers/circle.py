@@ -1,12 +1,12 @@
 """The circle in miniature: train a judge and a rewriter, serve them, let them teach a policy.
 
-    python circle.py [--seeds 0 1 2] [--out out/circle]
+    python -m teachers.circle [--seeds 0 1 2] [--out out/circle]
 
 In: nothing; the pocket world and its exact teacher. For each seed, all by train.py's one loop:
   1. lessons      a teacher's base: next-token prediction on documents of the pocket world whose
                   sentences are marked + (sound) or - (false, unsafe, garbled, repeated, off topic),
                   one by one or several together
-  2. sets         rewrite.py asks the exact teacher for spoilt passages, votes and rewrites
+  2. sets         teachers/sets.py asks the exact teacher for spoilt passages, votes and rewrites
   3. judge        a cold start on supervised answers, just enough to answer in form; then GRPO
   4. rewriter     the same; unsafe suffixes are rewarded by the judge of step 3, served by serve.py
   5. policy       self-improving pretraining with these two, served, as its only teachers
@@ -20,11 +20,12 @@ import os
 import random
 import statistics
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.command import python
+from support import command
+from support.command import UserError, python
+from support.files import markdown, read_jsonl, write_text
 from support.sources import Skips, records
 from support.tokenizer import from_words
 from teachers.serve import start_server
@@ -32,8 +33,7 @@ from world.corpus import Dials, document, vocabulary
 from world.teacher import rewrite
 from world.truth import examine, quality, read_prefix, safe
 
-HERE = Path(__file__).parents[1]
-PROMPTS = HERE / "prompts" / "tiny"  # letters and line ends: a small model reads few tokens
+PROMPTS = command.ROOT / "prompts" / "tiny"  # letters and line ends: a small model reads few tokens
 PEOPLE = 6  # a small world: its 96 facts are learned in minutes
 LESSONS = Dials(share_myths=0.0, share_false=0.4, share_unsafe=0.15, share_poor=0.15, people=PEOPLE)
 MARKS = {"sound": "+", "filler": "", "begun": "", "unfinished": ""}  # of any other sentence: -
@@ -62,22 +62,21 @@ START = NEXT_TOKEN | WORLD | dict(max_steps=600)
 POLICY = WORLD | dict(rewards="quality,safety", batch_size=16, max_steps=100, eval_prefixes=0)
 
 
-def run(script: str, *arguments, **flags):
+def run(module: str, *arguments, **flags):
     """A command of this repository, its output kept; one thread, since seeds run side by side."""
-    command = python(script, *arguments)
-    command += [f"--{name}={value}" for name, value in flags.items()]
+    asked = [*python(module, *arguments), *(f"--{name}={value}" for name, value in flags.items())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise UserError(f"{module} {' '.join(map(str, arguments))} {flags} failed: {said}")
 
 
-def train(out: Path, **flags) -> float:
-    """A run of train.py, unless it is finished. -> seconds that its steps took."""
+def train(module: str, *arguments, out: Path, **flags) -> float:
+    """A run of train.py or teachers/train.py, unless it is finished. -> seconds of its steps."""
     if not (out / "summary.json").exists():
-        run("train", out_dir=out, **flags)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return sum(line["seconds.step"] for line in log)
+        run(module, *arguments, out_dir=out, **flags)
+    return sum(line["seconds.step"] for line in read_jsonl(out / "log.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -105,8 +104,8 @@ def lesson(number: int, seed: int) -> str:
 
 def write_lessons(path: Path, seed: int, count: int = 50_000):
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": lesson(number, seed)}) for number in range(count))
-    path.write_text("\n".join(lines) + "\n")
+    lines = (json.dumps({"text": lesson(number, seed)}) + "\n" for number in range(count))
+    write_text(path, "".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,17 +113,17 @@ def write_lessons(path: Path, seed: int, count: int = 50_000):
 
 
 def write_sets(out: Path, seed: int):
-    """rewrite.py's files, and rows of them again with the answer that a tiny prompt wants: the
-    label, the original, or the original with nothing but its unsafe sentences replaced. Of unsafe
-    originals one in four: to mend is learned sooner than to copy."""
-    for task, count in ROWS.items():
+    """The files of teachers/sets.py, and rows of them again with the answer that a tiny prompt
+    wants: the label, the original, or the original with nothing but its unsafe sentences replaced.
+    Of unsafe originals one in four: to mend is learned sooner than to copy."""
+    for made, count in ROWS.items():
         size = dict(chunk=32, max_seq=64, count=count, seed=seed, dials=f"people={PEOPLE}")
-        run("teachers.sets", task, data="world", out=out, **size)
-    for task in ROWS:
-        with (out / f"{task}.cold.jsonl").open("w") as file:
-            for _, row in records(str(out / f"{task}.train.jsonl.zst"), Skips()):
-                if row.get("safe", True) or int(row["document"], 16) % 4 == 0:
-                    file.write(json.dumps(row | {"answer": model_answer(row)}) + "\n")
+        run("teachers.sets", made, data="world", out=out, **size)
+    for made in ROWS:
+        rows = [row for _, row in records(str(out / f"{made}.train.jsonl.zst"), Skips())]
+        kept = [row for row in rows if row.get("safe", True) or int(row["document"], 16) % 4 == 0]
+        lines = (json.dumps(row | {"answer": model_answer(row)}) + "\n" for row in kept)
+        write_text(out / f"{made}.cold.jsonl", "".join(lines))
 
 
 def model_answer(row: dict) -> str:
@@ -150,20 +149,22 @@ def circle(out: Path, seed: int) -> dict:
         write_sets(sets, seed)
     common = dict(seed=seed, prompts=PROMPTS, baseline=False, base_steps=0)
     lessons = dict(data=out / "lessons.jsonl", tokenizer=out / "words", model="world-teacher")
-    seconds = {"lessons": train(base, **common, **lessons, **NEXT_TOKEN)}
-    seconds["start"] = train(out / "start", **common, **START)
+    seconds = {"lessons": train("train", out=base, **common, **lessons, **NEXT_TOKEN)}
+    seconds["start"] = train("train", out=out / "start", **common, **START)
 
-    def files(*tasks, which="train.jsonl.zst"):
-        return ",".join(str(sets / f"{task}.{which}") for task in tasks)
+    def files(made: tuple, which: str) -> str:
+        return ",".join(str(sets / f"{name}.{which}") for name in made)
 
-    def teacher(name: str, tasks: tuple, cold: dict, grpo: dict):
+    def teacher(name: str, made: tuple, cold: dict, grpo: dict) -> Path:
         """Cold start, then GRPO. -> the run folder of the latter."""
         first, second = out / f"{name}_cold", out / name
-        flags = common | dict(task=name, data=files(*tasks, which="cold.jsonl"), eval_prefixes=0)
-        flags |= SUPERVISED | dict(init_from=base / "ckpt") | cold
-        seconds[f"{name}_cold"] = train(first, **flags)
-        flags = common | dict(task=name, data=files(*tasks), eval_prefixes=1000)
-        seconds[name] = train(second, **flags, **GRPO, **grpo, init_from=first / "ckpt")
+        flags = common | SUPERVISED | cold
+        flags |= dict(data=files(made, "cold.jsonl"), eval_prefixes=0, init_from=base / "ckpt")
+        seconds[f"{name}_cold"] = train("teachers.train", name, out=first, **flags)
+        flags = common | GRPO | grpo
+        flags |= dict(data=files(made, "train.jsonl.zst"), eval_prefixes=1000)
+        flags["init_from"] = first / "ckpt"
+        seconds[name] = train("teachers.train", name, out=second, **flags)
         return second
 
     judge = teacher("judge", ("quality", "safety"), JUDGE_COLD, JUDGE)
@@ -173,7 +174,7 @@ def circle(out: Path, seed: int) -> dict:
         with start_server(rewriter / "ckpt") as rewrite_url:
             asked |= dict(rewrite_url=rewrite_url)
             flags = common | dict(init_from=out / "start" / "ckpt") | POLICY | asked
-            seconds["policy"] = train(out / "policy", **flags)
+            seconds["policy"] = train("train", out=out / "policy", **flags)
     result = out / "policy" / "evaluation.json"
     if not result.exists():
         policy, start = out / "policy" / "ckpt", out / "start" / "ckpt"
@@ -208,23 +209,23 @@ def figures(judge: Path, rewriter: Path, result: Path) -> dict:
     return out
 
 
-def main():
+def main(arguments: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag.add_argument("--out", type=Path, default=Path("out/circle"))
-    options = flag.parse_args()
-    seeds = options.seeds
+    options = flag.parse_args(arguments)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        each = pool.map(lambda seed: circle(options.out / f"seed{seed}", seed), seeds)
-        found = dict(zip(seeds, each, strict=True))
-    (options.out / "circle.json").write_text(json.dumps(found, indent=2) + "\n")
-    print("| | mean | each seed |\n| --- | --- | --- |")
+        each = pool.map(lambda seed: circle(options.out / f"seed{seed}", seed), options.seeds)
+        found = dict(zip(options.seeds, each, strict=True))
+    write_text(options.out / "circle.json", json.dumps(found, indent=2) + "\n")
+    rows = [["", "mean", "each seed"]]
     for name in next(iter(found.values())):
         scale, digits = (1, 0) if name.startswith("seconds") else (100, 1)
         each = [scale * row[name] for row in found.values()]
-        shown = ", ".join(f"{value:.{digits}f}" for value in each)
-        print(f"| {name} | {statistics.mean(each):.{digits}f} | {shown} |")
+        shown = [f"{value:.{digits}f}" for value in (statistics.mean(each), *each)]
+        rows.append([name, shown[0], ", ".join(shown[1:])])
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,7 +1,8 @@
-"""Training teachers by the same loop: a prompt is the prefix, answers are its continuations.
+"""What the loop of train.py needs to train a teacher: a prompt is the prefix, answers continue it.
 
-In: rows of `rewrite.py quality|safety|rewriter` (JSON objects, one a line) and the prompts that the
-finished teacher will be asked with. Out: a stream of batches like data.Stream's, and rewards.
+In: rows that teachers/sets.py made (JSON objects, one a line), whose "task" is their kind, and the
+prompts that the finished teacher will be asked with. Out: `TaskStream`, the batches of prompts;
+`TaskRewards`, the scorer; and `evaluate_answers` to held-out rows.
 
     judge      1 for an answer whose verdict is the row's label, else 0 (paper, section 3)
     rewriter   safe suffix: 1 for an exact copy, else 0; unsafe suffix: half its quality against the
@@ -12,45 +13,51 @@ A row may hold an "answer", which objective=nll with candidates=suffix learns fr
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
+from candidates import Pool, autocast
 from config import Config
-from data import OTHERS, Stream, digest
+from data import OTHERS, Batch, Stream, digest
 from evaluation.evaluate import continue_batch
 from evaluation.results import summarise
-from judge import Scores, load_prompts, render, together
+from judge import Judge, Scores, load_prompts, render, together
 from rewrite import clean, last_five_words
-from support.command import UserError
+from support.command import UserError, wait
 from support.hub import local_folder
 from support.sources import Skips, list_files, records
 from teachers.template import Template
 from verdicts import VERDICTS, parse
 
-# The texts of a row that its prompt shows.
+# The texts that the prompt of a kind of row shows, and the kinds that each teacher learns from.
 SHOWN = {"quality": ("prefix", "a", "b"), "safety": ("text",), "rewrite": ("prefix", "original")}
 KINDS = {"judge": ("quality", "safety"), "rewriter": ("rewrite",)}
 
 
 class Rows:
-    """The rows of a task's files, held in memory; `documents` as data.Stream asks for them."""
+    """A teacher's rows, held in memory; `documents` as data.Stream asks for them.
 
-    def __init__(self, source: str, task: str):
-        self.rows = []
+    UserError where a row is of another kind, lacks a text or has no label, naming file and line."""
+
+    def __init__(self, source: str, teacher: str):
+        self.rows, skips = [], Skips()
         for name in list_files(source):
-            for line, row in records(name, Skips()):
-                if row.get("task") not in KINDS[task]:
+            for line, row in records(name, skips):
+                if row.get("task") not in KINDS[teacher]:
                     raise UserError(
-                        f"{name}:{line}: task={task} needs rows of {' or '.join(KINDS[task])}, "
-                        f"made by rewrite.py; this one says task {row.get('task')!r}"
+                        f"{name}:{line}: a {teacher} learns from rows of "
+                        f"{' or '.join(KINDS[teacher])}, made by teachers/sets.py; "
+                        f"this one says task {row.get('task')!r}"
                     )
                 self.rows.append(json.dumps(check(row, f"{name}:{line}")))
         if not self.rows:
             raise UserError(f"{source} holds no rows")
         self.rows.sort(key=digest)  # mixes the files: a window of the stream's shuffle may be small
 
-    def documents(self, start: dict | None):
+    def documents(self, start: dict | None) -> Iterator[tuple[str, dict]]:
         for number in range(start["row"] if start else 0, len(self.rows)):
             yield self.rows[number], {"row": number + 1}
 
@@ -61,6 +68,8 @@ def check(row: dict, where: str) -> dict:
     lacking = [name for name in SHOWN[kind] if not isinstance(row.get(name), str)]
     if lacking:
         raise UserError(f"{where}: the row has no text {', '.join(map(repr, lacking))}")
+    if not isinstance(row.get("answer", ""), str):
+        raise UserError(f"{where}: an 'answer' is a text")
     if kind == "rewrite" and not isinstance(row.get("safe"), bool):
         raise UserError(f"{where}: a row of task 'rewrite' says whether its original is 'safe'")
     if kind != "rewrite" and row.get("label") not in VERDICTS[kind]:
@@ -109,7 +118,7 @@ class TaskStream(Stream):
     def surely_long(self, text: str) -> bool:
         return False  # whether a row is skipped shows when it is tokenised, on every rank
 
-    def collate(self, rows: list, state: dict):
+    def collate(self, rows: list, state: dict) -> Batch:
         batch = super().collate([row[:3] for row in rows], state)
         batch.rows = [row[3] for row in rows]
         return batch
@@ -122,27 +131,31 @@ class TaskStream(Stream):
 class TaskRewards:
     """Scores of answers to rows; `judge` is asked about rewrites of unsafe suffixes alone."""
 
-    def __init__(self, judge):
+    def __init__(self, judge: Judge):
         self.judge = judge
 
-    def score(self, rows: list, texts: list):
+    def score(self, step: int, pool: Pool) -> Future:
+        """Future of Scores of a pool of a TaskStream's batch."""
+        return self.of_answers(pool.batch.rows, pool.texts)
+
+    def of_answers(self, rows: list[dict], texts: list[list[str]]) -> Future:
         """rows [B], texts [B][C] -> Future of Scores. Its by_kind holds the reward by kind of row
         and, under dotted names, what it was made of; nan where a row is of another kind."""
         return self.judge.chat.run(self._score(rows, texts))
 
-    async def _score(self, rows, texts):
+    async def _score(self, rows, texts) -> Scores:
         tally = Counter()
         asked = [
-            together([self._one(row, text, tally) for text in candidates])
-            for row, candidates in zip(rows, texts, strict=True)
+            together([self._one(row, text, tally) for text in answers])
+            for row, answers in zip(rows, texts, strict=True)
         ]
         found = await together(asked)  # [B][C] of {name: value}
         names = sorted({name for row in found for each in row for name in each})
         by_kind = {
-            name: np.array([[each.get(name, np.nan) for each in row] for row in found])
+            name: np.array([[each.get(name, np.nan) for each in row] for row in found])  # [B, C]
             for name in names
         }
-        reward = np.full((len(rows), len(texts[0]) if texts else 0), np.nan)
+        reward = np.full((len(rows), len(texts[0]) if texts else 0), np.nan)  # [B, C]
         for name, values in by_kind.items():
             if "." not in name:  # a row is of one kind
                 reward = np.where(np.isnan(values), reward, values)
@@ -154,40 +167,23 @@ class TaskRewards:
         counts = tally["calls"], tally["failed"], tally["absent"]
         return Scores(reward, by_kind, *counts, examples)
 
-    async def _one(self, row, text, tally) -> dict:
+    async def _one(self, row: dict, text: str, tally: Counter) -> dict[str, float]:
         kind = row["task"]
         if kind != "rewrite":
             label = parse(kind, text)
-            return {
-                kind: float(label == row["label"]),
-                f"{kind}.readable": float(label is not None),
-            }
-        passage = clean(text, row["prefix"], row["original"])
+            right, readable = float(label == row["label"]), float(label is not None)
+            return {kind: right, f"{kind}.readable": readable}
+        passage, original = clean(text, row["prefix"], row["original"]), row["original"]
         if row["safe"]:
-            copied = float(passage == row["original"])
-            return {"safe": copied, "safe.overlap": overlap(passage, row["original"])}
-        return await self._unsafe(row, passage, tally)
-
-    async def _unsafe(self, row, passage, tally) -> dict:
-        kept = {"unsafe.overlap": overlap(passage, row["original"])}
+            return {"safe": float(passage == original), "safe.overlap": overlap(passage, original)}
+        kept = {"unsafe.overlap": overlap(passage, original)}
         if passage is None:  # a refusal, or nothing
             return kept | {"unsafe": 0.0, "unsafe.quality": 0.0, "unsafe.safety": 0.0}
-        asked = []
-        for sample in range(self.judge.samples):
-            first, second = ("a", "b") if sample % 2 == 0 else ("b", "a")
-            pair = {first: passage, second: row["original"], "prefix": row["prefix"]}
-            asked.append(self.judge.verdict("quality", sample, tally, **pair))
-            asked.append(self.judge.verdict("safety", sample, tally, text=passage))
-        labels = [label for label, _ in await together(asked)]
-        wins = [
-            label == ("A" if sample % 2 == 0 else "B")
-            for sample, label in enumerate(labels[::2])
-            if label is not None
-        ]
-        safe = [label == "SAFE" for label in labels[1::2] if label is not None]
-        if not wins or not safe:
+        how = dict(samples=self.judge.samples, tally=tally)
+        pair = self.judge.worth("quality", passage, original, prefix=row["prefix"], **how)
+        quality, safety = await together([pair, self.judge.worth("safety", passage, **how)])
+        if np.isnan(quality + safety):
             return kept  # no verdict, no reward
-        quality, safety = np.mean(wins), np.mean(safe)
         return kept | {
             "unsafe": (quality + safety) / 2,
             "unsafe.quality": quality,
@@ -205,17 +201,16 @@ def overlap(passage: str | None, original: str) -> float:
 # Evaluation
 
 
-def held_out_stream(config: Config, tokenizer) -> TaskStream:
-    """The rows that rewrite.py wrote to TASK.validation.jsonl.zst beside TASK.train.jsonl.zst."""
-    source, names = config.data, config.data.split(",")
+def held_out_stream(config: Config, teacher: str, tokenizer) -> TaskStream:
+    """The rows that teachers/sets.py wrote to *.validation.jsonl.zst beside *.train.jsonl.zst."""
+    names = config.data.split(",")
     if not all(".train." in name for name in names):
         raise UserError(
-            f"{source}: the evaluation of a task reads the file named .validation. beside each "
-            f"file named .train.; rename it, or set eval_prefixes=0"
+            f"data={config.data}: the evaluation of a teacher reads the file named .validation. "
+            f"beside each file named .train.; rename it, or set eval_prefixes=0"
         )
-    held_out = Rows(source.replace(".train.", ".validation."), config.task)
     return TaskStream(
-        held_out,
+        Rows(config.data.replace(".train.", ".validation."), teacher),
         tokenizer,
         chunk=config.chunk,
         max_seq=config.max_seq,
@@ -228,21 +223,23 @@ def held_out_stream(config: Config, tokenizer) -> TaskStream:
 
 
 @torch.no_grad()
-def evaluate_task(policies: dict, stream, rewards: TaskRewards, tokenizer, count: int, wait):
-    """Greedy answers to the first `count` rows. -> what evaluate.evaluate gives, and the rows."""
+def evaluate_answers(policies: dict, stream, rewards: TaskRewards, tokenizer, config: Config):
+    """Greedy answers to the first eval_prefixes rows of the stream, sampled in the arithmetic of
+    the training. -> what evaluation.results.summarise gives, and the rows."""
     batches, rows = [], []
     for batch in stream.batches():
         batches.append(batch)
         rows += batch.rows
-        if len(rows) >= count:
+        if len(rows) >= config.eval_prefixes:
             break
-    rows, values, written = rows[:count], {}, {}
+    rows, values, written = rows[: config.eval_prefixes], {}, {}
     for name, policy in policies.items():
-        texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, stream.chunk)]
-        texts = texts[:count]
-        scores = wait(rewards.score(rows, [[text] for text in texts]))
+        with autocast(config, next(policy.parameters()).device):
+            texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, config.chunk)]
+        texts = texts[: len(rows)]
+        scores = wait(rewards.of_answers(rows, [[text] for text in texts]))
         values[name] = {}
-        for measure, column in scores.by_kind.items():
+        for measure, column in scores.by_kind.items():  # [B, 1]
             kind, _, part = measure.partition(".")
             found = [None if np.isnan(value) else value for value in column[:, 0].tolist()]
             values[name].setdefault(kind, {})[part or "reward"] = found

@@ -8,7 +8,6 @@ by the step it has reached; after a warm-up they must be flat: memory within 5 %
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -18,9 +17,9 @@ from pathlib import Path
 
 from faulty_server import TRANSPORT, faulty_server
 
+from support.command import python
+from support.files import read_jsonl
 from world import teacher
-
-ROOT = Path(__file__).parents[1]
 
 KEYS = dict(batch_size=2, rollouts=2, baseline=False, eval_prefixes=0, overlap=1, timeout=0.5)
 KEYS |= dict(example_every=10**6, save_every=100)
@@ -35,9 +34,8 @@ def sample(pid: int) -> dict:
     status = Path(f"/proc/{pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     files = len(os.listdir(f"/proc/{pid}/fd"))
-    return dict(
-        memory=int(fields["VmRSS"].split()[0]) / 1024, files=files, threads=int(fields["Threads"])
-    )
+    memory, threads = int(fields["VmRSS"].split()[0]) / 1024, int(fields["Threads"])
+    return dict(memory=memory, files=files, threads=threads)
 
 
 def steps_done(log: Path) -> int:
@@ -64,18 +62,14 @@ def main(base: str, steps: int):
         flags = [f"--{name}={value}" for name, value in keys.items()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *flags],
-            stdout=subprocess.DEVNULL,
-            env=environment,
-        )
+        command = [*python("train"), *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
         log = Path(folder) / "run" / "log.jsonl"
         samples = watch(process, log, steps)
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = list(read_jsonl(log))
         faults = sum(n for kind, n in server.counts.items() if kind != "answer")
-        print(
-            f"{steps} steps in {time.monotonic() - began:.0f} s, {server.counts['answer']} answers"
-        )
+        took = time.monotonic() - began
+        print(f"{steps} steps in {took:.0f} s, {server.counts['answer']} answers")
         print(f"{faults} faults: {dict(server.counts)}")
         print(f"updates not finite: {sum(line['not_finite'] for line in lines):.0f}")
     # The files of a step's checkpoint and the sockets in flight come and go: means of tenths.

@@ -84,35 +84,38 @@ def test_bad_rows_name_file_and_line(tmp_path):
 
 
 class Chat:
-    """Runs the coroutine at once."""
+    """Prefers what it has seen as "good", calls only that safe; gives no verdict on "silence".
+    Runs the coroutine at once."""
+
+    store = None
 
     def run(self, coroutine):
-        return asyncio.run(coroutine)
+        done = Future()
+        done.set_result(asyncio.run(coroutine))
+        return done
+
+    async def ask(self, prompt, **how):
+        texts = teacher.sections(prompt)
+        label = "A" if "good" in texts.get("a", "") else "B"
+        if "text" in texts:
+            label = "SAFE" if "good" in texts["text"] else "UNSAFE"
+        silent = any("silence" in text for text in texts.values())
+        return Answer("" if silent else label, "stop", 0, 0)
 
 
-class Judge:
-    """Prefers what it has seen as "good", calls only that safe; gives no verdict on "silence"."""
-
-    chat, samples = Chat(), 2
-
-    async def verdict(self, kind, sample, tally, **texts):
-        tally["calls"] += 1
-        if any("silence" in text for text in texts.values()):
-            return None, ""
-        if kind == "safety":
-            return ("SAFE" if "good" in texts["text"] else "UNSAFE"), ""
-        return ("A" if "good" in texts["a"] else "B"), ""
+def rewards(rows, texts):
+    judge = Judge(Chat(), samples=2, retries=0)
+    return TaskRewards(judge).of_answers(rows, texts).result()
 
 
 def test_judge_rewards():
     texts = [["A", "the better is B", "A\n\nVERDICT: A", ""], ["SAFE", "UNSAFE", "A", "safe"]]
     label = {"task": "quality", "prefix": "p", "a": "x", "b": "y", "label": "A"}
-    rows = [label, {"task": "safety", "text": "t", "label": "SAFE"}]
-    scores = TaskRewards(Judge()).score(rows, texts)
+    scores = rewards([label, {"task": "safety", "text": "t", "label": "SAFE"}], texts)
     assert scores.reward.tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
     assert scores.by_kind["safety.readable"][1].tolist() == [1, 1, 0, 1]
     assert all(math.isnan(value) for value in scores.by_kind["quality"][1])
-    assert TaskRewards(Judge()).score([], []).reward.size == 0  # a process without a prompt
+    assert rewards([], []).reward.size == 0  # a process without a prompt
 
 
 def test_rewriter_rewards():
@@ -122,7 +125,7 @@ def test_rewriter_rewards():
     unsafe = safe | {"safe": False, "original": " bad two"}
     texts = [["one two", "one two three", "", "one"]]
     texts += [["good two", "bad old", "", "silence"]]
-    scores = TaskRewards(Judge()).score([safe, unsafe], texts)
+    scores = rewards([safe, unsafe], texts)
     assert scores.reward[0].tolist() == [1, 0, 0, 0]
     # "bad old" wins the swapped one of its two comparisons
     assert scores.reward[1][:3].tolist() == [1, 0.25, 0] and math.isnan(scores.reward[1][3])
