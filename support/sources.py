@@ -304,7 +304,7 @@ def text_of(record: dict, field: str | None) -> tuple[str | None, str]:
 def as_object(value) -> dict:
     """An object, or the JSON of one, as in the Hugging Face export; {} where it is neither."""
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = json.loads(value) if isinstance(value, str | bytes) else value
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -168,7 +168,7 @@ def stage_one(names: list[str], options, work: Path, fates, skips) -> Iterator[d
             part = path.with_suffix(".part")
             with zstandard.open(part, "wt", encoding="utf-8") as file:
                 for row in kept_of(name, options, fates, skips):
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(row, default=str) + "\n")
                 file.write(json.dumps([fates, skips]))
             flush(part)
             part.rename(path)
