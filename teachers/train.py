@@ -1,33 +1,80 @@
 """Fine-tuning a judge or a rewriter (paper, section 3) by the loop of train.py.
 
-    python -m teachers.train judge --data=sets/quality.train.jsonl.zst --init_from=FOLDER \\
-        --objective=grpo --candidates=rollouts                              a laptop, one GPU
+    python -m teachers.train judge --init_from=FOLDER --data=sets/quality.train.jsonl.zst \\
+        --objective=grpo --candidates=rollouts                                  CPU, or one GPU
     torchrun --nproc_per_node=8 -m teachers.train rewriter configs/teachers.py:rewriter \\
         --init_from=FOLDER --judge_url=http://HOST:8000/v1 --judge_model=NAME    the paper's, 8 GPUs
 
 In: rows of teachers/sets.py (data), the model to train (init_from), and for a rewriter the judge of
-its rewrites. Out: a run folder like that of train.py, whose summary.json holds the answers to the
-held-out rows. Keys: config.py.
+its rewrites. Out: a run folder like that of train.py, whose summary.json holds the greedy answers
+to held-out rows. Keys: config.py.
 """
 
+import contextlib
+import dataclasses
+import functools
+from concurrent.futures import Future
 
 import config as configuration
+import train
 from config import Config, names
+from data import open_stream
+from evaluation.results import table
+from support import command
 from support.command import UserError
-from teachers.tasks import KINDS
+from support.distributed import rank
+from teachers.tasks import KINDS, Rows, TaskRewards, TaskStream, evaluate_answers, held_out_stream
+from world.corpus import parse_dials
+from world.teacher import teacher_url
+
+
+class Asked(train.Teachers):
+    """The run's judge, which is asked about what a rewriter wrote."""
+
+    def score(self, step: int, pool) -> Future:
+        return TaskRewards(self.judge).score(step, pool)
 
 
 def parse(arguments: list[str]) -> tuple[str, Config, bool]:
-    """-> (judge or rewriter, config, whether a run is resumed)"""
-    if "--help" not in arguments and "-h" not in arguments and arguments[:1] not in map(list, KINDS):
-        raise UserError(f"which teacher: {' or '.join(KINDS)}? Say so before everything else")
-    config, resume = configuration.parse(arguments[1:])
+    """(judge or rewriter, the config of a run without a base of its own, whether it is resumed)"""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        configuration.parse(["--help"])  # ends the process
+    teacher, *rest = arguments or [""]
+    if teacher not in KINDS:
+        raise UserError(f"{teacher!r}: say first which teacher is trained, {' or '.join(KINDS)}")
+    config, resume = configuration.parse(rest)
     if config.data == "world":
-        raise UserError("data: a teacher learns from rows that teachers/sets.py makes: name files")
+        raise UserError("data: a teacher learns from rows that teachers/sets.py makes: name them")
     if "rewrite" in names(config.candidates):
-        raise UserError(
-            "candidates: a teacher's are rollouts, or suffix (the rows' answers), not rewrite"
-        )
+        raise UserError("candidates: a teacher's are rollouts, or suffix (the rows' answers)")
     if config.dry_run:
-        raise UserError("dry_run: train.py alone says what a run will cost")
-    return arguments[0], config, resume
+        raise UserError("dry_run: train.py alone can say what a run will cost")
+    return teacher, dataclasses.replace(config, base_steps=0, baseline=False), resume
+
+
+def main(arguments: list[str]):
+    teacher, config, resume = parse(arguments)
+    urls, summary, questions = {config.judge_url, config.rewrite_url}, {}, None
+    with contextlib.ExitStack() as stack:
+        device, tokenizer = stack.enter_context(train.opened(config, resume))
+        rows = Rows(config.data, teacher)
+        if config.eval_prefixes:  # before training, so that nothing fails after it
+            questions = held_out_stream(config, teacher, tokenizer)
+        world, dials = "world" if "world" in urls else "", parse_dials(config.dials)
+        asked = Asked(config, stack.enter_context(teacher_url(world, dials)), stack)
+        how = dict(prompts=config.prompts, folder=config.init_from)
+        how["supervised"] = "suffix" in names(config.candidates)
+        batches = functools.partial(open_stream, rows, tokenizer, kind=TaskStream, **how)
+        policies = train.train_phases(config, device, tokenizer, batches, asked)
+        if rank() > 0:
+            return
+        if questions:
+            rewards = TaskRewards(asked.judge)
+            summary = evaluate_answers(policies, questions, rewards, tokenizer, config)
+            print(f"\n{table(summary)}\n")
+        train.finish(config, summary)
+
+
+if __name__ == "__main__":
+    command.run(main)

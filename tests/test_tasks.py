@@ -1,24 +1,28 @@
 """Teachers trained by the loop: rows become prompts and supervised answers, answers get rewards."""
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
 import shutil
-from pathlib import Path
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 import config as configuration
-import train
-from judge import load_prompts
+from chat import Answer
+from config import Config
+from judge import Judge, load_prompts
+from model import Llama, preset
+from support import command
 from support.command import UserError
+from support.files import read_jsonl
 from support.tokenizer import load_tokenizer
-from teachers import circle
+from teachers import circle, tasks, train
 from teachers.tasks import Rows, TaskRewards, TaskStream, overlap
-from tools.cost import questions
-from world import corpus, truth
+from world import corpus, teacher, truth
 
 TINY = "prompts/tiny"
 DOCUMENTS = [corpus.document(0, i).split() for i in range(40)]
@@ -43,11 +47,11 @@ def write(path, rows):
     return path
 
 
-def stream(path, task="judge", **how):
+def stream(path, name="judge", **how):
     tokenizer = load_tokenizer("world")
     base = dict(chunk=40, max_seq=192, batch_size=6, prompts=TINY, folder="scratch", window=50)
     how = base | dict(supervised=True) | how
-    return TaskStream(Rows(str(path), task), tokenizer, **how), tokenizer
+    return TaskStream(Rows(str(path), name), tokenizer, **how), tokenizer
 
 
 def test_prompts_and_answers_are_the_rows_own_and_resume_goes_on(tmp_path):
@@ -74,7 +78,10 @@ def test_prompts_and_answers_are_the_rows_own_and_resume_goes_on(tmp_path):
 
 def test_bad_rows_name_file_and_line(tmp_path):
     for row, words in (
-        ({"task": "rewrite", "prefix": "a", "original": "b", "safe": True}, "task=judge needs"),
+        (
+            {"task": "rewrite", "prefix": "a", "original": "b", "safe": True},
+            "a judge learns from rows of",
+        ),
         ({"task": "safety", "label": "SAFE"}, "no text 'text'"),
         ({"task": "safety", "text": "a", "label": "A"}, "none of SAFE, UNSAFE"),
     ):
@@ -134,46 +141,85 @@ def test_rewriter_rewards():
     assert overlap("b a a", "a b c d") == 0.5
 
 
-@pytest.mark.parametrize("task", ["judge", "rewriter"])
-def test_cold_start_and_grpo_run_in_the_loop(task, tmp_path):
-    rows = QUALITY + SAFETY if task == "judge" else REWRITE
-    for name in ("rows.train.jsonl", "rows.validation.jsonl"):
-        write(tmp_path / name, rows)
+@pytest.mark.parametrize("name", ["judge", "rewriter"])
+def test_cold_start_and_grpo_run_in_the_loop(name, tmp_path):
+    rows = QUALITY + SAFETY if name == "judge" else REWRITE
+    for part in ("train", "validation"):
+        write(tmp_path / f"rows.{part}.jsonl", rows)
     prompts = tmp_path / "prompts"  # the world's teacher judges rewrites, by the usual prompts
     prompts.mkdir()
-    for name in ("quality", "safety") if task == "judge" else ("rewrite",):
-        shutil.copy(Path(TINY, f"{name}.txt"), prompts)
-    flags = dict(task=task, data=tmp_path / "rows.train.jsonl", prompts=prompts, chunk=40)
-    flags |= dict(base_steps=0, tokenizer="world", max_seq=192, batch_size=8, eval_prefixes=8)
+    for kind in ("quality", "safety") if name == "judge" else ("rewrite",):
+        shutil.copy(command.ROOT / TINY / f"{kind}.txt", prompts)
+    flags = dict(data=tmp_path / "rows.train.jsonl", prompts=prompts, chunk=40, max_seq=192)
+    flags |= dict(tokenizer="world", batch_size=8, eval_prefixes=8)
 
-    def run(name, **more):
-        more = flags | dict(out_dir=tmp_path / name) | more
-        train.main([f"--{key}={value}" for key, value in more.items()])
-        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in log]
+    def run(folder, **more):
+        more = flags | dict(out_dir=tmp_path / folder) | more
+        train.main([name, *(f"--{key}={value}" for key, value in more.items())])
+        return list(read_jsonl(tmp_path / folder / "log.jsonl"))
 
-    cold = run(
-        "cold", objective="nll", candidates="suffix", rewards="", max_steps=12, learning_rate=3e-3
-    )
-    assert cold[-1]["loss"] < 0.9 * cold[0]["loss"]
-    start = tmp_path / "cold" / "ckpt"
+    cold = dict(objective="nll", candidates="suffix", rewards="", learning_rate=3e-3)
+    log = run("cold", max_steps=12, **cold)
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     grpo = dict(objective="grpo", candidates="rollouts", rollouts=4, grpo_kl=0.01)
-    log = run("grpo", init_from=start, max_steps=2, **grpo)
-    names = ("quality", "safety") if task == "judge" else ("safe", "unsafe", "safe.overlap")
-    assert {f"reward.{name}" for name in names} <= log[0].keys()
+    log = run("grpo", init_from=tmp_path / "cold" / "ckpt", max_steps=2, **grpo)
+    names = ("quality", "safety") if name == "judge" else ("safe", "unsafe", "safe.overlap")
+    assert {f"reward.{kind}" for kind in names} <= log[0].keys()
     summary = json.loads((tmp_path / "grpo" / "summary.json").read_text())
     assert summary["policies"].keys() == {"base", "method"}
     assert (tmp_path / "grpo" / "training.png").exists() and len(summary["rows"]) == 8
 
 
-@pytest.mark.parametrize("name", ["teacher_judge", "teacher_rewriter"])
-def test_the_papers_settings_and_what_they_ask(name):
-    config, _ = configuration.parse([f"configs/{name}.py"])
+def test_answers_are_evaluated_in_the_arithmetic_of_the_training(tmp_path, monkeypatch):
+    """Under autocast, greedily, as many rows as eval_prefixes says."""
+    config = dataclasses.replace(Config(), dtype="bfloat16", eval_prefixes=7, chunk=40)
+    batches, tokenizer = stream(write(tmp_path / "rows.jsonl", SAFETY), epochs=1)
+    policy, seen = Llama(preset("world", tokenizer.vocab_size)), []
+
+    def continue_batch(policy, batch, *_):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return [row["label"] for row in batch.rows]
+
+    monkeypatch.setattr(tasks, "continue_batch", continue_batch)
+    scorer = TaskRewards(Judge(Chat()))
+    found = tasks.evaluate_answers({"base": policy}, batches, scorer, tokenizer, config)
+    assert seen == [True, True] and len(found["rows"]) == 7
+    assert found["policies"]["base"]["safety"]["reward"] == 1
+
+
+def test_a_prompt_is_laid_out_by_the_folders_template(tmp_path):
+    """Also by one that marks what the assistant says, for training."""
+    said = "{% generation %}{{ message.content }}{% endgeneration %}"
+    each = "{% for message in messages %}" + said + "{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(each + " the verdict :")
+    path = write(tmp_path / "rows.jsonl", SAFETY[:1])
+    batches, _ = stream(path, folder=tmp_path, epochs=1, batch_size=1)
+    plain, _ = stream(path, epochs=1, batch_size=1)
+    laid_out, bare = (next(each.batches()).prefix_text[0] for each in (batches, plain))
+    assert laid_out == f"{bare} the verdict :"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "which teacher is trained, judge or rewriter"),
+        (["--max_steps=1"], "which teacher is trained, judge or rewriter"),
+        (["judge", "--candidates=rollouts", "--objective=grpo"], "teachers/sets.py makes"),
+        (["judge", "--data=x.jsonl"], "rollouts, or suffix"),
+        (["judge", "--data=x.jsonl", "--task=judge"], "no key 'task'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, words):
+    with pytest.raises(UserError, match=words) as error:
+        train.main(arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["judge", "rewriter"])
+def test_the_papers_settings(name):
+    config, _ = configuration.parse([f"configs/teachers.py:{name}"])
     answers = config.batch_size * config.rollouts
     assert answers == 256 * 16 and (config.temperature, config.top_p) == (0.6, 0.6)
-    # only rewrites of unsafe suffixes, half of all, are judged: five times, in two kinds
-    expected = {} if config.task == "judge" else dict(quality=5 * 2048, safety=5 * 2048)
-    assert questions(config) == expected
 
 
 def test_a_lesson_marks_what_the_world_knows():
