@@ -80,7 +80,7 @@ def test_bad_rows_name_file_and_line(tmp_path):
     for row, words in (
         (
             {"task": "rewrite", "prefix": "a", "original": "b", "safe": True},
-            "a judge learns from rows of",
+            "a judge learns from rows",
         ),
         ({"task": "safety", "label": "SAFE"}, "no text 'text'"),
         ({"task": "safety", "text": "a", "label": "A"}, "none of SAFE, UNSAFE"),
