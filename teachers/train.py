@@ -55,7 +55,8 @@ def parse(arguments: list[str]) -> tuple[str, Config, bool]:
 
 def main(arguments: list[str]):
     teacher, config, resume = parse(arguments)
-    urls, summary, questions = {config.judge_url, config.rewrite_url}, {}, None
+    urls = config.judge_url, config.rewrite_url, config.eval_judge_url
+    summary, questions = {}, None
     with contextlib.ExitStack() as stack:
         device, tokenizer = stack.enter_context(train.opened(config, resume))
         rows = Rows(config.data, teacher)
