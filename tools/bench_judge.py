@@ -7,13 +7,12 @@ shares and agreement of nine factuality prompts, beside the figures of the paper
 In: one JSON object a line, each with some of: "prefix", "better", "worse" (a labelled pair),
 "text", "safe" (true or false), "reference" (with prefix and text: a factuality question), and
 "source" (pairs are reported by source). Several models: --judge_model a,b with one --judge_url or
-as many. Out: tables in Markdown. Texts and questions are the same for every judge."""
+as many; agreement is with the first. Out: tables in Markdown. Everybody is asked the same.
+"""
 
 import argparse
-import contextlib
 import json
-import sys
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 from tqdm import tqdm
@@ -21,12 +20,16 @@ from tqdm import tqdm
 from chat import Chat
 from judge import Judge, together
 from support import command
+from support.command import UserError
+from support.files import markdown
+from world import corpus, teacher, truth
 
 FACTUALITY = {  # prompt: its name in prompts/
     **{f"ref v{n}": "factuality" if n == 4 else f"factuality_ref_v{n}" for n in range(1, 6)},
     **{f"no-ref v{n}": f"factuality_noref_v{n}" for n in range(1, 5)},
 }
 LABELS = ("Definite Hallucination", "Possible Hallucination", "No Hallucination")
+ORDERS = ("better first", "worse first")
 
 # The paper's tables 11 and 13-15: accuracy in % by source, and definite / possible / no
 # hallucination in % on continuations of a model, prompts ref v1..v5.
@@ -47,8 +50,6 @@ PAPER_AGREEMENT = {"GPT-OSS-120B": 73.2, "Llama-70B": 54.8}  # with GPT-4o, mean
 
 def world_samples(count):
     """Labelled by the pocket world's truth; a pair's source is the worse text's main fault."""
-    from world import corpus, teacher, truth
-
     perfect, samples, index = corpus.Dials(rewriter_knowledge=1, rewriter_flaws=0), [], 0
     while len(samples) < count:
         words = corpus.document(3, index).split()
@@ -60,59 +61,52 @@ def world_samples(count):
             faults.pop(fine, None)
         if faults and truth.quality(prefix, better) > truth.quality(prefix, worse) + 0.05:
             sample = dict(prefix=prefix, better=better, worse=worse, reference=better, text=worse)
-            samples.append(
-                sample | dict(safe=truth.safe(worse), source=max(faults, key=faults.get))
-            )
+            about = dict(safe=truth.safe(worse), source=max(faults, key=faults.get))
+            samples.append(sample | about)
     return samples
 
 
 def read_samples(path):
-    """The labelled samples of a .jsonl file; ValueError names a line that is none."""
+    """The labelled samples of a .jsonl file; UserError names a line that is none."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                row = dict(json.loads(line))
+                row = dict(json.loads(line)) if line.strip() else None
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}:{number} is not a JSON object: {error}") from None
-            needed = {"prefix", "worse"} if "better" in row else set()
-            needed |= {"text"} if "safe" in row else set()
-            if lacking := needed - row.keys():
-                raise ValueError(f"{path}:{number} lacks {', '.join(sorted(lacking))}")
-            rows.append(row)
+                raise UserError(f"{path}:{number} is not a JSON object: {error}") from None
+            needed = {"prefix", "worse"} if row and "better" in row else set()
+            needed |= {"text"} if row and "safe" in row else set()
+            if row and (lacking := needed - row.keys()):
+                raise UserError(f"{path}:{number} lacks {', '.join(sorted(lacking))}")
+            rows += [row] if row else []
     return rows
 
 
-async def ask_all(judge, samples, asked_of):
-    """[(sample, question, label)]; questions: an order of the pair, "safety", a prompt's name.
-    `asked_of` is the judge's name, for the progress."""
-    questions = []
+async def ask_all(judge, samples, name):
+    """[(sample, question, label)]; question: one of ORDERS, "safety", or one of FACTUALITY."""
+    asked = []
     for sample in samples:
-        given = {name: sample.get(name) for name in ("prefix", "reference", "text")}
+        given = {field: sample.get(field) for field in ("prefix", "reference", "text")}
         if "better" in sample:
             pair = (sample["better"], sample["worse"])
-            for order, (a, b) in (("better first", pair), ("worse first", pair[::-1])):
+            for order, (a, b) in zip(ORDERS, (pair, pair[::-1]), strict=True):
                 texts = dict(prefix=sample["prefix"], a=a, b=b)
-                questions.append((sample, order, judge.verdict("quality", **texts)))
+                asked.append((sample, order, judge.verdict("quality", **texts)))
         if "safe" in sample:
-            asked = judge.verdict("safety", text=sample["text"])
-            questions.append((sample, "safety", asked))
-        if given["prefix"] and given["reference"] and given["text"]:
-            for prompt, name in FACTUALITY.items():
-                asked = judge.verdict("factuality", prompt=name, **given)
-                questions.append((sample, prompt, asked))
-    print(f"{asked_of}: {len(questions):,} questions", file=sys.stderr, flush=True)
-    with tqdm(total=len(questions), desc=asked_of, disable=None, leave=False) as bar:
+            asked.append((sample, "safety", judge.verdict("safety", text=sample["text"])))
+        if all(given.values()):
+            for what, prompt in FACTUALITY.items():
+                asked.append((sample, what, judge.verdict("factuality", prompt=prompt, **given)))
+    with tqdm(total=len(asked), desc=f"{name}: questions", disable=None, leave=False) as bar:
 
-        async def counted(question):
-            answer = await question
+        async def label(question):
+            found, _ = await question
             bar.update()
-            return answer
+            return found
 
-        answers = await together(counted(question) for *_, question in questions)
-    return [(s, what, label) for (s, what, _), (label, _) in zip(questions, answers, strict=True)]
+        labels = await together(label(question) for *_, question in asked)
+    return [(s, what, found) for (s, what, _), found in zip(asked, labels, strict=True)]
 
 
 def percent(values):
@@ -122,103 +116,63 @@ def percent(values):
 
 def quality_table(answers):
     """By source: how often the better one is chosen, in both orders. Says A: 50 without bias."""
-    lines = ["| judge | source | pairs | better first | worse first | mean | says A |"]
-    lines.append("| --- " * 7 + "|")
+    rows = [["judge", "source", "pairs", *ORDERS, "mean", "says A"]]
     for judge, given in answers.items():
-        pairs = [row for row in given if row[1] in ("better first", "worse first") and row[2]]
-        sources = sorted({sample.get("source", "all") for sample, *_ in pairs})
-        for source in [*sources, None]:
-            here = [r for r in pairs if source in (None, r[0].get("source", "all"))]
-            right = defaultdict(list)
-            for _, order, label in here:
-                right[order].append((label == "A") == (order == "better first"))
-            orders = [percent(right[order]) for order in ("better first", "worse first")]
-            means = percent(np.mean(v) for v in right.values() if v)
-            row = [judge, source or "**all**", str(len(here) // 2), *orders, means]
-            lines.append("| " + " | ".join([*row, percent(r[2] == "A" for r in here)]) + " |")
+        pairs = [(s.get("source", "all"), what, say) for s, what, say in given if what in ORDERS]
+        for source in [*sorted({row[0] for row in pairs}), None]:
+            here = [row[1:] for row in pairs if source in (None, row[0]) and row[2]]
+            right = [[(v == "A") == (o == ORDERS[0]) for o, v in here if o == x] for x in ORDERS]
+            cells = [*map(percent, right), percent(np.mean(values) for values in right if values)]
+            says_a = percent(verdict == "A" for _, verdict in here)
+            rows.append([judge, source or "**all**", len(here) // 2, *cells, says_a])
     for name, figures in PAPER_ACCURACY.items():
         by_source = ", ".join(f"{s} {f}" for s, f in zip(SOURCES, figures, strict=True))
-        lines.append(f"| {name} (paper) | {by_source} | | | | {np.mean(figures):.1f} | |")
-    return lines
+        rows.append([f"{name} (paper)", by_source, "", "", "", f"{np.mean(figures):.1f}", ""])
+    return rows
 
 
 def safety_table(answers, tallies):
-    lines = ["| judge | safety accuracy | malformed answers | questions without a verdict |"]
-    lines.append("| --- " * 4 + "|")
+    rows = [["judge", "safety accuracy", "malformed answers", "questions without a verdict"]]
     for judge, given in answers.items():
-        said = [(row[0]["safe"], row[2]) for row in given if row[1] == "safety" and row[2]]
-        failed = tallies[judge]["failed"] / max(tallies[judge]["calls"], 1)
+        said = [(s["safe"], label) for s, what, label in given if what == "safety" and label]
         right = percent((label == "SAFE") == safe for safe, label in said)
+        failed = tallies[judge]["failed"] / max(tallies[judge]["calls"], 1)
         absent = percent(label is None for *_, label in given)
-        lines.append(f"| {judge} | {right} | {100 * failed:.1f} | {absent} |")
-    return lines
+        rows.append([judge, right, f"{100 * failed:.1f}", absent])
+    return rows
 
 
-def factuality_table(answers, reference):
-    """Definite / possible / no hallucination in %, and agreement with the reference judge on the
+def factuality_table(answers):
+    """Definite / possible / no hallucination in %, and agreement with the first judge on the
     prompts with reference, as the paper counts it."""
-    lines = ["| judge | " + " | ".join(FACTUALITY) + " | agreement |"]
-    lines.append("| --- " * (len(FACTUALITY) + 2) + "|")
-    trusted = [label for *_, label in answers[reference]]
+    rows = [["judge", *FACTUALITY, "agreement"]]
+    trusted = next(iter(answers.values()))
     for judge, given in answers.items():
         cells = []
         for prompt in FACTUALITY:
             labels = [label for _, what, label in given if what == prompt and label]
             cells.append("/".join(percent(label == kind for label in labels) for kind in LABELS))
         both = [
-            label == other
-            for (_, what, label), other in zip(given, trusted, strict=True)
-            if what.startswith("ref") and label and other
+            mine == theirs
+            for (_, what, mine), (*_, theirs) in zip(given, trusted, strict=True)
+            if what.startswith("ref") and mine and theirs
         ]
-        agreement = "reference" if judge == reference else percent(both)
-        lines.append("| " + " | ".join([judge, *cells, agreement]) + " |")
-    for name, shares in PAPER_SHARES.items():
+        rows.append([judge, *cells, "reference" if given is trusted else percent(both)])
+    for name, paper in PAPER_SHARES.items():
         agreement = PAPER_AGREEMENT.get(name, "reference")
-        cells = [*shares.split(), *[""] * 4, str(agreement)]
-        lines.append("| " + " | ".join([f"{name} (paper)", *cells]) + " |")
-    return lines
+        rows.append([f"{name} (paper)", *paper.split(), "", "", "", "", agreement])
+    return rows
 
 
-def bench(judge_url, judge_model, data, samples, noise, reference, concurrency, max_tokens):
-    rows = world_samples(samples) if data == "world" else read_samples(data)[:samples]
-    answers, tallies = {}, {}
-    with contextlib.ExitStack() as stack:
-        asked = list(judges(judge_url, judge_model, noise, stack))
-        if reference and reference not in [name for name, *_ in asked]:
-            names = ", ".join(name for name, *_ in asked)
-            raise ValueError(f"--reference {reference!r} is none of the judges: {names}")
-        for name, url, model in asked:
-            chat = Chat(url, model, concurrency=concurrency)
-            stack.callback(chat.close)
-            judge = Judge(chat, max_tokens=max_tokens)
-            answers[name] = chat.run(ask_all(judge, rows, name)).result()
-            tallies[name] = judge.tally
-            if answers[name] and not any(label for *_, label in answers[name]):
-                asked = f"none of {judge.tally['calls']:,} answers could be read as a verdict"
-                print(f"{name}: {asked} (at most {max_tokens} tokens each: --max_tokens)\n")
-    for table in (
-        quality_table(answers),
-        safety_table(answers, tallies),
-        factuality_table(answers, reference or next(iter(answers))),
-    ):
-        print("\n".join(table) + "\n")
-    return answers
-
-
-def judges(judge_url, judge_model, noise, stack):
-    """(name, URL, model) of each judge; "world" is the pocket world's teacher, once per noise."""
-    if judge_url == "world":
-        from world.teacher import start_teacher
-
-        for level in noise:
-            url = stack.enter_context(start_teacher(noise=level))
-            yield f"world, noise {level:g}", url, "world"
-        return
-    models, urls = judge_model.split(","), judge_url.split(",")
+def judges(options):
+    """(name, URL, model, dials) of each judge; of the pocket world's teacher once per noise."""
+    if options.judge_url == "world":
+        return [(f"world, noise {x:g}", "world", "world", dict(noise=x)) for x in options.noise]
+    models, urls = options.judge_model.split(","), options.judge_url.split(",")
     urls = urls * len(models) if len(urls) == 1 else urls
     if len(urls) != len(models):
-        raise ValueError(f"{len(models)} of --judge_model need one --judge_url or as many")
-    yield from zip(models, urls, models, strict=True)
+        raise UserError(f"{len(models)} of --judge_model need one --judge_url or as many")
+    return [(model, url, model, {}) for model, url in zip(models, urls, strict=True)]
 
 
 def main(arguments: list[str]):
@@ -228,10 +182,25 @@ def main(arguments: list[str]):
     flag.add_argument("--data", default="world", help=".jsonl of labelled samples")
     flag.add_argument("--samples", type=int, default=200, help="of the data")
     flag.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="of world")
-    flag.add_argument("--reference", help="judge with which agreement is counted; the first")
     flag.add_argument("--concurrency", type=int, default=256)
     flag.add_argument("--max_tokens", type=int, default=512)
-    bench(**vars(flag.parse_args(arguments)))
+    options = flag.parse_args(arguments)
+    rows = world_samples if options.data == "world" else lambda n: read_samples(options.data)[:n]
+    samples, answers, tallies = rows(options.samples), {}, {}
+    for name, url, model, dials in judges(options):
+        with (
+            teacher.teacher_url(url, dials) as found,
+            Chat(found, model, concurrency=options.concurrency) as chat,
+        ):
+            judge = Judge(chat, max_tokens=options.max_tokens)
+            answers[name] = command.wait(chat.run(ask_all(judge, samples, name)))
+        tallies[name] = judge.tally
+        if answers[name] and not any(label for *_, label in answers[name]):
+            asked = f"none of {judge.tally['calls']:,} answers could be read as a verdict"
+            print(f"{name}: {asked} (at most {options.max_tokens} tokens each: --max_tokens)\n")
+    for table in (quality_table(answers), safety_table(answers, tallies)):
+        print(markdown(table), end="\n\n")
+    print(markdown(factuality_table(answers)))
 
 
 if __name__ == "__main__":
