@@ -147,6 +147,7 @@ class Store(Reader):
                 super().close()
 
 
+_warned: set[Path] = set()  # folders
 _guard = threading.Lock()
 _stores: dict[Path, Store] = {}  # those that are open
 
@@ -175,11 +176,11 @@ def open_file(path: Path) -> sqlite3.Connection:
         except sqlite3.OperationalError as e:
             if (mode, options) == tries[-1] or ("locked" in str(e) and mode == "DELETE"):
                 raise
-    if (mode, options) != ("WAL", ""):
-        how = (
-            "it is written without locks: keep other processes away" if options else "it is slower"
-        )
-        log.warning("%s: this file system can't do what SQLite's WAL mode needs; %s", path, how)
+    first = path.parent not in _warned and not re.search(r"\.\d+\.", path.name)
+    if (mode, options) != ("WAL", "") and first:
+        _warned.add(path.parent)
+        how = "keep other commands away: it has no locks" if options else "another is slower"
+        log.warning("%s: this file system does not carry SQLite's WAL mode; %s", path, how)
     return db
 
 
@@ -231,7 +232,11 @@ def reading(path: Path):
                 shutil.copy(file, where.with_name(file.name))
         # A file without a log beside it is whole; on a read-only disk it opens only as immutable.
         still = not wal.exists() and (".past" in path.name or not os.access(path.parent, os.W_OK))
-        address = f"{where.absolute().as_uri()}?mode=ro{'&immutable=1' * still}"
+        address = f"{where.absolute().as_uri()}?mode=ro"
+        if still:
+            address += "&immutable=1"
+        elif where == path and not locks_work(path.parent):
+            address += "&nolock=1"
         db = sqlite3.connect(address, timeout=PATIENCE, check_same_thread=False, uri=True)
         with contextlib.closing(db):
             yield db

@@ -34,12 +34,8 @@ class FaultyServer:
 
     def __init__(self, plan, share, seed, answer, latency, rate, retry_after, message):
         self.plan, self.share, self.seed, self.answer = plan, share, seed, answer
-        self.latency, self.rate, self.retry_after, self.message = (
-            latency,
-            rate,
-            retry_after,
-            message,
-        )
+        self.latency, self.rate = latency, rate
+        self.retry_after, self.message = retry_after, message
         self.counts = collections.Counter()  # replies by kind
         self.answered = collections.Counter()  # good answers by prompt
         self.seen = collections.Counter()  # requests by body
@@ -84,7 +80,8 @@ class FaultyServer:
         kind, request = self.kind(body), json.loads(body)
         self.counts[kind] += 1
         if not kind.startswith("429"):
-            await asyncio.sleep(self.latency)
+            wait = self.latency(request) if callable(self.latency) else self.latency
+            await asyncio.sleep(wait)
         status, headers, content = 200, {"Content-Type": "application/json"}, b""
         if kind[:3].isdigit():
             status = int(kind[:3])
@@ -102,7 +99,7 @@ class FaultyServer:
         elif kind == "huge":
             headers["Content-Length"] = str(100 << 20)
         else:
-            content = self.completion(kind, request)
+            status, content = self.completion(kind, request)
         headers = {"Content-Length": str(len(content)), **headers}
         head = f"HTTP/1.1 {status} planned\r\n"
         head += "".join(f"{k}: {v}\r\n" for k, v in headers.items())
@@ -110,7 +107,7 @@ class FaultyServer:
         if kind == "answer":
             self.answered[request["messages"][0]["content"]] += 1
 
-    def completion(self, kind: str, request: dict) -> bytes:
+    def completion(self, kind: str, request: dict) -> tuple[int, bytes]:
         message, finish = {"role": "assistant", "content": None}, "stop"
         if kind == "reasoning_only":
             message["reasoning_content"] = "Let me think. VERDICT: A"
@@ -120,6 +117,9 @@ class FaultyServer:
             message["content"] = "colourless green ideas"
         elif kind != "null":
             message["content"] = self.answer(request)
+            if isinstance(message["content"], tuple):  # a status and a body
+                status, body = message["content"]
+                return status, json.dumps(body).encode()
         if kind == "length":
             message["content"], finish = message["content"][:-1], "length"
         reply = {
@@ -130,7 +130,7 @@ class FaultyServer:
             "choices": [{"index": 0, "message": message, "finish_reason": finish}],
             "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
         }
-        return json.dumps(reply).encode()
+        return 200, json.dumps(reply).encode()
 
     async def send(self, kind, reader, writer, head: bytes, content: bytes) -> None:
         if kind == "hang":
@@ -163,8 +163,8 @@ def faulty_server(
     plan=tuple(TRANSPORT),  # the kinds of faults, equally likely
     share: float = 0.0,  # of requests that fail
     seed: int = 0,
-    answer=lambda request: "answer to " + request["messages"][0]["content"],
-    latency: float = 0.0,  # seconds before each reply
+    answer=lambda request: "answer to " + request["messages"][0]["content"],  # or (status, body)
+    latency=0.0,  # seconds before each reply, or a function of the request that gives them
     rate: int | None = None,  # requests per second; above it: 429 with Retry-After
     retry_after: float | str = 0.1,  # value of that header
     message: str = "",  # text of error replies

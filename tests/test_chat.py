@@ -1,9 +1,8 @@
 """The teacher's client against a server that fails by plan, and against its own sudden death."""
 
 import asyncio
-import contextlib
 import email.utils
-import os
+import logging
 import random
 import re
 import signal
@@ -13,15 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import MAX_BODY, Chat, Endpoint, TeacherGone
+from chat import MAX_BODY, Chat, Endpoint, TeacherGone, Traffic, greet
 from support.command import UserError
-from support.replies import Answer, Failure, read_reply
-from support.store import open_file
+from support.replies import WHOLE, Answer, Failure, of_content, read_reply
 
 KEY = "sk-test-0123456789abcdef"
 SAMPLING = dict(temperature=1.0, top_p=1.0, max_tokens=64)
@@ -60,10 +59,19 @@ def ask(chat, prompt="question", seed=0):
     return chat.run(chat.ask(prompt, seed=seed, **SAMPLING)).result(timeout=60)
 
 
-def unused_port():
+def prompt_of(request):
+    return request["messages"][0]["content"]
+
+
+@pytest.fixture(scope="module")
+def nobody():
+    """A URL at which nobody listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        yield f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+
+
+# ---- Failures that pass --------------------------------------------------------------------------
 
 
 def test_answers_do_not_depend_on_faults(client, tmp_path):
@@ -83,72 +91,6 @@ def test_answers_do_not_depend_on_faults(client, tmp_path):
     assert stats["calls"] == sum(counts.values()) and stats["dropped"] == 0
     assert stats["retries"] == stats["calls"] - len(prompts)
     assert stats["tokens_in"] == 7 * len(prompts) and stats["tokens_out"] == 3 * len(prompts)
-
-
-@pytest.mark.parametrize("kind", sorted({*CONTENT} - {"nonsense"}))
-def test_a_reply_without_an_answer_is_none_counted_and_asked_again(client, tmp_path, kind):
-    with faulty_server(plan=[kind], share=1.0) as server:
-        chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        assert ask(chat) == Answer(None, kind, 7, 3)
-        server.share = 0.0
-        assert ask(chat) == Answer("answer to question", "stop", 7, 3)
-        assert ask(chat) == Answer("answer to question", "stop", 7, 3, cached=True)
-        assert chat.stats()["failed"] == {kind: 1} and chat.stats()["calls"] == 2
-
-
-def reply_of(message, finish="stop", **rest):
-    return {"choices": [{"message": message, "finish_reason": finish}], **rest}
-
-
-def test_nothing_that_is_no_completion_is_an_answer():
-    usage = {"prompt_tokens": -1, "completion_tokens": float("inf")}
-    odd = reply_of({"content": "lone \ud800, null \u0000, \u202e"}, None, usage=usage)
-    assert read_reply(odd) == Answer("lone ?, null \0, \u202e", "stop", 0, 0)
-    for reply in [None, [], 7, {"choices": {}}, {"choices": [7]}, reply_of({"content": ["x"]})]:
-        with pytest.raises(Failure):
-            read_reply(reply)
-
-
-def test_a_base_url_without_v1_is_hinted_at(client):
-    with faulty_server(plan=["404"], share=1.0) as server:
-        for url, hinted in ((server.url, False), (server.url.removesuffix("/v1"), True)):
-            with pytest.raises(UserError) as raised:
-                ask(client(url))
-            assert ("lack /v1?" in str(raised.value)) == hinted
-
-
-@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422, 429])
-def test_a_refusal_is_raised_at_once_and_never_shows_the_key(client, tmp_path, status):
-    message = f"no such model\n\x1b[31m for Bearer {KEY} insufficient_quota " + "x" * 9000
-    with faulty_server(plan=[str(status)], share=1.0, message=message) as server:
-        chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        with pytest.raises(UserError) as raised:
-            ask(chat)
-        assert server.keys == {f"Bearer {KEY}"} and sum(server.counts.values()) == 1
-    shown = str(raised.value)
-    assert shown.startswith(f"{server.url}/chat/completions answered {status}: ")
-    assert "no such model" in shown and len(shown) < 700 and shown.isprintable()
-    for place in [repr(raised.value), repr(chat.stats()), *(str(vars(chat._endpoints[0])),)]:
-        assert KEY not in place
-    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
-
-
-def test_urls():
-    assert Endpoint("http://host:1/v1/").url == "http://host:1/v1/chat/completions"
-    for url in ["", "host:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://["]:
-        with pytest.raises(ValueError, match="looks like|Port|IPv6"):
-            Endpoint(url)
-    for url in [f"http://user:{KEY}@host/v1", f"{KEY}@host", f"http://host/v1?api_key={KEY}"]:
-        with pytest.raises(ValueError) as raised:
-            Endpoint(url)
-        assert KEY not in str(raised.value)
-
-
-def test_no_key_no_header(client, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with faulty_server() as server:
-        assert ask(client(server.url)).text == "answer to question"
-        assert not server.keys
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
@@ -172,22 +114,19 @@ def test_retry_after_holds_for_all_requests(client, form):
 
 def test_rate_limit_is_approached_not_rammed(client):
     with faulty_server(rate=200, retry_after=0.5) as server:
-        chat = client(server.url)
-        answers = ask_all(chat, [f"question {i}" for i in range(400)])
+        answers = ask_all(client(server.url), [f"question {i}" for i in range(400)])
         assert all(a.text for a in answers)
     # the first burst is all refused but for 200; after that only few requests are wasted
     assert server.counts["429_retry_after"] < 300
 
 
-def test_requests_move_over_and_come_back(client):
+def test_requests_move_over_and_come_back(client, nobody):
     with faulty_server() as good, faulty_server(["503"], 1.0) as bad:
-        dead = f"http://127.0.0.1:{unused_port()}/v1"
-        chat = client(f"{dead}, {bad.url},{good.url}", concurrency=50)
+        chat = client(f"{nobody}, {bad.url},{good.url}", concurrency=50)
         answers = ask_all(chat, [f"question {i}" for i in range(300)])
         assert all(a.text for a in answers)
         assert good.counts["answer"] == 300 and bad.counts["503"] < 150
-        bad.share, good.share = 0.0, 1.0  # now the other one fails
-        good.plan = ["reset"]
+        bad.share, good.share, good.plan = 0.0, 1.0, ["reset"]  # now the other one fails
         answers = ask_all(chat, [f"question {i}" for i in range(300, 600)])
         assert all(a.text for a in answers) and bad.counts["answer"] == 300
 
@@ -200,7 +139,7 @@ def test_equal_endpoints_share_the_load(client):
 
 def test_a_question_that_always_fails_is_dropped_only_if_others_are_answered(client):
     def answer(request):
-        if request["messages"][0]["content"] == "poison":
+        if prompt_of(request) == "poison":
             raise ConnectionError
         return "fine"
 
@@ -211,16 +150,18 @@ def test_a_question_that_always_fails_is_dropped_only_if_others_are_answered(cli
         assert chat.stats()["dropped"] == 1 and chat.stats()["failed"] == {"connection": 3}
 
 
-@pytest.mark.parametrize("how", ["unused port", "hang", "500", "429_retry_after"])
-def test_teacher_gone(client, how):
+@pytest.mark.parametrize("how", ["unused port", "hang", "500", "429_retry_after", "huge"])
+def test_teacher_gone(client, nobody, how):
     with faulty_server([how], 1.0, retry_after=3600) as server:
-        url = f"http://127.0.0.1:{unused_port()}/v1" if how == "unused port" else server.url
+        url = nobody if how == "unused port" else server.url
         chat = client(url, give_up_after=1.0, timeout=0.5, retries=1)
         began = time.monotonic()
         answers = ask_all(chat, [str(i) for i in range(100)])
-        assert 0.9 < time.monotonic() - began < 3
+        assert 0.9 < time.monotonic() - began < 4
     assert all(isinstance(a, TeacherGone) for a in answers)
-    assert "no answer for 1 s" in str(answers[0]) and url in str(answers[0])
+    told = {"unused port": "connection refused", "hang": "longer than 0.5 s", "huge": "than 2 MB"}
+    assert str(answers[0]).startswith(f"no answer for 1 s: {url}: ")
+    assert told.get(how, f"it answers {how[:3]}") in str(answers[0]) and MAX_BODY == 2 << 20
 
 
 def test_a_pause_of_the_run_is_not_silence_of_the_teacher(client):
@@ -231,6 +172,266 @@ def test_a_pause_of_the_run_is_not_silence_of_the_teacher(client):
         server.share, server.plan = 1.0, ["500"]
         threading.Timer(0.2, lambda: setattr(server, "share", 0.0)).start()
         assert ask(chat, "two").text
+
+
+@pytest.mark.parametrize(
+    "how, why",
+    [
+        ("reset", "connection reset by peer|it closes the connection without an answer"),
+        ("503", "it answers 503 .*planned 503.*"),
+        ("content_type", "it answers with text/html, not JSON"),
+        ("hang", "it takes longer than 0.2 s"),
+    ],
+)
+def test_a_silent_judge_is_two_lines(client, caplog, how, why):
+    """One when it falls silent, one when it is back; two clients of one server say it once."""
+    with faulty_server([how], 1.0) as server, caplog.at_level(logging.WARNING):
+        timeout = 0.2 if how == "hang" else 60.0
+        chats = [client(server.url, timeout=timeout) for _ in range(2)]
+        asked = [c.run(c.ask(str(i), seed=0, **SAMPLING)) for c in chats for i in range(30)]
+        while len(caplog.messages) < 1:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        server.share = 0.0
+        assert all(future.result(60).text for future in asked)
+    silent, back = caplog.messages
+    assert re.fullmatch(rf"{server.url} does not answer: ({why}); waiting until [\d:]+ .*", silent)
+    assert back == f"{server.url} answers again"
+
+
+def test_a_name_that_does_not_exist_is_said_so(client):
+    with pytest.raises(TeacherGone, match="no such host"):
+        ask(client("http://no.such.host.invalid/v1", give_up_after=0.5))
+
+
+# ---- Replies that are no answer ------------------------------------------------------------------
+
+
+def reply_of(message, finish="stop", **rest):
+    return {"choices": [{"message": message, "finish_reason": finish}], **rest}
+
+
+@pytest.mark.parametrize("kind", sorted({*CONTENT} - {"nonsense"}))
+def test_a_reply_without_an_answer_is_none_counted_and_asked_again(client, tmp_path, kind):
+    with faulty_server(plan=[kind], share=1.0) as server:
+        chat = client(server.url, cache=tmp_path / "cache.sqlite")
+        assert ask(chat) == Answer(None, kind, 7, 3)
+        server.share = 0.0
+        assert ask(chat) == Answer("answer to question", "stop", 7, 3)
+        assert ask(chat) == Answer("answer to question", "stop", 7, 3, cached=True)
+        assert chat.stats()["failed"] == {kind: 1} and chat.stats()["calls"] == 2
+
+
+BROKEN = "length abort error model_length max_tokens tool_calls function_call content_filter"
+BROKEN += " insufficient_system_resource timeout cancelled repetition pause_turn SAFETY something"
+
+
+def test_only_an_answer_that_is_whole_is_used_and_kept(client, tmp_path, caplog):
+    whole = [None, *sorted(WHOLE), "STOP", "COMPLETE"]
+    ends = [*whole, *BROKEN.split(), "content_filter: RECITATION", 7]
+
+    def answer(request):
+        return 200, reply_of({"content": "VERDICT"}, ends[int(prompt_of(request))])
+
+    with faulty_server(answer=answer) as server:
+        chat = client(server.url, cache=tmp_path / "cache.sqlite")
+        answers = ask_all(chat, map(str, range(len(ends))))
+        used = [end for end, answer in zip(ends, answers, strict=True) if answer.text]
+        assert used == whole and sum(chat.stats()["failed"].values()) == len(ends) - len(whole)
+        assert chat.stats()["failed"]["abort"] == 1
+        assert chat.store.find("SELECT count(*) FROM answers") == (len(whole),)
+        assert sum("ended by 'abort'" in line for line in caplog.messages) == 1
+        # earlier versions kept what was broken off
+        chat.store._db.execute("UPDATE answers SET finish = 'abort'")
+        assert not ask(chat, "0").cached
+
+
+def test_the_text_of_a_content_in_parts():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+    assert read_reply(reply_of({"content": parts})).finish == "reasoning_only"
+    parts += [{"type": "text", "text": "VERDICT: "}, {"type": "text", "text": "A"}]
+    assert read_reply(reply_of({"content": parts})).text == "VERDICT: A"
+    for name in ("reasoning_content", "reasoning"):
+        reply = reply_of({"content": None, name: "VERDICT: A"})
+        assert read_reply(reply) == Answer(None, "reasoning_only", 0, 0)
+
+
+def test_nothing_that_is_no_completion_is_an_answer():
+    usage = {"prompt_tokens": -1, "completion_tokens": float("inf")}
+    odd = reply_of({"content": "lone \ud800, null \u0000, \u202e"}, None, usage=usage)
+    assert read_reply(odd) == Answer("lone ?, null \0, \u202e", "stop", 0, 0)
+    parts = [["x"], [{"type": "text"}], [{"type": "text", "text": None}], {"text": "x"}, 7]
+    replies = [reply_of({"content": content}) for content in parts]
+    for reply in [None, [], 7, {"choices": {}}, {"choices": [7]}, *replies]:
+        with pytest.raises(Failure):
+            read_reply(reply)
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+REFUSALS = [  # status, what servers say, the kind of an absent answer or None: it is about us
+    (400, '{"error": {"code": "content_filter", "message": "The response was filtered"}}', 1),
+    (400, '{"error": {"innererror": {"code": "ResponsibleAIPolicyViolation"}}}', 1),
+    (400, '{"error": {"code": "content_policy_violation", "type": "invalid_request_error"}}', 1),
+    (400, "Invalid prompt: your prompt was flagged as violating our usage policy.", 1),
+    (403, "Your chosen model requires moderation and your input was flagged. No credits used.", 1),
+    (400, '{"code": "data_inspection_failed", "message": "may contain inappropriate content"}', 1),
+    (400, "Output blocked by content filtering policy", 1),
+    (400, "Content Exists Risk", 1),
+    (400, "The prompt was blocked: PROHIBITED_CONTENT", 1),
+    (403, "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", 1),
+    (400, "This model's maximum context length is 4096 tokens. However, you requested 9000", 2),
+    (400, '{"code": "context_length_exceeded"}', 2),
+    (400, "The decoder prompt (length 5000) is longer than the maximum model length of 4096", 2),
+    (400, "the request exceeds the available context size, try increasing it", 2),
+    (400, "prompt is too long: 208310 tokens > 200000 maximum", 2),
+    (400, "The input token count (2e6) exceeds the maximum number of tokens allowed (1e6)", 2),
+    (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4097", 2),
+    (400, "Range of input length should be [1, 6000]", 2),
+    (413, "<html>Request Entity Too Large</html>", 2),
+    (400, "something else", "refused_400"),
+    (403, "<html>Sorry, you have been turned away</html>", "refused_403"),
+    (401, "content_filter", None),
+    (402, "Insufficient Balance", None),
+    (404, "The model `x` does not exist", None),
+    (400, "API key not valid. Please pass a valid API key.", None),
+    (400, "Your credit balance is too low to access the Anthropic API.", None),
+    (400, "Model x not found", None),
+    (403, "Country, region, or territory not supported", None),
+    (403, "You do not have permission to access this deployment", None),
+    (400, "Unsupported parameter: 'top_p' is not supported with this model.", None),
+    (422, '{"type": "extra_forbidden", "msg": "Extra inputs are not permitted"}', None),
+    (301, "moved", None),
+]
+
+
+@pytest.mark.parametrize("status, told, kind", REFUSALS)
+def test_refusals_are_about_the_question_or_about_us(status, told, kind):
+    assert of_content(status, told) == {1: "content_filter", 2: "too_long"}.get(kind, kind)
+
+
+def test_a_refused_question_is_an_absent_answer_and_never_a_dead_end(client, tmp_path, caplog):
+    """A third is refused at once while the others take their time, as behind a content filter;
+    a second process, for which only the refused ones are left, ends neither."""
+
+    def answer(request):
+        if int(prompt_of(request)) % 3:
+            return "fine"
+        return 400, {"error": {"code": "content_filter", "message": "The prompt was filtered"}}
+
+    prompts = [str(i) for i in range(120)]
+    with faulty_server(answer=answer, latency=lambda r: 0.3 * (int(prompt_of(r)) % 3)) as server:
+        for process in range(2):
+            chat = client(server.url, cache=tmp_path / "cache.sqlite")
+            answers = ask_all(chat, prompts)
+            assert [a.refused for a in answers] == [i % 3 == 0 for i in range(120)]
+            assert answers[0] == Answer(None, "content_filter", 0, 0, refused=True)
+            assert chat.stats()["failed"] == {"content_filter": 40}
+            assert chat.stats()["calls"] == (120, 40)[process]
+            assert sum("The prompt was filtered" in line for line in caplog.messages) == 1 + process
+            chat.close()
+
+
+def test_refusals_that_become_the_rule_end_the_run(client):
+    refuse = threading.Event()
+
+    def answer(request):
+        return (400, {"error": {"message": "Bad luck"}}) if refuse.is_set() else "fine"
+
+    with faulty_server(answer=answer) as server:
+        chat = client(server.url, concurrency=4)
+        ask_all(chat, map(str, range(15)))
+        refuse.set()
+        found = [type(a) for a in ask_all(chat, map(str, range(100, 160)))]
+        assert found.count(Answer) >= 15 and found.count(UserError) >= 30
+        with pytest.raises(UserError, match="questions were refused: .*answered 400: .*Bad luck"):
+            ask(chat, "one more")
+        with pytest.raises(UserError, match="answered 400"):
+            greet(client(server.url), "The first question of a run, which nobody can mind.")
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422, 429])
+def test_a_refusal_of_us_is_raised_at_once_and_never_shows_the_key(client, tmp_path, status):
+    message = f"no such model\n\x1b[31m for Bearer {KEY} insufficient_quota " + "x" * 9000
+    with faulty_server(plan=[str(status)], share=1.0, message=message) as server:
+        chat = client(server.url, cache=tmp_path / "cache.sqlite")
+        with pytest.raises(UserError) as raised:
+            ask(chat)
+        assert server.keys == {f"Bearer {KEY}"} and sum(server.counts.values()) == 1
+    shown = str(raised.value)
+    assert shown.startswith(f"{server.url}/chat/completions answered {status}: ")
+    assert "no such model" in shown and len(shown) < 700 and shown.isprintable()
+    for place in [repr(raised.value), repr(chat.stats()), str(vars(chat._endpoints[0]))]:
+        assert KEY not in place
+    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_base_url_without_v1_is_hinted_at(client):
+    with faulty_server(plan=["404"], share=1.0) as server:
+        for url, hinted in ((server.url, False), (server.url.removesuffix("/v1"), True)):
+            with pytest.raises(UserError) as raised:
+                ask(client(url))
+            assert ("lack /v1?" in str(raised.value)) == hinted
+
+
+def test_errors_with_status_200_and_another_name_of_the_limit(client):
+    """As OpenRouter's gateway and OpenAI's reasoning models have them."""
+    errors = {"flagged": {"code": 403, "message": "flagged"}, "busy": {"code": 502}}
+
+    def answer(request):
+        if "max_tokens" in request:
+            told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return 400, {"error": {"message": told, "code": "unsupported_parameter"}}
+        assert request["max_completion_tokens"] == 64
+        error = errors.pop(prompt_of(request), None)
+        return (200, {"error": error}) if error else 'the text: "max_tokens": 7'
+
+    with faulty_server(answer=answer) as server:
+        chat = client(server.url)
+        assert ask(chat, "flagged").finish == "content_filter"
+        assert ask(chat, "busy").text and ask(chat, '"max_tokens": 7').text
+        assert chat.stats()["failed"] == {"max_tokens": 1, "content_filter": 1, "502": 1}
+
+
+# ---- Where it asks -------------------------------------------------------------------------------
+
+
+def test_urls():
+    assert Endpoint("http://host:1/v1/").url == "http://host:1/v1/chat/completions"
+    for url in ["", "host:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://["]:
+        with pytest.raises(UserError, match="looks like"):
+            Endpoint(url)
+    for url in [f"http://user:{KEY}@host/v1", f"{KEY}@host", f"http://host/v1?api_key={KEY}"]:
+        with pytest.raises(UserError) as raised:
+            Endpoint(url)
+        assert KEY not in str(raised.value)
+
+
+def test_no_key_no_header(client, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with faulty_server() as server:
+        assert ask(client(server.url)).text == "answer to question"
+        assert not server.keys
+
+
+def test_proxies_are_those_of_the_environment_and_never_for_this_machine(client, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with faulty_server() as server:  # as a proxy it answers for any host
+        monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+        monkeypatch.setenv("no_proxy", "near.example,10.0.0.0/8")
+        assert ask(client("http://judge.example/v1")).text and server.counts["answer"] == 1
+        for host in ("127.0.0.1:9", "127.1.2.3", "localhost:8000", "[::1]:8000", "near.example"):
+            assert Endpoint(f"http://{host}/v1").proxy is None
+        assert Endpoint("http://10.2.3.4/v1").proxy is None
+        assert Endpoint("https://judge.example/v1").proxy is None
+        monkeypatch.setenv("all_proxy", "socks5://proxy.example:1080")
+        with pytest.raises(UserError, match="socks5 proxy"):
+            Endpoint("https://judge.example/v1")
+
+
+# ---- One question, one answer --------------------------------------------------------------------
 
 
 def test_equal_questions_in_flight_are_asked_once(client):
@@ -259,54 +460,56 @@ def test_a_thousand_in_flight(client):
         assert all(a.text for a in answers) and 1000 <= server.peak <= 1024
 
 
+def test_traffic_is_what_happened_since_the_last_call(client):
+    with faulty_server() as server:
+        chats = [client(server.url), client(server.url)]
+        traffic = Traffic(chats)
+        for n in (3, 2):
+            for chat in chats:
+                ask_all(chat, [f"{n} {i}" for i in range(n)])
+            found = traffic.since_last()
+            assert found["judge.requests"] == (2 * n, 0) and found["judge.tokens"] == (20 * n, 0)
+            assert found["judge.latency_p99"][0] > 0
+
+
 def test_a_full_disk_is_told_to_whoever_asked(client, tmp_path):
     with faulty_server() as server:
         chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        chat.store._db.execute("PRAGMA max_page_count=5")
+        chat.store._db.execute("PRAGMA max_page_count=8")
         answers = ask_all(chat, [f"question {i}" for i in range(1000)])
     assert any(isinstance(a, sqlite3.Error) and "full" in str(a) for a in answers)
 
 
-def test_body_is_read_only_to_the_limit(client):
-    with faulty_server(["huge"], 1.0) as server:
-        chat = client(server.url, give_up_after=1.0)
-        with pytest.raises(TeacherGone, match="more than 2 MB"):
-            ask(chat)
-    assert MAX_BODY <= 16 << 20
-
+# ---- The death of the process --------------------------------------------------------------------
 
 SCRIPT = """
 import asyncio, sys
 from chat import Chat
 url, cache = sys.argv[1:]
-chat = Chat(url, "model", cache=cache, concurrency=100)
 async def one(i):
     answer = await chat.ask(f"question {i}", seed=0, temperature=1.0, top_p=1.0, max_tokens=64)
     print(i, answer.text, flush=True)
 async def every():
     await asyncio.gather(*map(one, range(400)))
-try:
+with Chat(url, "model", cache=cache, concurrency=100) as chat:
     chat.run(every()).result()
-finally:
-    chat.close()
 """
 
 
 def start(server, cache):
-    command = [sys.executable, "-c", SCRIPT, server.url, str(cache)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", SCRIPT, server.url, str(cache)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=os.getcwd(),
+        cwd=Path(__file__).parent.parent,
         # A shell that runs the tests in the background has children ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def stored_answers(cache):
-    with contextlib.closing(sqlite3.connect(cache)) as db:
+    with closing(sqlite3.connect(cache)) as db:
         return db.execute("SELECT count(*) FROM answers").fetchone()[0]
 
 
@@ -330,25 +533,10 @@ def test_control_c_ends_within_two_seconds_with_nothing_lost(tmp_path):
     cache = tmp_path / "cache.sqlite"
     with faulty_server(plan=["hang"], share=0.2) as server:
         process = start(server, cache)
-        for _ in range(100):
-            process.stdout.readline()
-        time.sleep(0.2)
+        lines = [process.stdout.readline() for _ in range(100)]
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         out, error = process.communicate(timeout=10)
         assert time.monotonic() - began < 2 and "KeyboardInterrupt" in error
         assert KEY not in error and not re.search("never retrieved|was destroyed", error)
-        assert len(out.splitlines()) <= stored_answers(cache) <= server.counts["answer"]
-
-
-def test_processes_may_open_a_new_store_at_once(tmp_path):
-    """Three at a time: SQLite's own waiting does not cover the change to WAL mode."""
-    together = threading.Barrier(3)
-
-    def open_all(_):
-        for i in range(100):
-            together.wait(10)
-            open_file(tmp_path / str(i)).close()
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(open_all, range(3)))
+    assert len(lines) + len(out.splitlines()) <= stored_answers(cache)
