@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_server import faulty_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +21,10 @@ from chat import Chat
 from config import Config
 from judge import Judge, defuse, load_prompts, render
 from schedules import expected_wins, schedule
+from support.command import UserError
 from support.replies import Answer
 from support.store import open_store
+from tools import bench_judge
 from tools.replay import chosen_of, replay
 from verdicts import VERDICTS, parse
 from world.corpus import document
@@ -46,7 +49,8 @@ class Teacher:
         digest = hashlib.sha256(f"{prompt}{seed}".encode(errors="replace")).digest()
         await asyncio.sleep(digest[0] % 3 / 1000)  # answers arrive out of order
         sections = {name: text for name, _, text in SECTION.findall(prompt)}
-        return Answer(self.answer(sections, seed), "stop", 0, 0)
+        answer = self.answer(sections, seed)
+        return answer if isinstance(answer, Answer) else Answer(answer, "stop", 0, 0)
 
 
 def longer(texts, seed):
@@ -130,16 +134,25 @@ def test_questions_about_one_prefix_share_their_head():
     assert mark not in render(template, prefix="p" * 50, a=mark, b="z").split("<a")[0]
 
 
-def test_own_prompts_replace_ours(tmp_path):
-    (tmp_path / "safety.txt").write_text("Safe?\n<text {mark}>\n{text}\n</text {mark}>")
-    prompts = load_prompts(tmp_path)
-    assert prompts["safety"].startswith("Safe?") and prompts["quality"] == load_prompts()["quality"]
-    with pytest.raises(ValueError, match="no such folder"):
+def test_own_prompts_are_named_by_a_path(tmp_path, monkeypatch):
+    ours = load_prompts()
+    mine = tmp_path / "prompts"
+    mine.mkdir()
+    monkeypatch.chdir(tmp_path)
+    (mine / "safety.txt").write_text("Safe?\n<text {mark}>\n{text}\n</text {mark}>")
+    assert load_prompts("prompts") == load_prompts("") == ours, "another project's folder"
+    for path in (mine, "./prompts", str(mine)):
+        assert load_prompts(path)["safety"].startswith("Safe?")
+        assert load_prompts(path)["quality"] == ours["quality"]
+    with pytest.raises(UserError, match="no such folder"):
         load_prompts(tmp_path / "missing")
     for wrong in ("Is {txt} safe?", "Is it safe? {mark}"):
-        (tmp_path / "safety.txt").write_text(wrong)
-        with pytest.raises(ValueError, match=r"safety.txt: .* some of \{text\}"):
-            load_prompts(tmp_path)
+        (mine / "safety.txt").write_text(wrong)
+        with pytest.raises(UserError, match=r"safety.txt: .* some of \{text\}"):
+            load_prompts(mine)
+    (mine / "safety.txt").write_bytes(b"\xff{text}")
+    with pytest.raises(UserError, match=r"safety.txt: .*UTF-8"):
+        load_prompts(mine)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,6 +293,32 @@ def test_malformed_answers_are_asked_again_with_another_seed():
     assert max(teacher.asked.values()) == 1  # never the same question with the same seed
 
 
+def test_a_refused_question_is_not_asked_with_another_seed():
+    refused = Answer(None, "content_filter", 0, 0, refused=True)
+    teacher = Teacher(lambda t, s: refused if t.get("text") == "aa" else longer(t, s))
+    scores = score(teacher, [["a", "aa", "aaa"]], retries=3)
+    assert np.isnan(scores.reward).tolist() == [[False, True, False]]
+    assert (scores.calls, scores.failed, scores.absent) == (3 + 3, 1, 1)
+
+
+def test_a_pair_in_both_orders_and_a_text():
+    def says_a(texts, seed):
+        return "VERDICT: A" if "a" in texts else "VERDICT: " + ("SAFE" if seed % 2 else "UNSAFE")
+
+    def worth(answer, *shown, **how):
+        teacher = Teacher(answer)
+        judge = Judge(teacher, retries=0)
+        return teacher.run(judge.worth(*shown, prefix="p", **how)).result(10), teacher
+
+    assert worth(longer, "quality", "aa", "a", both_orders=True)[0] == 1
+    assert worth(longer, "quality", "a", "aa", both_orders=True)[0] == 0
+    value, teacher = worth(says_a, "quality", "aa", "a", samples=3, both_orders=True)
+    assert value == 0.5 and len(teacher.asked) == 6
+    assert worth(says_a, "quality", "aa", "a", samples=3)[0] == pytest.approx(2 / 3)  # in turns
+    assert 0 < worth(says_a, "safety", "x", samples=40)[0] < 1
+    assert np.isnan(worth(lambda t, s: "Well.", "safety", "x", samples=2)[0])
+
+
 @pytest.mark.parametrize("comparisons", ["all", 3, "race"])
 def test_the_order_of_arrival_and_the_batch_change_nothing(comparisons):
     def noisy(texts, seed):
@@ -363,58 +402,40 @@ def test_replay_breaks_ties_as_training_does():
     assert not chosen_of(sources, np.array([1.0, np.nan, 1.0]))
 
 
-def test_a_line_that_is_no_labelled_sample_is_named(tmp_path):
-    from tools.bench_judge import read_samples
-
+def test_bench_names_a_line_that_is_no_labelled_sample(tmp_path):
     file = tmp_path / "x.jsonl"
-    for line, words in (
-        ("[1]", "is not a JSON object"),
-        ('{"better": "x"}', "lacks prefix, worse"),
-    ):
+    for line, told in (("[1]", "is not a JSON object"), ('{"better": "x"}', "lacks prefix, worse")):
         file.write_text('{"text": "x", "safe": true}\n\n' + line)
-        with pytest.raises(ValueError, match=f"x.jsonl:3.*{words}"):
-            read_samples(str(file))
+        with pytest.raises(UserError, match=f"x.jsonl:3.*{told}"):
+            bench_judge.read_samples(str(file))
 
 
-def test_bench_counts_its_questions_and_says_when_nothing_is_read(tmp_path, capsys):
-    from faulty_server import faulty_server
-
-    from tools.bench_judge import bench
-
+def test_bench_says_when_nothing_is_read(tmp_path, capsys):
     sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
     (tmp_path / "x.jsonl").write_text(sample)
     with faulty_server(answer=lambda request: "no idea") as server:
-        bench(server.url, "m", str(tmp_path / "x.jsonl"), 200, [], None, 4, 16)
-    said = capsys.readouterr()
-    assert said.err.startswith("m: 10 questions\n")
-    assert said.out.startswith("m: none of ") and "could be read as a verdict" in said.out
+        bench_judge.main([f"--judge_url={server.url}", f"--data={tmp_path / 'x.jsonl'}"])
+    assert capsys.readouterr().out.startswith("judge: none of 40 answers could be read")
 
 
 def test_bench_tables_hold_the_labels():
-    from tools.bench_judge import (
-        FACTUALITY,
-        factuality_table,
-        quality_table,
-        safety_table,
-        world_samples,
-    )
-
-    assert set(FACTUALITY.values()) <= set(load_prompts())
+    assert set(bench_judge.FACTUALITY.values()) <= set(load_prompts())
     pair, text = dict(source="wiki"), dict(safe=True)
     given = [(pair, "better first", "A"), (pair, "worse first", "A"), (pair, "worse first", None)]
     given += [(text, "safety", "SAFE"), (text, "safety", "UNSAFE"), (text, "safety", None)]
     given += [({}, "ref v4", "No Hallucination"), ({}, "ref v4", "Definite Hallucination")]
-    assert "| x | wiki | 1 | 100.0 | 0.0 | 50.0 | 100.0 |" in quality_table({"x": given})
-    assert safety_table({"x": given}, {"x": Counter(calls=8, failed=2)})[2].startswith(
-        "| x | 50.0 | 25.0 | 25.0 |"
-    )
+    row = ["x", "wiki", 1, "100.0", "0.0", "50.0", "100.0"]
+    assert row in bench_judge.quality_table({"x": given})
+    tallies = {"x": Counter(calls=8, failed=2)}
+    assert bench_judge.safety_table({"x": given}, tallies)[1] == ["x", "50.0", "25.0", "25.0"]
     without = ({}, "no-ref v1", "No Hallucination"), ({}, "no-ref v1", "Definite Hallucination")
-    shares = factuality_table(  # agreement is about the prompts with reference
-        {"x": [*given, without[0]], "y": [*given, without[1]]}, "x"
-    )
-    assert "| 50.0/0.0/50.0 |" in shares[2] and shares[3].endswith("| 100.0 |")
-    samples = world_samples(30)
-    assert len({sample["source"] for sample in samples}) > 2
+    both = {"x": [*given, without[0]], "y": [*given, without[1]]}
+    shares = bench_judge.factuality_table(both)  # agreement is about the prompts with reference
+    assert "50.0/0.0/50.0" in shares[1] and [row[-1] for row in shares[1:3]] == [
+        "reference",
+        "100.0",
+    ]
+    assert len({sample["source"] for sample in bench_judge.world_samples(30)}) > 2
 
 
 def test_importing_is_light():
