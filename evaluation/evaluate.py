@@ -51,8 +51,10 @@ SUITES = ("quality", "safety", "factuality", "coherence")
 POLICIES = ("base", "checkpoint")
 PAIRWISE = ("quality", "coherence", "factuality_pair")
 # Files beside the weights on which a continuation depends.
-HASHED = ("config.json", "generation_config.json", "special_tokens_map.json")
-HASHED += ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+HASHED = (
+    *("config.json", "generation_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+)
 
 
 # ------------------------------------------------------------------------------------------------

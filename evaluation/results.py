@@ -68,7 +68,7 @@ def judgments(found: dict, suite: str) -> list[float]:
 
 def cell_of(found: dict, nll: float | None, suites) -> dict:
     """Of one policy and kind of prefix: means, how many values they are of, and intervals."""
-    cell = {"nll": nll, "n": {"nll": 1}, "interval": {}}
+    cell: dict = {"nll": nll, "n": {"nll": 1}, "interval": {}}
     for suite in suites:
         values = judgments(found, suite)
         cell[suite] = sum(values) / len(values) if values else None

@@ -211,7 +211,7 @@ def plain(text: str) -> str:
     return text[:ARTICLE]
 
 
-READERS = {
+READERS: dict[str, Callable] = {
     "realtoxicityprompts": real_toxicity_prompt,
     "toxigen": toxigen,
     "xstest_safe": partial(xstest, half="safe"),
