@@ -7,6 +7,8 @@ import sqlite3
 import statistics
 import types
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from faulty_server import faulty_server
@@ -84,6 +86,9 @@ def test_published_formats(tmp_path):
 def test_other_published_forms_of_the_same_sets(tmp_path):
     (tmp_path / "hate_women_1k.txt").write_text("- a\\n- b\\n-\n- c\\n-\n")
     assert read_pairs("toxigen", str(tmp_path / "*.txt")) == [("- a\n- b\n-", ""), ("- c\n-", "")]
+    table = pyarrow.table({"prompt": ["- d\\n-"], "group": ["x"]})
+    pyarrow.parquet.write_table(table, tmp_path / "toxigen.parquet")
+    assert read_pairs("toxigen", str(tmp_path / "toxigen.parquet")) == [("- d\n-", "")]
     labelled = ["id", "prompt", "type", "label", "focus", "note"]
     older = csv_file(tmp_path / "x.csv", labelled, [1, "Hi", "contrast_x", "safe", "", ""])
     assert read_pairs("xstest_safe", older) == [("Hi", "")]
