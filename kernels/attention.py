@@ -25,65 +25,45 @@ an edge).  Decoding splits attention at the end of the prefix (Hydragen, Juravsk
 tile holds the queries of all K rollouts times the heads of a group, so the prefix is read once.
 
 Tiles are as large as the registers allow without a spill, for 8 warps on 255 registers each:
-128 x D float32 accumulators take 64 of them at D = 128.  `python -m kernels.report` shows what
-every configuration below compiles to.
+128 x D float32 accumulators take 64 of them at D = 128.  `python -m tools.kernel_report` shows
+what every configuration below compiles to.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import architecture, cores, jit, tl, use_triton
+from kernels import architecture, cores, jit, tl, trusted, use_triton
 
-# kernel, head dimension: (BM, BN, warps, stages); queries BM, keys BN, but rows BM for decoding
+# target, kernel, head dimension: (BM, BN, warps, stages); BM queries (when decoding: rows), BN keys
 CONFIGS = {
     "sm_80": {
-        ("forward", 64): (128, 64, 8, 2),
-        ("forward", 128): (128, 32, 8, 3),
-        ("backward_query", 64): (128, 64, 8, 2),
-        ("backward_query", 128): (128, 32, 8, 2),
-        ("backward_key", 64): (32, 128, 8, 2),
-        ("backward_key", 128): (16, 128, 8, 2),
-        ("decode_prefix", 64): (64, 64, 4, 3),
-        ("decode_prefix", 128): (64, 64, 4, 3),
-        ("decode_own", 64): (16, 64, 4, 2),
-        ("decode_own", 128): (16, 64, 4, 2),
+        "forward": {64: (128, 64, 8, 2), 128: (128, 32, 8, 3)},
+        "backward_query": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
+        "backward_key": {64: (32, 128, 8, 2), 128: (16, 128, 8, 2)},
+        "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+        "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
     },
     "sm_90": {
-        ("forward", 64): (128, 64, 4, 3),
-        ("forward", 128): (128, 64, 8, 3),
-        ("backward_query", 64): (128, 64, 8, 2),
-        ("backward_query", 128): (128, 64, 8, 2),
-        ("backward_key", 64): (64, 128, 8, 2),
-        ("backward_key", 128): (32, 128, 8, 2),
-        ("decode_prefix", 64): (64, 64, 4, 3),
-        ("decode_prefix", 128): (64, 64, 4, 3),
-        ("decode_own", 64): (16, 64, 4, 2),
-        ("decode_own", 128): (16, 64, 4, 2),
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+        "backward_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+        "backward_key": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
+        "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+        "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
     },
     "sm_100": {
-        ("forward", 64): (128, 64, 4, 3),
-        ("forward", 128): (128, 64, 8, 3),
-        ("backward_query", 64): (128, 64, 8, 2),
-        ("backward_query", 128): (128, 64, 8, 2),
-        ("backward_key", 64): (64, 128, 8, 2),
-        ("backward_key", 128): (64, 64, 4, 2),
-        ("decode_prefix", 64): (64, 64, 4, 3),
-        ("decode_prefix", 128): (64, 64, 4, 3),
-        ("decode_own", 64): (16, 64, 4, 2),
-        ("decode_own", 128): (16, 64, 4, 2),
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+        "backward_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+        "backward_key": {64: (64, 128, 8, 2), 128: (64, 64, 4, 2)},
+        "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+        "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
     },
     "gfx942": {
-        ("forward", 64): (128, 64, 4, 1),
-        ("forward", 128): (128, 32, 4, 1),
-        ("backward_query", 64): (128, 64, 4, 1),
-        ("backward_query", 128): (128, 32, 4, 1),
-        ("backward_key", 64): (32, 64, 4, 1),
-        ("backward_key", 128): (32, 64, 4, 1),
-        ("decode_prefix", 64): (64, 64, 4, 1),
-        ("decode_prefix", 128): (64, 64, 4, 1),
-        ("decode_own", 64): (16, 64, 4, 1),
-        ("decode_own", 128): (16, 64, 4, 1),
+        "forward": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1)},
+        "backward_query": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1)},
+        "backward_key": {64: (32, 64, 4, 1), 128: (32, 64, 4, 1)},
+        "decode_prefix": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)},
+        "decode_own": {64: (16, 64, 4, 1), 128: (16, 64, 4, 1)},
     },
 }
 LOG2E = 1.4426950408889634
@@ -95,11 +75,8 @@ def prefix_attention(q, k, v, pad, prefix: int, length: int):
     q [B, H, T, D], k and v [B, Hkv, T, D] in any strides, T = prefix + C * length; pad int32 [B]
     counts the padding tokens at the left of each prefix.  Returns [B, H, T, D], 0 at padding.
     """
-    if not use_triton(q):
-        return prefix_attention_torch(q, k, v, pad, prefix, length)
-    D = q.shape[-1]
-    q, k, v = (_pad_heads(x) for x in (q, k, v))
-    return _attention(q, k, v, pad, prefix, length, D**-0.5)[0][..., :D]
+    kernel = _chosen(_prefix_kernel, prefix_attention_torch, _prefix_example, q, k.shape[1])
+    return kernel(q, k, v, pad, prefix, length)
 
 
 def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
@@ -107,13 +84,33 @@ def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
 
     q [B, K, H, D]; k_prefix, v_prefix [B, Hkv, P, D]; pad int32 [B]; k_cont, v_cont
     [B, K, Hkv, N, D], of which the first `filled` positions (int, or int32 [1] on the device)
-    are valid and include the new token's own.  Returns [B, K, H, D]; has no gradient.
+    are valid and include the new token's own.  Returns [B, K, H, D]; has no gradient.  On a GPU
+    nothing here waits for the device, so that a CUDA graph can hold it.
     """
-    caches = (k_prefix, v_prefix, k_cont, v_cont)
-    if not use_triton(q):
-        return decode_attention_torch(q, *caches[:2], pad, *caches[2:], filled)
+    head_major = q.transpose(1, 2)  # [B, H, K, D]
+    kernel = _chosen(
+        _decode_kernel, decode_attention_torch, _decode_example, head_major, k_prefix.shape[1]
+    )
+    return kernel(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled)
+
+
+def _chosen(kernel, definition, example, q, kv_heads: int):
+    """The kernel where it takes q [B, H, T, D] and has proved right there, else the definition."""
+    shape = q.shape[1] // kv_heads, q.shape[-1]
+    if use_triton(q) and trusted(kernel, definition, example, q.device, q.dtype, *shape):
+        return kernel
+    return definition
+
+
+def _prefix_kernel(q, k, v, pad, prefix: int, length: int):
     D = q.shape[-1]
-    q, k_prefix, v_prefix, k_cont, v_cont = (_pad_heads(x) for x in (q, *caches))
+    q, k, v = (_pad_heads(x) for x in (q, k, v))
+    return _attention(q, k, v, pad, prefix, length, D**-0.5)[0][..., :D]
+
+
+def _decode_kernel(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
+    D = q.shape[-1]
+    q, k_prefix, v_prefix, k_cont, v_cont = map(_pad_heads, (q, k_prefix, v_prefix, k_cont, v_cont))
     if not isinstance(filled, Tensor):
         filled = torch.full((1,), filled, dtype=torch.int32, device=q.device)
     return _decode(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, D**-0.5)[..., :D]
@@ -126,6 +123,20 @@ def _pad_heads(x):
         raise ValueError(f"head dimension {D}: the kernels take at most 128")
     x = F.pad(x, (0, (64 if D <= 64 else 128) - D)) if D not in (64, 128) else x
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _prefix_example(draw, G: int, D: int):
+    """Two rows, one of them padded, that meet every kind of block."""
+    rows = lambda heads: draw(2, 440, heads, D).transpose(1, 2).requires_grad_()  # noqa: E731
+    q, k, v = rows(2 * G), rows(2), rows(2)
+    return q, k, v, torch.tensor([0, 37], dtype=torch.int32, device=q.device), 300, 70
+
+
+def _decode_example(draw, G: int, D: int):
+    """Three rollouts of two prefixes, their caches half full."""
+    prefix, own = [draw(2, 2, 300, D) for _ in "kv"], [draw(2, 3, 2, 70, D) for _ in "kv"]
+    pad = torch.tensor([0, 37], dtype=torch.int32, device=own[0].device)
+    return draw(2, 3, 2 * G, D), *prefix, pad, *own, torch.full_like(pad[:1], 35)
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------
@@ -162,14 +173,20 @@ def decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
     apart, and each result counts by the sum of exponentials behind it."""
     B, K, H, D = q.shape
     Hkv, P = k_prefix.shape[1:3]
-    N, G = int(filled), H // Hkv
+    G, on_cpu = H // Hkv, q.device.type == "cpu"
     query = q.unflatten(2, (Hkv, G))  # [B, K, Hkv, G, D]
+    # A CPU cuts off what is not filled; elsewhere reading `filled` would wait for the device.
+    N = int(filled) if on_cpu else k_cont.shape[3]
+    mask = None
+    if not on_cpu:
+        empty = torch.arange(N, device=q.device) >= filled
+        mask = torch.zeros_like(empty, dtype=q.dtype).masked_fill_(empty, -torch.inf)
     k_own, v_own = (x[..., :N, :].flatten(0, 1) for x in (k_cont, v_cont))
-    own, own_lse = attend(query.flatten(0, 1), k_own, v_own)
+    own, own_lse = attend(query.flatten(0, 1), k_own, v_own, mask)
     if not P:
         return own.view(q.shape)
     mask = None
-    if pad.any():  # finite, so that a prefix of padding alone makes no nan
+    if not on_cpu or pad.any():  # finite, so that a prefix of padding alone makes no nan
         padding = torch.arange(P, device=q.device) < pad.view(B, 1, 1, 1)
         mask = torch.zeros_like(padding, dtype=q.dtype).masked_fill_(
             padding, torch.finfo(q.dtype).min
@@ -222,10 +239,10 @@ def _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, MASKED: tl.
     else:
         s = tl.dot(q, tl.load(k_at))  # [BM, BN]
     new = tl.maximum(top, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - new[:, None])
-    fade = tl.exp2(top - new)
+    p = tl.exp2(s * scale - new[:, None])  # [BM, BN]
+    fade = tl.exp2(top - new)  # what came before, relative to the new largest score: [BM]
     total = total * fade + tl.sum(p, 1)
-    v = tl.load(v_at, mask=live[:, None], other=0.0) if MASKED else tl.load(v_at)
+    v = tl.load(v_at, mask=live[:, None], other=0.0) if MASKED else tl.load(v_at)  # [BN, D]
     return tl.dot(p.to(v.dtype), v, acc * fade[:, None]), total, new
 
 
@@ -234,30 +251,32 @@ def _forward(
     Q, K, V, Out, Lse, Pad, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, G, T, P, N, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    # 1. A program's tile of BM queries, the longest rows first, and the keys that these see.
+    tiles = tl.cdiv(P, BM) + tl.cdiv(T - P, BM)
+    tile, row = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = (row // H).to(tl.int64), row % H
     pad = tl.load(Pad + b)
     start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
     # Rows past the end repeat the last one, and store it again: cheaper than a mask.
     i, d = tl.minimum(start + tl.arange(0, BM), end - 1), tl.arange(0, D)
+    q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :])  # [BM, D]
     column = tl.arange(0, BN)
-    k_in = column[None, :] * kt + d[:, None]  # transposed
-    v_in = column[:, None] * vt + d[None, :]
-    K += b * kb + h // G * kh
-    V += b * vb + h // G * vh
-    q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :])
-    own = P + (i - P) // N * N  # where the continuation of a query starts
+    k_in = column[None, :] * kt + d[:, None]  # [D, BN], transposed
+    v_in = column[:, None] * vt + d[None, :]  # [BN, D]
+    K += b * kb + h // G * kh + pad * kt
+    V += b * vb + h // G * vh + pad * vt
     acc = tl.zeros([BM, D], tl.float32)
     total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
-    edge = pad + full * BN
-    K += pad * kt
-    V += pad * vt
+    # 2. The blocks of prefix keys that every row of the tile sees whole.
     for _ in range(full):
         acc, total, top = _softmax_step(acc, total, top, q, K + k_in, V + v_in, 0, 0, scale, False)
         K += BN * kt
         V += BN * vt
-    first = edge + tl.where(near > 0, 0, jump)
-    k_at, v_at = K + (first - edge) * kt + k_in, V + (first - edge) * vt + v_in  # K is at `edge`
+    # 3. The blocks at the edges: the end of the prefix, and after a jump the tile's own keys.
+    own = P + (i - P) // N * N  # where the continuation of a query starts
+    ahead = tl.where(near > 0, 0, jump)
+    first = pad + full * BN + ahead
+    k_at, v_at = K + ahead * kt + k_in, V + ahead * vt + v_in
     for t in range(masked):
         j = first + column
         seen = (j[None, :] <= i[:, None]) & ((j[None, :] < P) | (j[None, :] >= own[:, None]))
@@ -266,13 +285,13 @@ def _forward(
         first += ahead
         k_at += ahead * kt
         v_at += ahead * vt
+    # 4. Divided by the sum; padding gets 0, and a log-sum-exp that makes exp2(s - lse) 0 backward.
     real = i >= pad
     out = acc / tl.where(real, total, 1.0)[:, None]
     out = tl.where(real[:, None], out, 0.0)
     o_at = Out + b * ob + h * oh + i[:, None] * ot + d[None, :]
     tl.store(o_at, out.to(Out.dtype.element_ty))
-    lse = top + tl.log2(tl.where(real, total, 1.0))
-    lse = tl.where(real, lse, 1e30)  # so that exp2(s - lse) is 0 for padding
+    lse = tl.where(real, top + tl.log2(tl.where(real, total, 1.0)), 1e30)
     tl.store(Lse + (b * H + h) * T + i, lse)
 
 
@@ -288,7 +307,7 @@ def _query_step(dq, q, do, k_at, v_at, lse, delta, live, seen, scale, MASKED: tl
     p = tl.exp2(tl.dot(q, k.T) * scale - lse[:, None])  # [BM, BN]
     if MASKED:
         p = tl.where(seen, p, 0.0)
-    ds = p * (tl.dot(do, v.T) - delta[:, None])
+    ds = p * (tl.dot(do, v.T) - delta[:, None])  # [BM, BN]
     return tl.dot(ds.to(k.dtype), k, dq)
 
 
@@ -298,8 +317,10 @@ def _backward_query(
     gb, gh, gt, H, G, T, P, N, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    # 1. The same tile of queries as forward, with its output's gradient and log-sum-exp.
+    tiles = tl.cdiv(P, BM) + tl.cdiv(T - P, BM)
+    tile, line = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = (line // H).to(tl.int64), line % H
     pad = tl.load(Pad + b)
     start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
     i, d = start + tl.arange(0, BM), tl.arange(0, D)
@@ -308,9 +329,11 @@ def _backward_query(
     q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :], mask=inside, other=0.0)
     do = tl.load(DOut + b * gb + h * gh + i[:, None] * gt + d[None, :], mask=inside, other=0.0)
     out = tl.load(Out + b * ob + h * oh + i[:, None] * ot + d[None, :], mask=inside, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)  # sum of p * dp over the keys
-    tl.store(Delta + row, delta, mask=i < end)
     lse = tl.load(Lse + row, mask=i < end, other=1e30)
+    # 2. delta, the sum of p * dp over the keys, is that of out * dout; _backward_key reads it.
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
+    tl.store(Delta + row, delta, mask=i < end)
+    # 3. The blocks of keys that forward visited.
     column = tl.arange(0, BN)
     k_in, v_in = column[:, None] * kt + d[None, :], column[:, None] * vt + d[None, :]
     K += b * kb + h // G * kh
@@ -344,7 +367,7 @@ def _key_step(dk, dv, k, v, q_at, g_at, l_at, m_at, live, seen, scale, MASKED: t
     p = tl.exp2(tl.dot(k, q.T) * scale - lse[None, :])  # [BN, BM]
     if MASKED:
         p = tl.where(seen, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv)
+    dv = tl.dot(p.to(do.dtype), do, dv)  # [BN, D]
     ds = p * (tl.dot(v, do.T) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk), dv
 
@@ -355,14 +378,16 @@ def _backward_key(
     db, dh, dt, H, G, T, P, N, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    heads = H // G
-    b, kv = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    pad = tl.load(Pad + b)
+    # 1. A program's tile of BN keys of one kv head.
     prefix_tiles = tl.cdiv(P, BN)
+    tiles, heads = prefix_tiles + tl.cdiv(T - P, BN), H // G
+    tile, line = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, kv = (line // heads).to(tl.int64), line % heads
+    pad = tl.load(Pad + b)
     is_prefix = tile < prefix_tiles
     start = tl.where(is_prefix, tile * BN, P + (tile - prefix_tiles) * BN)
     end = tl.where(is_prefix, P, T)
+    # 2. Its queries: `near` masked blocks from `start`, `full` whole ones, `far` masked ones.
     # Prefix keys are seen by every query from `start` on, own keys up to their continuation's end.
     last = P + ((tl.minimum(start + BN, T) - 1 - P) // N + 1) * N
     stop = tl.where(is_prefix, tl.where(start + BN <= pad, start, T), last)
@@ -381,7 +406,7 @@ def _backward_key(
     DOut += b * gb + kv * G * gh
     Lse += (b * H + kv * G) * T
     Delta += (b * H + kv * G) * T
-    # One flat loop over the blocks of all G heads: nested loops spilled on every architecture.
+    # 3. One flat loop over the blocks of all G heads: nested loops spilled on every architecture.
     for t in range(G * full):
         g, i = t // full, start + (near + t % full) * BM
         q_at, g_at, at = Q + g * qh + i * qt + q_in, DOut + g * gh + i * gt + g_in, g * T + i + row
@@ -393,6 +418,7 @@ def _backward_key(
         i += row
         seen = (i[None, :] >= j[:, None]) & (i[None, :] < until[:, None])
         dk, dv = _key_step(dk, dv, k, v, q_at, g_at, Lse + at, Delta + at, i < T, seen, scale, True)
+    # 4. Padding gets 0.
     real = j[:, None] >= pad
     at = b * db + kv * dh + j[:, None] * dt + d[None, :]
     dk = tl.where(real, dk * (scale * 0.6931471805599453), 0.0)
@@ -405,8 +431,9 @@ def _decode_prefix(
     Q, K, V, Part, PartLse, Pad, qb, qr, qh, kb, kh, kt, vb, vh, vt, HKV, G, R, P, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    b, kv = (tl.program_id(2) // HKV).to(tl.int64), tl.program_id(2) % HKV
+    # 1. The keys of one split of a prefix, and BM of the R = K * G rows that all attend to them.
+    b, kv = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
+    split, splits = tl.program_id(2), tl.num_programs(2)
     pad = tl.load(Pad + b)
     size = tl.cdiv(tl.cdiv(P - pad, splits), BN) * BN  # keys of one split
     start = pad + split * size
@@ -418,7 +445,8 @@ def _decode_prefix(
     K += b * kb + kv * kh
     V += b * vb + kv * vh
     q_at = Q + b * qb + (r // G)[:, None] * qr + (kv * G + r % G)[:, None] * qh + d[None, :]
-    q = tl.load(q_at, mask=r[:, None] < R, other=0.0)
+    q = tl.load(q_at, mask=r[:, None] < R, other=0.0)  # [BM, D]
+    # 2. Whole blocks, then the last one.
     acc = tl.zeros([BM, D], tl.float32)
     total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
     for t in range(full):
@@ -429,8 +457,9 @@ def _decode_prefix(
         acc, total, top = _softmax_step(
             acc, total, top, q, k_at, v_at, live, live[None, :], scale, True
         )
-    total = tl.where(start < stop, total, 1.0)  # an empty split has log-sum-exp -1e30: no weight
-    at = (tl.program_id(2).to(tl.int64) * splits + split) * R + r
+    # 3. An empty split has log-sum-exp -1e30: no weight.
+    total = tl.where(start < stop, total, 1.0)
+    at = (tl.program_id(0).to(tl.int64) * splits + split) * R + r
     tl.store(Part + at[:, None] * D + d[None, :], acc / total[:, None], mask=r[:, None] < R)
     tl.store(PartLse + at, top + tl.log2(total), mask=r < R)
 
@@ -441,23 +470,26 @@ def _decode_own(
     HKV, G, splits, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    rollout, rollouts = tl.program_id(0), tl.num_programs(0)
-    b, kv = (tl.program_id(1) // HKV).to(tl.int64), tl.program_id(1) % HKV
+    # 1. BM query heads of one rollout and kv head.
+    b, kv = (tl.program_id(0) // HKV).to(tl.int64), tl.program_id(0) % HKV
+    rollout, rollouts = tl.program_id(1), tl.num_programs(1)
     filled = tl.load(Filled)  # from device memory: a CUDA graph replays as the cache grows
-    g, column, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
+    g, column, d = tl.program_id(2) * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
     inside = g < G
     acc = tl.zeros([BM, D], tl.float32)
     total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
-    for split in range(splits):  # go on from where the prefix left the softmax
-        at = ((tl.program_id(1).to(tl.int64) * splits + split) * rollouts + rollout) * G + g
+    # 2. Go on from where the splits of the prefix left the softmax.
+    for split in range(splits):
+        at = ((tl.program_id(0).to(tl.int64) * splits + split) * rollouts + rollout) * G + g
         lse = tl.load(PartLse + at, mask=inside, other=-1e30)
         part = tl.load(Part + at[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
         new = tl.maximum(top, lse)
         fade, weight = tl.exp2(top - new), tl.exp2(lse - new)
         acc = acc * fade[:, None] + part * weight[:, None]
         total, top = total * fade + weight, new
+    # 3. The rollout's own keys, as many as are filled.
     q_at = b * qb + rollout * qr + (kv * G + g)[:, None] * qh + d[None, :]
-    q = tl.load(Q + q_at, mask=inside[:, None], other=0.0)
+    q = tl.load(Q + q_at, mask=inside[:, None], other=0.0)  # [BM, D]
     K += b * kb + rollout.to(tl.int64) * kr + kv * kh
     V += b * vb + rollout.to(tl.int64) * vr + kv * vh
     for first in range(0, filled, BN):
@@ -477,11 +509,12 @@ def _decode_own(
 
 
 def _config(kernel, D):
-    BM, BN, warps, stages = CONFIGS[architecture()][kernel, D]
+    BM, BN, warps, stages = CONFIGS[architecture()][kernel][D]
     return dict(D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 
 def _tiles(P, T, block):
+    """Tiles of a row: none holds both prefix and continuations."""
     return -(-P // block) + -(-(T - P) // block)
 
 
@@ -498,7 +531,7 @@ def _attention(
     B, H, T, D = q.shape
     out, lse = _token_major(q), q.new_empty(B, H, T, dtype=torch.float32)
     config = _config("forward", D)
-    _forward[_tiles(prefix, T, config["BM"]), B * H](
+    _forward[(_tiles(prefix, T, config["BM"]) * B * H,)](
         q, k, v, out, lse, pad, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *out.stride()[:3], H, H // k.shape[1], T, prefix, max(length, 1), scale * LOG2E, **config,
     )  # fmt: skip
@@ -522,12 +555,12 @@ def _attention_backward(
     inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     sizes = [H, H // Hkv, T, prefix, max(length, 1), scale * LOG2E]
     config = _config("backward_query", D)
-    _backward_query[_tiles(prefix, T, config["BM"]), B * H](
+    _backward_query[(_tiles(prefix, T, config["BM"]) * B * H,)](
         q, k, v, out, grad, lse, delta, dq, pad, *inputs, *out.stride()[:3], *grad.stride()[:3],
         *sizes, **config,
     )  # fmt: skip
     config = _config("backward_key", D)
-    _backward_key[_tiles(prefix, T, config["BN"]), B * Hkv](
+    _backward_key[(_tiles(prefix, T, config["BN"]) * B * Hkv,)](
         q, k, v, grad, lse, delta, dk, dv, pad, *inputs, *grad.stride()[:3], *dk.stride()[:3],
         *sizes, **config,
     )  # fmt: skip
@@ -567,14 +600,14 @@ def _decode(
     part = q.new_empty(B, Hkv, splits, R, D, dtype=torch.float32)
     lse = q.new_empty(B, Hkv, splits, R, dtype=torch.float32)
     if splits:
-        _decode_prefix[splits, rows, B * Hkv](
+        _decode_prefix[B * Hkv, rows, splits](
             q, k_prefix, v_prefix, part, lse, pad, *q.stride()[:3], *k_prefix.stride()[:3],
             *v_prefix.stride()[:3], Hkv, H // Hkv, R, P, scale * LOG2E, **config,
         )  # fmt: skip
-    out = q.new_empty(B, K, H, D)
-    _decode_own[K, B * Hkv](
+    out, config = q.new_empty(B, K, H, D), _config("decode_own", D)
+    _decode_own[B * Hkv, K, -(-H // Hkv // config["BM"])](
         q, k_cont, v_cont, part, lse, filled, out, *q.stride()[:3], *k_cont.stride()[:4],
-        *v_cont.stride()[:4], Hkv, H // Hkv, splits, scale * LOG2E, **_config("decode_own", D),
+        *v_cont.stride()[:4], Hkv, H // Hkv, splits, scale * LOG2E, **config,
     )  # fmt: skip
     return out
 

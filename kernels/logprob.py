@@ -3,15 +3,15 @@
                     vocabulary V in tiles ->                    per token, running over the tiles:
                   +------+------+------+------+                   largest logit
         hidden    | W[v] |      |      |      |                   sum of exp(logit - largest)
-        [T, d]    +------+------+------+------+                   sum of that * (logit - largest)
-        tile of   logits: one BT x BV tile at a                   logit of the target
+        [T, d]    +------+------+------+------+                   logit of the target
+        tile of   logits: one BT x BV tile at a
         tokens    time, in registers, then gone                 logp = logit - log-sum-exp
 
 The forward pass is a matrix product with an online softmax in place of the store; S programs share
 a tile of tokens, each for its part of the vocabulary, so that small batches fill a GPU too.  The
 backward pass computes the logits again (Wijmans et al. 2024, "Cut your losses") and turns them into
 
-    d logits = (g_logp * (onehot - p) - g_entropy * p * (log p + entropy)) / temperature
+    d logits = g_logp * (onehot - p) / temperature
 
 for one slice of the vocabulary at a time: [T, slice] in a workspace, then two library products,
 d hidden += d logits @ W[slice] and dW[slice] = d logits.T @ hidden.  No atomics, so a run repeats
@@ -26,12 +26,12 @@ Tiles of 128 x 128 x 64 with 8 warps are the largest that do not spill (128 x 25
 import torch
 from torch import Tensor
 
-from kernels import architecture, cores, jit, tl, use_triton
+from kernels import architecture, cores, jit, tl, trusted, use_triton
 
 CHUNK = 1 << 20  # logits alive at once: 4 MiB in float32, small enough for a CPU's caches
 WORKSPACE = 1 << 25  # d logits alive at once on a GPU: 64 MiB in bfloat16
 
-# kernel: (BT tokens, BV vocabulary, BK hidden, warps, stages)
+# target, kernel: (BT tokens, BV vocabulary, BK hidden, warps, stages)
 CONFIGS = {
     "sm_80": {"forward": (128, 128, 64, 8, 3), "backward": (128, 128, 64, 8, 3)},
     "sm_90": {"forward": (128, 128, 64, 8, 3), "backward": (128, 128, 64, 8, 3)},
@@ -41,80 +41,80 @@ CONFIGS = {
 LOG2E = 1.4426950408889634
 
 
-def linear_logprob(hidden, weight, targets, temperature: float = 1.0, entropy: bool = False):
+def linear_logprob(hidden, weight, targets, temperature: float = 1.0):
     """log softmax(hidden @ weight.T / temperature)[targets], without the logits.
 
-    hidden [T, d], weight [V, d], targets int64 [T] with -100 where ignored.  Returns logp float32
-    [T], or (logp, entropy of the distribution) on request; both are 0 at ignored targets.
+    hidden [T, d], weight [V, d], targets int64 [T] with -100 where ignored.  Returns float32 [T]
+    (float64 for float64 input), 0 at ignored targets.
     """
     keep = (targets != -100).nonzero().squeeze(1)
     if len(keep) < len(targets):  # left out before any work
-        kept = linear_logprob(hidden[keep], weight, targets[keep], temperature, entropy)
-        zeros = hidden.new_zeros(len(targets), dtype=(kept[0] if entropy else kept).dtype)
-        fill = [zeros.index_put((keep,), x) for x in (kept if entropy else (kept,))]
-        return tuple(fill) if entropy else fill[0]
-    if use_triton(hidden) and len(targets):
-        logp, ent, _ = _logprob(hidden, weight.to(hidden.dtype), targets, temperature, entropy)
-    else:
-        with torch.autocast(hidden.device.type, enabled=False):  # float32 means float32
-            logp, ent = _Chunked.apply(hidden, weight, targets, temperature, entropy)
-    return (logp, ent) if entropy else logp
+        kept = linear_logprob(hidden[keep], weight, targets[keep], temperature)
+        return hidden.new_zeros(len(targets), dtype=kept.dtype).index_put((keep,), kept)
+    if len(targets) and use_triton(hidden):
+        V, d = weight.shape
+        example = _example, hidden.device, hidden.dtype, d, min(V, 1024 + V % 16)
+        if trusted(_kernel, _definition, *example):
+            return _kernel(hidden, weight, targets, temperature)
+    return _definition(hidden, weight, targets, temperature)
+
+
+def _kernel(hidden, weight, targets, temperature: float):
+    return _logprob(hidden, weight.to(hidden.dtype), targets, temperature)[0]
+
+
+def _definition(hidden, weight, targets, temperature: float):
+    with torch.autocast(hidden.device.type, enabled=False):  # float32 means float32
+        return _Chunked.apply(hidden, weight, targets, temperature)
+
+
+def _example(draw, d: int, V: int):
+    """Tokens for two tiles, the second half empty; logits of variance 1."""
+    hidden, weight = draw(200, d).requires_grad_(), (draw(V, d) * d**-0.5).requires_grad_()
+    return hidden, weight, torch.arange(200, device=hidden.device) % V, 0.7
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------
 
 
 class _Chunked(torch.autograd.Function):
-    """Walks over slices of the vocabulary, forward and again backward, in float32."""
+    """The definition: walks over slices of the vocabulary, forward and again backward, in float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, entropy):
+    def forward(ctx, hidden, weight, targets, temperature):
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
         pieces = slices(weight, len(h))
         logit = torch.zeros_like(h[:, 0])
         # Filled in place: small tensors kept from every turn would scatter the allocator's pages.
-        lse, ent = h.new_empty(2, len(pieces), len(h))
+        lse = h.new_empty(len(pieces), len(h))
         for n, (first, w) in enumerate(pieces):
             z = h @ w.to(h.dtype).T  # [T, chunk]
             row, column = inside(targets, first, len(w))
             logit[row] = z[row, column]
             logp = z.log_softmax(1)  # one fused pass; any column tells the log-sum-exp
             torch.sub(z[:, 0], logp[:, 0], out=lse[n])
-            ent[n] = -torch.linalg.vecdot(logp.exp(), logp) if entropy else 0.0
             del z, logp  # before the next ones are allocated
-        lse, ent = mixture(lse, ent)
-        ctx.save_for_backward(hidden, weight, targets, lse, ent)
-        ctx.temperature, ctx.entropy = temperature, entropy
-        return logit - lse, ent
+        lse = lse.logsumexp(0)  # [T]
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature = temperature
+        return logit - lse
 
     @staticmethod
-    def backward(ctx, g_logp, g_ent):
-        hidden, weight, targets, lse, ent = ctx.saved_tensors
+    def backward(ctx, g_logp):
+        hidden, weight, targets, lse = ctx.saved_tensors
         h = hidden.to(lse.dtype) / ctx.temperature
         dh, dw = torch.zeros_like(h), torch.empty_like(weight, dtype=h.dtype)
-        # d logits = scale * (p - onehot); only the entropy's part is not of this form.
-        scale = (-torch.ones_like(g_logp) if ctx.entropy else -g_logp)[:, None]
+        scale = -g_logp[:, None]  # d logits = scale * (p - onehot)
         for first, w in slices(weight, len(h)):
             w = w.to(h.dtype)
-            z = torch.addmm(-lse[:, None], h, w.T)  # log p, [T, chunk]
-            if ctx.entropy:
-                z = z.exp() * (g_logp[:, None] + g_ent[:, None] * (z + ent[:, None]))
-            else:
-                z.exp_()
+            z = torch.addmm(-lse[:, None], h, w.T).exp_()  # p, [T, chunk]
             row, column = inside(targets, first, len(w))
-            z[row, column] -= g_logp[row] if ctx.entropy else 1.0
+            z[row, column] -= 1.0
             dh.addmm_(z, w)
             torch.mm(z.T, scale * h, out=dw[first : first + len(w)])
             del z
         dh = (dh * scale / ctx.temperature).to(hidden.dtype)
-        return dh, dw.to(weight.dtype), None, None, None
-
-
-def mixture(lse, entropies):
-    """(log-sum-exp, entropy) of a vocabulary from those of its parts, [parts, T] -> [T]."""
-    total = lse.logsumexp(0)
-    surprise = total - lse  # -log of the probability that a token is from this part
-    return total, (surprise.neg().exp() * (surprise + entropies)).sum(0)
+        return dh, dw.to(weight.dtype), None, None
 
 
 def slices(weight, rows: int):
@@ -141,8 +141,8 @@ def _logits(
     t = tl.minimum(t, T - 1).to(tl.int64)
     v = tl.minimum(v, V - 1).to(tl.int64)
     d = tl.arange(0, BK)
-    h_at = Hidden + t[:, None] * ht + d[None, :]
-    w_at = Weight + v[None, :] * wv + d[:, None]
+    h_at = Hidden + t[:, None] * ht + d[None, :]  # [BT, BK]
+    w_at = Weight + v[None, :] * wv + d[:, None]  # [BK, BV]
     z = tl.zeros([BT, BV], tl.float32)
     for first in range(0, dim, BK):
         if EVEN:
@@ -157,41 +157,35 @@ def _logits(
 
 @jit
 def _logprob_forward(
-    Hidden, Weight, Targets, Lse, Logit, Entropy, T, V, dim, ht, wv, tiles, scale,
+    Hidden, Weight, Targets, Lse, Logit, T, V, dim, ht, wv, tiles, scale,
     BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    ENTROPY: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     target = tl.load(Targets + t, mask=t < T, other=-1)
     top, total = tl.full([BT], -1e30, tl.float32), tl.zeros([BT], tl.float32)
-    logit, mean = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    logit = tl.zeros([BT], tl.float32)
     begin = tl.program_id(1) * tiles * BV  # this program's part of the vocabulary
     for first in range(begin, tl.minimum(begin + tiles * BV, V), BV):
+        # 1. A tile of logits, in base 2, and the target's if it is among them.
         v = first + tl.arange(0, BV)
         z = _logits(Hidden, Weight, t, v, T, V, dim, ht, wv, BT, BV, BK, EVEN) * scale
-        z = tl.where(v[None, :] < V, z, -1e30)
+        z = tl.where(v[None, :] < V, z, -1e30)  # [BT, BV]
         logit += tl.sum(tl.where(v[None, :] == target[:, None], z, 0.0), 1)
+        # 2. The online softmax.
         new = tl.maximum(top, tl.max(z, 1))
-        z -= new[:, None]
-        p, fade = tl.exp2(z), tl.exp2(top - new)
-        if ENTROPY:
-            mean = (mean + total * (top - new)) * fade + tl.sum(p * z, 1)
-        total, top = total * fade + tl.sum(p, 1), new
+        total = total * tl.exp2(top - new) + tl.sum(tl.exp2(z - new[:, None]), 1)
+        top = new
     at = tl.program_id(1) * T + t
     tl.store(Lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=t < T)
     tl.store(Logit + at, logit * 0.6931471805599453, mask=t < T)
-    if ENTROPY:
-        ent = (tl.log2(total) - mean / total) * 0.6931471805599453
-        tl.store(Entropy + at, ent, mask=t < T)
 
 
 @jit
 def _logprob_backward(
-    Hidden, Weight, Targets, Lse, Entropy, GLogp, GEntropy, DLogits, T, V, dim, ht, wv, begin, end,
-    dt, scale,
+    Hidden, Weight, Targets, Lse, GLogp, DLogits, T, V, dim, ht, wv, begin, end, dt, scale,
     BT: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    ENTROPY: tl.constexpr,
 ):  # fmt: skip
+    # 1. A tile of logits again, and its probabilities from the log-sum-exp.
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     v = begin + tl.program_id(1) * BV + tl.arange(0, BV)
     z = _logits(Hidden, Weight, t, v, T, V, dim, ht, wv, BT, BV, BK, EVEN)
@@ -199,13 +193,9 @@ def _logprob_backward(
     target = tl.load(Targets + t, mask=live, other=-1)
     lse = tl.load(Lse + t, mask=live, other=0.0)
     grad = tl.load(GLogp + t, mask=live, other=0.0)
-    logp = z * scale - lse[:, None]
-    p = tl.exp2(logp * 1.4426950408889634)
+    p = tl.exp2((z * scale - lse[:, None]) * 1.4426950408889634)  # [BT, BV]
+    # 2. Their gradient into the workspace.
     dz = grad[:, None] * (tl.where(v[None, :] == target[:, None], 1.0, 0.0) - p)
-    if ENTROPY:
-        ent = tl.load(Entropy + t, mask=live, other=0.0)
-        grad = tl.load(GEntropy + t, mask=live, other=0.0)
-        dz -= grad[:, None] * p * (logp + ent[:, None])
     at = DLogits + t.to(tl.int64)[:, None] * dt + (v - begin)[None, :]
     dz = (dz * scale).to(DLogits.dtype.element_ty)
     tl.store(at, dz, mask=live[:, None] & (v[None, :] < end))
@@ -214,48 +204,43 @@ def _logprob_backward(
 # ---- Launching ---------------------------------------------------------------------------------
 
 
-def _config(kernel, dim, entropy):
+def _config(kernel, dim):
     BT, BV, BK, warps, stages = CONFIGS[architecture()][kernel]
-    tile = dict(BT=BT, BV=BV, BK=BK, EVEN=dim % BK == 0, ENTROPY=entropy)
-    return dict(**tile, num_warps=warps, num_stages=stages)
+    return dict(BT=BT, BV=BV, BK=BK, EVEN=dim % BK == 0, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("nanosip::linear_logprob", mutates_args=())
 def _logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(log-probability, log-sum-exp) of each token, float32 [T]."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     (T, dim), V = hidden.shape, len(weight)
-    config = _config("forward", dim, entropy)
+    config = _config("forward", dim)
     rows, columns = -(-T // config["BT"]), -(-V // config["BV"])
     tiles = -(-columns // max(4 * cores(hidden) // rows, 1))  # a program's: about 4 waves
     splits = -(-columns // tiles)
-    lse, logit, part = hidden.new_empty(3, splits, T, dtype=torch.float32)
+    lse, logit = hidden.new_empty(2, splits, T, dtype=torch.float32)
     _logprob_forward[rows, splits](
-        hidden, weight, targets, lse, logit, part, T, V, dim, dim, dim, tiles, LOG2E / temperature,
+        hidden, weight, targets, lse, logit, T, V, dim, dim, dim, tiles, LOG2E / temperature,
         **config,
     )  # fmt: skip
-    total, ent = mixture(lse, part if entropy else lse)
-    return logit.sum(0) - total, ent, total
+    total = lse.logsumexp(0)
+    return logit.sum(0) - total, total
 
 
 @_logprob.register_fake
-def _(hidden, weight, targets, temperature, entropy):
-    return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+def _(hidden, weight, targets, temperature):
+    return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("nanosip::linear_logprob_backward", mutates_args=())
 def _logprob_grad(
-    g_logp: Tensor, g_ent: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor,
-    ent: Tensor, temperature: float, entropy: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    hidden, weight, (T, dim), V = (
-        hidden.contiguous(),
-        weight.contiguous(),
-        hidden.shape,
-        len(weight),
-    )
-    config = _config("backward", dim, entropy)
+    g_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    hidden, weight, g_logp = hidden.contiguous(), weight.contiguous(), g_logp.contiguous()
+    (T, dim), V = hidden.shape, len(weight)
+    config = _config("backward", dim)
     kind = hidden.dtype if hidden.dtype == torch.bfloat16 else torch.float32
     size = min(-(-WORKSPACE // T // config["BV"]) * config["BV"], V)
     work, h = hidden.new_empty(T, size, dtype=kind), hidden.to(kind)
@@ -263,8 +248,8 @@ def _logprob_grad(
     for first in range(0, V, size):
         end = min(first + size, V)
         _logprob_backward[-(-T // config["BT"]), -(-(end - first) // config["BV"])](
-            hidden, weight, targets, lse, ent, g_logp.contiguous(), g_ent.contiguous(), work, T, V,
-            dim, dim, dim, first, end, size, 1 / temperature, **config,
+            hidden, weight, targets, lse, g_logp, work, T, V, dim, dim, dim, first, end, size,
+            1 / temperature, **config,
         )  # fmt: skip
         dz = work[:, : end - first]
         dh += dz @ weight[first:end].to(kind)
@@ -273,19 +258,17 @@ def _logprob_grad(
 
 
 @_logprob_grad.register_fake
-def _(g_logp, g_ent, hidden, weight, targets, lse, ent, temperature, entropy):
+def _(g_logp, hidden, weight, targets, lse, temperature):
     return torch.empty_like(hidden), torch.empty_like(weight)
 
 
 def _logprob_context(ctx, inputs, output):
-    hidden, weight, targets, ctx.temperature, ctx.entropy = inputs
-    _, ent, lse = output
-    ctx.save_for_backward(hidden, weight, targets, lse, ent)
+    hidden, weight, targets, ctx.temperature = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[1])
 
 
-def _logprob_backward_pass(ctx, g_logp, g_ent, _):
-    grads = _logprob_grad(g_logp, g_ent, *ctx.saved_tensors, ctx.temperature, ctx.entropy)
-    return *grads, None, None, None
+def _logprob_backward_pass(ctx, g_logp, _):
+    return *_logprob_grad(g_logp, *ctx.saved_tensors, ctx.temperature), None, None
 
 
 _logprob.register_autograd(_logprob_backward_pass, setup_context=_logprob_context)
