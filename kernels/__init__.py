@@ -104,7 +104,9 @@ def difference(kernel, definition, example, device, dtype, shape) -> float:
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         found, true = kernel(*inputs), definition(*exact)
         pairs = [(found, true)]
-        sides = [[x for x in xs if torch.is_tensor(x) and x.requires_grad] for xs in (inputs, exact)]
+        sides = [
+            [x for x in xs if torch.is_tensor(x) and x.requires_grad] for xs in (inputs, exact)
+        ]
         if sides[0]:
             upstream = draw(*found.shape).to(found.dtype)
             ours = torch.autograd.grad(found, sides[0], upstream)

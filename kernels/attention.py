@@ -203,10 +203,10 @@ def attend(q, k, v, mask=None):
     """q [B, H, M, D] on k, v [B, H, T, D] -> [B, H, M, D], and the log-sum-exp [B, H, M]."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
-    return (scores - lse.unsqueeze(-1)).exp() @ v, lse
+    return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse
 
 
 # ---- Triton ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ pytest.importorskip("triton.backends.nvidia")
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 WORDS = ["forward 128", "plain 128", "backward_key 128"]
 EXTRA = {
-    "sm_80": ["backward_query 128", "decode", "logprob backward entropy"],
+    "sm_80": ["backward_query 128", "decode", "logprob backward"],
     "gfx942": ["forward 64", "plain 64"],
 }
 

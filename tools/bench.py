@@ -376,41 +376,13 @@ def step():
             }
 
 
-def scaling():
-    """How the policy's part of a step grows with K, N and P, beside the FLOPs of cost.py."""
-    shape = ModelConfig(2048, n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704, head_dim=64)
-    policy, pad, index = Llama(shape).initialise(0), torch.zeros(4, dtype=torch.int32), range(4)
-
-    def step(K: int, N: int, P: int):
-        prefix = torch.randint(2000, (4, P))
-        how = dict(eos=-1, seed=0, index=torch.tensor(index))
-        drawn = sample_rollouts(policy, prefix, pad, K, N, **how)
-        with torch.no_grad():
-            policy.logprobs(prefix, pad, drawn.tokens[:, :2])  # the reference
-        policy.logprobs(prefix, pad, drawn.tokens[:, :2]).sum().backward()
-        policy.zero_grad()
-
-    sizes = [(4, 32, 256), (8, 32, 256), (16, 32, 256), (4, 64, 256), (4, 128, 256)]
-    sizes += [(4, 32, 512), (4, 32, 1024)]
-    seconds = in_turns({size: partial(step, *size) for size in sizes}, rounds=2)
-    config = Config(batch_size=4, candidates="rollouts")
-    for (K, N, P), value in seconds.items():
-        sized = replace(config, rollouts=K, chunk=N, max_seq=P + N)
-        yield {
-            "what": f"scaling K={K} N={N} P={P}",
-            "seconds": value,
-            "times_the_first": value / seconds[sizes[0]],
-            "gflop": sum(flops(sized, shape).values()) / 1e9,
-        }
-
-
 def kernels():
     from tools.bench_kernels import rows
 
     yield from rows()
 
 
-SECTIONS = {f.__name__: f for f in (sampler, update, step, scaling, kernels)}
+SECTIONS = {f.__name__: f for f in (sampler, update, step, kernels)}
 
 
 def main(argv: list[str]):

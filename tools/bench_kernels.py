@@ -1,56 +1,67 @@
-"""Speed and memory of the kernels against what one would use instead, each checked in float64.
+"""The section `kernels` of tools/bench.py: speed, memory and errors of the kernels and of one step.
 
-    python -m kernels.bench            # on a GPU: attention, decoding, log-probability
-                                       # on a CPU: the PyTorch paths, chunked against materialised
+    python -m tools.bench kernels --minutes 8
 
-`rows()` yields one dict a measurement, for bench.py.  Shares are of what this machine reaches in a
-large matrix product and a large copy, measured first.  A peer that is not installed is left out.
+In: on a GPU the paper's sizes in bfloat16; on a CPU small ones in float32, through the PyTorch
+definitions, so that every line here has run before a GPU sees it.  Out: a dict a measurement, what
+matters most first.  Shares are of what this machine reaches in a large matrix product and a large
+copy; an error is the largest against float64, relative to the largest magnitude.  A peer that is
+not installed, or cannot run here, loses its row only.
 """
 
 import functools
 import importlib.util
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import use_triton
-from kernels.attention import (
-    decode_attention,
-    decode_attention_torch,
-    prefix_attention,
-    prefix_attention_torch,
-)
+import kernels
+from config import Config
+from kernels import attention as A
 from kernels.logprob import linear_logprob
+from model import Llama, preset
+from objectives import dpo_loss
+from rollout import PrefixCache, sample_rollouts
+from tools.cost import memory
+from update import make_optimizer
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
 
 @dataclass
 class Sizes:
-    """The paper's: 1.3B Llama (16 heads of 128), prefixes of 1,920, N = 128, K = 16."""
+    """The paper's policy (16 heads of 128) and its step: prefixes of 1,920, N = 128, K = 16."""
 
-    B: int = 4
-    H: int = 16
-    Hkv: int = 8
+    B: int = 4  # prefixes
+    H: int = 16  # heads of queries, and of keys
+    Hkv: int = 16
     D: int = 128
     P: int = 1920
     N: int = 128
     K: int = 16
-    tokens: int = 2048
+    tokens: int = 2048  # of one log-probability
     dim: int = 2048
-    vocabulary: int = 128_256
+    vocabularies: tuple = (32_000, 128_256)
+    model: str = "llama-1.4b"
 
 
-CPU = Sizes(B=2, H=8, Hkv=8, D=64, P=512, N=64, K=16, tokens=512, dim=512)
+SMALL = Sizes(2, 4, 2, 64, 96, 32, 4, 128, 128, (2048,), "world")
 
 
-def seconds(run, device):
+# ---- Measuring ---------------------------------------------------------------------------------
+
+
+def seconds(run) -> float:
     """Median on a GPU, best of three on a CPU (others use it too)."""
-    if device == "cuda":
+    if CUDA:
         from triton.testing import do_bench
 
-        return do_bench(run, return_mode="median") / 1000
+        return do_bench(run, warmup=10, rep=60, return_mode="median") / 1000
     run()
     times = []
     for _ in range(3):
@@ -60,66 +71,56 @@ def seconds(run, device):
     return min(times)
 
 
-def replayed(run):
-    """`run` captured in a CUDA graph, as a sampler would: launches cost more than a decode step."""
-    graph = torch.cuda.CUDAGraph()
-    run()  # compiled before the capture
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def once(run):
+    """(seconds, result) of a single call, what it started on the GPU included."""
+    wait = torch.cuda.synchronize if CUDA else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = run()
+    wait()
+    return time.perf_counter() - start, result
 
 
-def peak_bytes(run, device):
-    """Most memory held at once on top of what is held before; nan where it cannot be known."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0])  # noqa: E731
-    peaks = []
-    for _ in range(3):  # the allocator sometimes holds on to pages: the smallest is the need
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        except OSError:
-            return float("nan")
-        before = status("VmRSS:")
-        run()
-        peaks.append((status("VmHWM:") - before) * 1024)
-    return min(peaks)
+def peak_bytes(run) -> float:
+    """Most memory of the GPU held at once by a call, on top of what is held before it."""
+    if not CUDA:
+        return float("nan")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def ceilings(device, dtype):
-    """(FLOP/s of a large matrix product, bytes/s of a large copy)."""
-    n, size = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 27)
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.empty(size, dtype=torch.uint8, device=device)
-    product = 2 * n**3 / seconds(lambda: a @ a, device)
-    return product, 2 * size / seconds(b.clone, device)
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """FLOP/s of a large matrix product, bytes/s of a large copy."""
+    n, size = (8192, 1 << 30) if CUDA else (512, 1 << 24)
+    a = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    b = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+    return {"TFLOP/s": 2 * n**3 / seconds(lambda: a @ a), "GB/s": 2 * size / seconds(b.clone)}
 
 
-def worst(value, exact):
-    return ((value.detach().double() - exact).abs().max() / exact.abs().max()).item()
+def worst(value, exact) -> float:
+    value, exact = value.detach().double(), exact.detach()
+    return ((value - exact).abs().max() / exact.abs().max()).item()
 
 
-def measure(section, peers, work, ceiling, unit, device, **extra):
-    """One row a peer; `peers` maps names to functions, ours first; `work` in FLOP or bytes."""
+def measure(what: str, peers: dict, work: float, unit: str, error: float) -> Iterator[dict]:
+    """A row a peer; `peers` maps names to functions, ours first; `work` in FLOP or bytes."""
     ours = None
     for name, run in peers.items():
         try:
-            took = seconds(run, device)
-        except Exception as e:  # a peer that this card or its version cannot run costs its row only
+            took = seconds(run)
+        except Exception as e:  # a peer that this card or its version cannot run
             if name == "ours":
                 raise
-            yield dict(section=section, peer=f"{name}: {type(e).__name__}")
+            yield dict(what=what, side=f"{name}: {type(e).__name__} {str(e)[:80]!r}")
             continue
         ours = ours or took
-        rate = work / took / (1e12 if unit == "TFLOP/s" else 1e9)
-        yield dict(
-            section=section, peer=name, milliseconds=took * 1e3, speedup=took / ours, rate=rate,
-            unit=unit, share=work / took / ceiling, **(extra if name == "ours" else {}),
-        )  # fmt: skip
+        rate, scale = work / took, {"TFLOP/s": 1e12, "GB/s": 1e9}[unit]
+        row = dict(what=what, side=name, milliseconds=took * 1e3, ours_is_faster_by=took / ours)
+        row |= {unit: rate / scale, "share": rate / ceilings()[unit]}
+        yield row | ({"error": error} if name == "ours" else {})
 
 
 # ---- Attention over training rows --------------------------------------------------------------
@@ -137,87 +138,104 @@ def flex_attention(pad, P, N, T):
     return functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
 
-def attention(s: Sizes, C, device, dtype, ceiling):
-    T = s.P + C * s.N
-    draw = lambda h: torch.randn(s.B, T, h, s.D, device=device, dtype=dtype).transpose(1, 2)  # noqa: E731
-    q, k, v = (draw(h).requires_grad_() for h in (s.H, s.Hkv, s.Hkv))
-    pad = torch.zeros(s.B, dtype=torch.int32, device=device)
-    # The peers that know no shared prefix compute every continuation with its own copy of it.
-    copies = max(C, 1)
-    length = s.P + (s.N if C else 0)
-    apart = lambda h: torch.randn(s.B * copies, length, h, s.D, device=device, dtype=dtype)  # noqa: E731
-    qa, ka, va = (apart(h).transpose(1, 2).requires_grad_() for h in (s.H, s.Hkv, s.Hkv))
+def sdpa(backend, grouped, q, k, v):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
-    ours = functools.partial(prefix_attention, pad=pad, prefix=s.P, length=s.N)
-    sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    peers = {"ours": (ours, (q, k, v)), "SDPA, rows apart": (sdpa, (qa, ka, va))}
-    if device == "cuda":  # FlexAttention has no backward on a CPU
-        peers["FlexAttention, same mask"] = flex_attention(pad, s.P, s.N, T), (q, k, v)
-    if device == "cuda" and importlib.util.find_spec("flash_attn"):
+
+def attention_peers(s: Sizes, C: int, pad) -> dict:
+    """name: (function of q, k, v; its inputs).  The peers that know no shared prefix compute every
+    continuation with its own copy of it."""
+    rows = lambda b, t, h: torch.randn(b, t, h, s.D, device=DEVICE, dtype=DTYPE)  # noqa: E731
+    draw = lambda b, t, h: rows(b, t, h).transpose(1, 2).requires_grad_()  # noqa: E731
+    together = [draw(s.B, s.P + C * s.N, h) for h in (s.H, s.Hkv, s.Hkv)]
+    apart = [draw(s.B * C, s.P + s.N, h) for h in (s.H, s.Hkv, s.Hkv)]
+    ours = functools.partial(A.prefix_attention, pad=pad, prefix=s.P, length=s.N)
+    peers = {"ours": (ours, together)}
+    backends = dict(flash=SDPBackend.FLASH_ATTENTION, cuDNN=SDPBackend.CUDNN_ATTENTION)
+    for name, backend in (backends if CUDA else {"math": SDPBackend.MATH}).items():
+        run = functools.partial(sdpa, backend, s.H != s.Hkv)
+        peers[f"SDPA {name}, rows apart"] = run, apart
+    if CUDA:  # FlexAttention has no backward on a CPU
+        peers["FlexAttention, same mask"] = (flex_attention(pad, s.P, s.N, s.P + C * s.N), together)
+    if CUDA and importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_func
 
         flash = functools.partial(flash_attn_func, causal=True)
-        peers["flash-attn, rows apart"] = flash, [x.transpose(1, 2) for x in (qa, ka, va)]
+        peers["flash-attn, rows apart"] = flash, [x.transpose(1, 2) for x in apart]
+    return peers
 
+
+def attention(s: Sizes, C: int):
+    pad = torch.zeros(s.B, dtype=torch.int32, device=DEVICE)
+    peers = attention_peers(s, C, pad)
+    ours, (q, k, v) = peers["ours"]
+    # 1. The errors, by the first row in float64.
     double = [x[:1].detach().double().requires_grad_() for x in (q, k, v)]
-    exact = prefix_attention_torch(*double, pad[:1], s.P, s.N)
-    out = ours(q, k, v)
-    error = worst(out[:1], exact)
+    exact, out = A.prefix_attention_torch(*double, pad[:1], s.P, s.N), ours(q, k, v)
+    upstream = torch.randn_like(out)
+    true = torch.autograd.grad(exact, double, upstream[:1].double())
+    found = torch.autograd.grad(out, (q, k, v), upstream)
+    errors = [worst(a[:1], b) for a, b in zip((out, *found), (exact, *true), strict=True)]
+    # 2. Forward, then backward; the work is what the geometry needs, whoever computes it.
     pairs = s.P * (s.P + 1) // 2 + C * (s.N * s.P + s.N * (s.N + 1) // 2)
-    flop = 4 * s.B * s.H * s.D * pairs  # what the geometry needs, whoever computes it
-    runs = {peer: functools.partial(run, *inputs) for peer, (run, inputs) in peers.items()}
+    flop = 4 * s.B * s.H * s.D * pairs
+    runs = {peer: functools.partial(run, *given) for peer, (run, given) in peers.items()}
     with torch.no_grad():
-        yield from measure(
-            f"attention C={C} forward", runs, flop, ceiling, "TFLOP/s", device, error=error
-        )
+        yield from measure(f"attention C={C} forward", runs, flop, "TFLOP/s", errors[0])
 
-    def backward(run, inputs):
+    def backward(run, given):
         @functools.cache
         def forward():  # in the first turn, which is not timed
-            out = run(*inputs)
+            out = run(*given)
             return out, torch.randn_like(out)
 
-        return lambda: torch.autograd.grad(forward()[0], inputs, forward()[1], retain_graph=True)
+        return lambda: torch.autograd.grad(forward()[0], given, forward()[1], retain_graph=True)
 
-    upstream = torch.randn_like(out)
-    exact = torch.autograd.grad(exact, double, upstream[:1].double())
-    found = torch.autograd.grad(out, (q, k, v), upstream)
-    error = max(worst(a[:1], b) for a, b in zip(found, exact, strict=True))
-    runs = {peer: backward(run, inputs) for peer, (run, inputs) in peers.items()}
-    yield from measure(
-        f"attention C={C} backward", runs, flop * 5 // 2, ceiling, "TFLOP/s", device, error=error
-    )
+    runs = {peer: backward(*peers[peer]) for peer in peers}
+    what = f"attention C={C} backward"
+    yield from measure(what, runs, flop * 5 // 2, "TFLOP/s", max(errors[1:]))
 
 
 # ---- Decoding ----------------------------------------------------------------------------------
 
 
-def decoding(s: Sizes, device, dtype, ceiling):
-    draw = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
+def replayed(run):
+    """`run` captured in a CUDA graph, as the sampler does: launches cost more than the work."""
+    if not CUDA:
+        return run
+    graph = torch.cuda.CUDAGraph()
+    run()  # compiled before the capture
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def decoding(s: Sizes):
+    draw = lambda *shape: torch.randn(shape, device=DEVICE, dtype=DTYPE)  # noqa: E731
     q = draw(s.B, s.K, s.H, s.D)
     prefix = [draw(s.B, s.Hkv, s.P, s.D) for _ in "kv"]
     cont = [draw(s.B, s.K, s.Hkv, s.N, s.D) for _ in "kv"]
-    pad = torch.zeros(s.B, dtype=torch.int32, device=device)
-    filled = torch.full((1,), s.N, dtype=torch.int32, device=device)
+    pad = torch.zeros(s.B, dtype=torch.int32, device=DEVICE)
+    filled = torch.full((1,), s.N, dtype=torch.int32, device=DEVICE)
     full = [
         torch.cat([p[:, None].expand(-1, s.K, -1, -1, -1), c], 3).flatten(0, 1)
         for p, c in zip(prefix, cont, strict=True)
     ]  # [B*K, Hkv, P + N, D]: what a sampler without shared prefixes keeps
     query = q.flatten(0, 1)[:, :, None]
+    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=s.H != s.Hkv)
     peers = {
-        "ours": lambda: decode_attention(q, *prefix, pad, *cont, filled),
-        "SDPA, expanded caches": lambda: F.scaled_dot_product_attention(
-            query, *full, enable_gqa=True
-        ),
+        "ours": lambda: A.decode_attention(q, *prefix, pad, *cont, filled),
+        "SDPA, expanded caches": lambda: attend(query, *full),
     }
     inputs = [x[:1].double() for x in (q, *prefix, *cont)]
-    exact = decode_attention_torch(*inputs[:3], pad[:1], *inputs[3:], s.N)
+    exact = A.decode_attention_torch(*inputs[:3], pad[:1], *inputs[3:], s.N)
     error = worst(peers["ours"]()[:1], exact)
     size = sum(x.numel() * x.element_size() for x in (*prefix, *cont))  # each cache read once
-    if device == "cuda":
-        peers = {name: replayed(run) for name, run in peers.items()}
     with torch.no_grad():
-        yield from measure("decode", peers, size, ceiling, "GB/s", device, error=error)
+        peers = {name: replayed(run) for name, run in peers.items()}
+        yield from measure("decoding, a layer", peers, size, "GB/s", error)
 
 
 # ---- Log-probability ---------------------------------------------------------------------------
@@ -228,70 +246,154 @@ def materialised(hidden, weight, targets):
     return logp.gather(1, targets[:, None]).squeeze(1)
 
 
-def logprob(s: Sizes, device, dtype, ceiling):
-    hidden = torch.randn(s.tokens, s.dim, device=device, dtype=dtype).requires_grad_()
-    weight = torch.randn(s.vocabulary, s.dim, device=device, dtype=dtype).mul_(s.dim**-0.5)
-    weight.requires_grad_()
-    targets = torch.randint(s.vocabulary, (s.tokens,), device=device)
-    functions = {"ours": linear_logprob, "materialised": materialised}
-    if device == "cuda":
-        functions["materialised, torch.compile"] = torch.compile(materialised)
-        if importlib.util.find_spec("liger_kernel"):
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def logprob_peers() -> dict:
+    peers = {"ours": linear_logprob, "materialised": materialised}
+    if CUDA:
+        peers["materialised, torch.compile"] = torch.compile(materialised)
+    if CUDA and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-            functions["Liger, sum of them"] = lambda h, w, t: loss(w, h, t)
+        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")  # weights of tokens: all 1
+        peers["Liger, their sum"] = lambda h, w, t: -liger(w, h, t)
+    if CUDA and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        cut = functools.partial(linear_cross_entropy, reduction="none", filter_eps=None)
+        peers["cut-cross-entropy, unfiltered"] = lambda h, w, t: -cut(h, w, t)
+    return peers
+
+
+def logprob(s: Sizes, V: int):
+    hidden = torch.randn(s.tokens, s.dim, device=DEVICE, dtype=DTYPE).requires_grad_()
+    weight = torch.randn(V, s.dim, device=DEVICE, dtype=DTYPE).mul_(s.dim**-0.5).requires_grad_()
+    targets = torch.randint(V, (s.tokens,), device=DEVICE)
 
     def both(function):
-        def run():
-            value = function(hidden, weight, targets).sum()
-            torch.autograd.grad(value, (hidden, weight))
+        return lambda: torch.autograd.grad(
+            function(hidden, weight, targets).sum(), (hidden, weight)
+        )
 
-        return run
-
+    # 1. The errors of 64 tokens, forward and backward.
     some = slice(0, 64)
-    exact = materialised(hidden[some].double(), weight.double(), targets[some]).detach()
-    error = worst(linear_logprob(hidden[some], weight, targets[some]), exact)
-    flop = 6 * s.tokens * s.dim * s.vocabulary  # without what a chunked path computes again
-    runs = {peer: both(function) for peer, function in functions.items()}
+    part, double = hidden[some].detach().requires_grad_(), weight.detach().double().requires_grad_()
+    exact_h = part.detach().double().requires_grad_()
+    ours = linear_logprob(part, weight, targets[some])
+    true = materialised_double(exact_h, double, targets[some])
+    found = torch.autograd.grad(ours.sum(), (part, weight))
+    grads = torch.autograd.grad(true.sum(), (exact_h, double))
+    errors = [worst(a, b) for a, b in zip((ours, *found), (true, *grads), strict=True)]
+    del double, grads, true
+    # 2. Both ways; the work is that of three products, without what a path computes again.
+    flop, peers = 6 * s.tokens * s.dim * V, logprob_peers()
+    runs = {peer: both(function) for peer, function in peers.items()}
     gradients = (hidden.numel() + weight.numel()) * weight.element_size()  # every peer holds them
-    for row in measure("logprob both ways", runs, flop, ceiling, "TFLOP/s", device, error=error):
-        if row["peer"] in runs:
-            row["peak_mb"] = (peak_bytes(runs[row["peer"]], device) - gradients) / 2**20
+    with torch.no_grad():
+        forward = {"ours": lambda: linear_logprob(hidden, weight, targets)}
+        yield from measure(f"logprob V={V} forward", forward, flop / 3, "TFLOP/s", errors[0])
+    for row in measure(f"logprob V={V} both ways", runs, flop, "TFLOP/s", max(errors[1:])):
+        if row["side"] in runs:
+            row["peak_mb"] = (peak_bytes(runs[row["side"]]) - gradients) / 1e6
         yield row
 
 
-# ---- The table ---------------------------------------------------------------------------------
+def materialised_double(hidden, weight, targets):
+    return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def rows(device=None, sizes=None):
-    """One dict a measurement, ours first in each section; a CPU runs the PyTorch definitions."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    s = sizes or (Sizes() if device == "cuda" else CPU)
-    flops, bandwidth = ceilings(device, dtype)
-    probe = torch.empty(0, device=device, dtype=dtype)
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    path = "Triton" if use_triton(probe) else "PyTorch"
-    yield dict(
-        section="machine", peer=f"{machine}, ours = {path}", rate=flops / 1e12, unit="TFLOP/s"
-    )
-    yield dict(section="machine", peer="copy", rate=bandwidth / 1e9, unit="GB/s")
-    for C in (0, 2, s.K):
-        yield from attention(s, C, device, dtype, flops)
-    yield from decoding(s, device, dtype, bandwidth)
-    yield from logprob(s, device, dtype, flops)
+# ---- A whole step ------------------------------------------------------------------------------
 
 
-def main():
-    columns = ["section", "peer", "milliseconds", "speedup", "rate", "unit", "share", "peak_mb"]
-    columns.append("error")
-    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for row in rows():
-        cells = (row.get(c, "") for c in columns)
-        cells = (f"{x:.3g}" if isinstance(x, float) else x for x in cells)
-        print("| " + " | ".join(cells) + " |", flush=True)
+def policy_step(s: Sizes, vocabulary: int, B: int):
+    """The policy's part of a step: K rollouts of B prefixes, then DPO on the first two of each."""
+    config = Config(
+        batch_size=B, candidates="rollouts", rollouts=s.K, chunk=s.N, max_seq=s.P + s.N,
+        micro_batch_tokens=8192 if CUDA else 512, baseline=False,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        policy, reference = (Llama(preset(s.model, vocabulary)) for _ in range(2))
+    for p in policy.parameters():
+        p.data = torch.randn_like(p) * 0.02 if p.dim() > 1 else torch.ones_like(p)
+    reference.load_state_dict(policy.state_dict())
+    optimizer = make_optimizer(policy, config)
+    prefix = torch.randint(vocabulary, (B, s.P), device=DEVICE)
+    pad = torch.zeros(B, dtype=torch.int32, device=DEVICE)
+    how = dict(eos=-1, seed=0, index=torch.arange(B))
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+
+    def rollouts():
+        return sample_rollouts(policy, prefix, pad, s.K, s.N, **how)
+
+    def learn(rows: slice):
+        given = prefix[rows], pad[rows], drawn.tokens[rows, :2]
+        logp = policy.logprobs(*given).sum(dim=2)
+        with torch.no_grad():
+            anchor = reference.logprobs(*given).sum(dim=2)
+        (dpo_loss(logp, anchor, 0.1).sum() / B).backward()
+
+    size = max(1, config.micro_batch_tokens // (s.P + 2 * s.N))
+    parts = [slice(i, i + size) for i in range(0, B, size)]
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
+        once(rollouts)  # compiles
+        took, drawn = once(rollouts)
+        with torch.no_grad():
+            again = policy.logprobs(prefix[:2], pad[:2], drawn.tokens[:2], drawn.lengths[:2])
+        apart = (again - drawn.logprobs[:2]).abs()
+        yield dict(
+            what=f"{s.K} rollouts of {B} prefixes", seconds=took,
+            tokens_per_second=B * s.K * s.N / took, logprob_differs_at_most=apart.max().item(),
+            logprob_differs_on_average=apart.mean().item(),
+        )  # fmt: skip
+        with torch.no_grad():
+            cached = PrefixCache(policy, prefix, pad, s.K, s.N)
+            token = prefix[:, : s.K].contiguous()
+            cached.step(token)
+            steps = {"a decoding step": cached.replay or cached.compute}
+            steps |= {"without CUDA graph": cached.compute}
+            for what, run in steps.items():
+                yield dict(what=what, milliseconds=seconds(run) * 1e3)
+        del cached, steps
+    took = 0.0
+    for turn in range(2):  # the first one compiles and makes the optimiser's moments
+        for part in parts:
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
+                took += once(functools.partial(learn, part))[0] if turn else learn(part) or 0.0
+        moved, _ = once(optimizer.step)
+        optimizer.zero_grad(set_to_none=True)
+    held = sum(memory(config, policy.config, CUDA).values())
+    row = dict(what=f"update on {B} pairs", learning_seconds=took, optimiser_seconds=moved)
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated()
+        row |= dict(peak_gb=peak / 1e9, forecast_gb=held / 1e9, forecast_over_peak=held / peak)
+    yield row
 
 
-if __name__ == "__main__":
-    main()
+# ---- The order ---------------------------------------------------------------------------------
+
+
+def rows(minutes: float = 8.0, sizes: Sizes | None = None) -> Iterator[dict]:
+    """One dict a measurement, ours first in each section, what matters most first."""
+    s, began = sizes or (Sizes() if CUDA else SMALL), time.monotonic()
+    path = "Triton" if kernels.use_triton(torch.empty(0, device=DEVICE, dtype=DTYPE)) else "PyTorch"
+    machine = torch.cuda.get_device_name() if CUDA else "CPU"
+    yield dict(what=f"{machine}, torch {torch.__version__}, ours = {path}") | {
+        unit: value / {"TFLOP/s": 1e12, "GB/s": 1e9}[unit] for unit, value in ceilings().items()
+    }
+    work = [
+        functools.partial(attention, s, 2),
+        functools.partial(logprob, s, s.vocabularies[0]),
+        functools.partial(decoding, s),
+        functools.partial(policy_step, s, s.vocabularies[0], 16 if CUDA else 2),
+        functools.partial(attention, s, s.K),
+        functools.partial(logprob, s, s.vocabularies[-1]),
+        functools.partial(attention, replace(s, Hkv=s.H // 2), 2),
+    ]
+    for n, section in enumerate(work):
+        if time.monotonic() - began > 60 * minutes:
+            yield dict(
+                what=f"{len(work) - n} of {len(work)} sections left out: the minutes are over"
+            )
+            return
+        yield from section()
+        if CUDA:
+            torch.cuda.empty_cache()

@@ -83,7 +83,10 @@ def _plain(
 
 def shipped(arch):
     """(name, function, constants, warps, stages, FLOP per byte loaded by the inner loop)."""
-    for (kernel, D), (BM, BN, warps, stages) in attention.CONFIGS[arch].items():
+    listed = attention.CONFIGS[arch].items()
+    for kernel, D, (BM, BN, warps, stages) in (
+        (k, D, c) for k, by in listed for D, c in by.items()
+    ):
         function = getattr(attention, "_" + kernel)
         flop_per_byte = {"backward_query": 1.5 * BM, "backward_key": 2 * BN}.get(kernel, BM)
         tile = dict(D=D, BM=BM, BN=BN)
@@ -92,10 +95,8 @@ def shipped(arch):
             yield f"plain {D}", _plain, tile, warps, stages, BM
     for kernel, (BT, BV, BK, warps, stages) in logprob.CONFIGS[arch].items():
         function = getattr(logprob, "_logprob_" + kernel)
-        for entropy in (False, True):
-            tile = dict(BT=BT, BV=BV, BK=BK, EVEN=True, ENTROPY=entropy)
-            name = f"logprob {kernel}" + " entropy" * entropy
-            yield name, function, tile, warps, stages, BT * BV / (BT + BV)
+        tile = dict(BT=BT, BV=BV, BK=BK, EVEN=True)
+        yield f"logprob {kernel}", function, tile, warps, stages, BT * BV / (BT + BV)
 
 
 def expected_matrix(name, arch, tile, warps):
@@ -117,7 +118,7 @@ def expected_matrix(name, arch, tile, warps):
 
 # ---- Compiling and reading ---------------------------------------------------------------------
 
-FLOAT32 = {"Lse", "Delta", "Part", "PartLse", "Logit", "Entropy", "GLogp", "GEntropy"}
+FLOAT32 = {"Lse", "Delta", "Part", "PartLse", "Logit", "GLogp"}
 POINTERS = {"Pad": "*i32", "Filled": "*i32", "Targets": "*i64"}
 SIZES = {"H", "HKV", "G", "T", "P", "N", "R", "splits", "tiles", "begin", "end"}  # any integer
 
