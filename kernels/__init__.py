@@ -1,9 +1,9 @@
 """Triton kernels, each beside the plain PyTorch that defines it.  Triton itself is optional.
 
-`use_triton(x)` tells whether the kernels take tensors of x's device and type, and `trusted` whether
-a kernel keeps its word there: the first time it is used for a device, type and shape of heads it is
-compared with its definition on a small case, forward and backward.  Where it does not compile, or
-differs, one line says so and the definition computes in its place.  On a CPU nothing is compared.
+In: `chosen` asks for a kernel by its definition. Out: the kernel, where tensors of that device and
+type are its matter and it keeps its word there: the first time it is used for a device, type and
+shape of heads it is compared with its definition on a small case, forward and backward.  Where it
+does not compile, or differs, one line says so and the definition computes in its place.
 """
 
 import os
@@ -60,13 +60,19 @@ def cores(x) -> int:
 _verdicts: dict[tuple, bool] = {}
 
 
-@torch.compiler.assume_constant_result  # inside torch.compile it is asked while tracing
-def trusted(kernel, definition, example, device, dtype, *shape: int) -> bool:
-    """Whether `kernel` computes on this device, in this type, what `definition` does.
+def chosen(kernel, definition, example, x, *shape: int):
+    """The kernel where it takes x's device and type and has proved right there, else definition.
 
-    example(draw, *shape) -> the arguments of both, draw(*sizes) being a random tensor of that type
-    and device. Gradients are compared for those that require one.
+    example(draw, *shape) -> the arguments of both, draw(*sizes) being a random tensor of x's type
+    and device.  Gradients are compared for those that require one.
     """
+    if use_triton(x) and trusted(kernel, definition, example, x.device, x.dtype, shape):
+        return kernel
+    return definition
+
+
+def trusted(kernel, definition, example, device, dtype, shape) -> bool:
+    """Whether the kernel computes what its definition does, found out once."""
     key = (kernel, device, dtype, shape)
     if not SELF_CHECK or key in _verdicts:
         return _verdicts.get(key, True)
@@ -81,35 +87,33 @@ def trusted(kernel, definition, example, device, dtype, *shape: int) -> bool:
         _verdicts[key] = False
     if not _verdicts[key]:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        name, kind = kernel.__name__.strip("_"), str(dtype).removeprefix("torch.")
-        line = f"kernels: {name} {shape} in {kind} on {where} {why}: PyTorch computes instead"
-        print(line, file=sys.stderr, flush=True)
+        line = f"kernels: {kernel.__name__} {shape}, {dtype}, on {where} {why}"
+        print(f"{line}: PyTorch computes instead", file=sys.stderr, flush=True)
     return _verdicts[key]
 
 
 def difference(kernel, definition, example, device, dtype, shape) -> float:
-    """Largest error of the kernel's output and gradients against the definition in float32."""
+    """Largest error of the kernel's value and gradients against the definition in float32."""
     rng = torch.Generator().manual_seed(0)  # its own: a run's random numbers stay what they are
 
     def draw(*sizes):
         return torch.randn(sizes, generator=rng).to(device, dtype)
 
+    def value_and_gradients(function, inputs, kind):
+        given = [
+            x.detach().to(kind).requires_grad_(x.requires_grad)
+            if torch.is_tensor(x) and x.is_floating_point() else x
+            for x in inputs
+        ]  # fmt: skip
+        value = function(*given)
+        leaves = [x for x in given if torch.is_tensor(x) and x.requires_grad]
+        rng.manual_seed(1)
+        upstream = draw(*value.shape).to(value.dtype)
+        return [value, *(torch.autograd.grad(value, leaves, upstream) if leaves else ())]
+
     inputs = example(draw, *shape)
-    exact = [
-        x.detach().float().requires_grad_(x.requires_grad)
-        if torch.is_tensor(x) and x.is_floating_point()
-        else x
-        for x in inputs
-    ]
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        found, true = kernel(*inputs), definition(*exact)
-        pairs = [(found, true)]
-        sides = [
-            [x for x in xs if torch.is_tensor(x) and x.requires_grad] for xs in (inputs, exact)
-        ]
-        if sides[0]:
-            upstream = draw(*found.shape).to(found.dtype)
-            ours = torch.autograd.grad(found, sides[0], upstream)
-            pairs += zip(ours, torch.autograd.grad(true, sides[1], upstream.to(true.dtype)))
-    errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in pairs]
-    return torch.stack(errors).max().item()  # nan if any is
+        found = value_and_gradients(kernel, inputs, dtype)
+        exact = value_and_gradients(definition, inputs, torch.float32)
+    pairs = zip(found, exact, strict=True)
+    return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()

@@ -25,38 +25,35 @@ an edge).  Decoding splits attention at the end of the prefix (Hydragen, Juravsk
 tile holds the queries of all K rollouts times the heads of a group, so the prefix is read once.
 
 Tiles are as large as the registers allow without a spill, for 8 warps on 255 registers each:
-128 x D float32 accumulators take 64 of them at D = 128.  `python -m tools.kernel_report` shows
-what every configuration below compiles to.
+128 x D float32 accumulators take 64 of them at D = 128; those of sm_90 at D = 128 were the fastest
+of some twenty on an H200.  `python -m tools.kernel_report` shows what all of them compile to.
 """
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import architecture, cores, jit, tl, trusted, use_triton
+from kernels import architecture, chosen, cores, jit, tl
 
 # target, kernel, head dimension: (BM, BN, warps, stages); BM queries (when decoding: rows), BN keys
+_DECODE = {
+    "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
+}
 CONFIGS = {
-    "sm_80": {
+    "sm_80": _DECODE | {
         "forward": {64: (128, 64, 8, 2), 128: (128, 32, 8, 3)},
         "backward_query": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
         "backward_key": {64: (32, 128, 8, 2), 128: (16, 128, 8, 2)},
-        "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
-        "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
     },
-    "sm_90": {
-        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
-        "backward_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
-        "backward_key": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
-        "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
-        "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
+    "sm_90": _DECODE | {
+        "forward": {64: (128, 64, 4, 3), 128: (64, 64, 4, 3)},
+        "backward_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
+        "backward_key": {64: (64, 128, 8, 2), 128: (32, 64, 4, 3)},
     },
-    "sm_100": {
+    "sm_100": _DECODE | {
         "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
         "backward_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
         "backward_key": {64: (64, 128, 8, 2), 128: (64, 64, 4, 2)},
-        "decode_prefix": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
-        "decode_own": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
     },
     "gfx942": {
         "forward": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1)},
@@ -65,7 +62,7 @@ CONFIGS = {
         "decode_prefix": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1)},
         "decode_own": {64: (16, 64, 4, 1), 128: (16, 64, 4, 1)},
     },
-}
+}  # fmt: skip
 LOG2E = 1.4426950408889634
 
 
@@ -75,8 +72,9 @@ def prefix_attention(q, k, v, pad, prefix: int, length: int):
     q [B, H, T, D], k and v [B, Hkv, T, D] in any strides, T = prefix + C * length; pad int32 [B]
     counts the padding tokens at the left of each prefix.  Returns [B, H, T, D], 0 at padding.
     """
-    kernel = _chosen(_prefix_kernel, prefix_attention_torch, _prefix_example, q, k.shape[1])
-    return kernel(q, k, v, pad, prefix, length)
+    heads = q.shape[1] // k.shape[1], q.shape[3]
+    attend = chosen(_prefix_kernel, prefix_attention_torch, _prefix_example, q, *heads)
+    return attend(q, k, v, pad, prefix, length)
 
 
 def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
@@ -87,33 +85,23 @@ def decode_attention(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
     are valid and include the new token's own.  Returns [B, K, H, D]; has no gradient.  On a GPU
     nothing here waits for the device, so that a CUDA graph can hold it.
     """
-    head_major = q.transpose(1, 2)  # [B, H, K, D]
-    kernel = _chosen(
-        _decode_kernel, decode_attention_torch, _decode_example, head_major, k_prefix.shape[1]
-    )
-    return kernel(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled)
-
-
-def _chosen(kernel, definition, example, q, kv_heads: int):
-    """The kernel where it takes q [B, H, T, D] and has proved right there, else the definition."""
-    shape = q.shape[1] // kv_heads, q.shape[-1]
-    if use_triton(q) and trusted(kernel, definition, example, q.device, q.dtype, *shape):
-        return kernel
-    return definition
+    heads = q.shape[2] // k_prefix.shape[1], q.shape[3]
+    attend = chosen(_decode_kernel, decode_attention_torch, _decode_example, q, *heads)
+    return attend(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled)
 
 
 def _prefix_kernel(q, k, v, pad, prefix: int, length: int):
     D = q.shape[-1]
     q, k, v = (_pad_heads(x) for x in (q, k, v))
-    return _attention(q, k, v, pad, prefix, length, D**-0.5)[0][..., :D]
+    return _PrefixAttention.apply(q, k, v, pad, prefix, length, D**-0.5)[..., :D]
 
 
 def _decode_kernel(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
     D = q.shape[-1]
-    q, k_prefix, v_prefix, k_cont, v_cont = map(_pad_heads, (q, k_prefix, v_prefix, k_cont, v_cont))
-    if not isinstance(filled, Tensor):
+    q, *caches = (_pad_heads(x) for x in (q, k_prefix, v_prefix, k_cont, v_cont))
+    if not isinstance(filled, torch.Tensor):
         filled = torch.full((1,), filled, dtype=torch.int32, device=q.device)
-    return _decode(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, D**-0.5)[..., :D]
+    return _decode(q, *caches[:2], pad, *caches[2:], filled, D**-0.5)[..., :D]
 
 
 def _pad_heads(x):
@@ -175,31 +163,30 @@ def decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):
     Hkv, P = k_prefix.shape[1:3]
     G, on_cpu = H // Hkv, q.device.type == "cpu"
     query = q.unflatten(2, (Hkv, G))  # [B, K, Hkv, G, D]
-    # A CPU cuts off what is not filled; elsewhere reading `filled` would wait for the device.
+    # A CPU leaves out what need not be masked; elsewhere asking that would wait for the device.
     N = int(filled) if on_cpu else k_cont.shape[3]
-    mask = None
-    if not on_cpu:
-        empty = torch.arange(N, device=q.device) >= filled
-        mask = torch.zeros_like(empty, dtype=q.dtype).masked_fill_(empty, -torch.inf)
+    empty = None if on_cpu else masked(torch.arange(N, device=q.device) >= filled, q.dtype)
     k_own, v_own = (x[..., :N, :].flatten(0, 1) for x in (k_cont, v_cont))
-    own, own_lse = attend(query.flatten(0, 1), k_own, v_own, mask)
+    own, own_lse = softmax_attention(query.flatten(0, 1), k_own, v_own, empty)
     if not P:
         return own.view(q.shape)
     mask = None
-    if not on_cpu or pad.any():  # finite, so that a prefix of padding alone makes no nan
-        padding = torch.arange(P, device=q.device) < pad.view(B, 1, 1, 1)
-        mask = torch.zeros_like(padding, dtype=q.dtype).masked_fill_(
-            padding, torch.finfo(q.dtype).min
-        )
+    if not on_cpu or pad.any():
+        mask = masked(torch.arange(P, device=q.device) < pad.view(B, 1, 1, 1), q.dtype)
     folded = query.transpose(1, 2).reshape(B, Hkv, K * G, D)
-    shared, lse = attend(folded, k_prefix, v_prefix, mask)
+    shared, lse = softmax_attention(folded, k_prefix, v_prefix, mask)
     share = own_lse.view(B, K, Hkv, G) - lse.view(B, Hkv, K, G).transpose(1, 2)
     shared = shared.unflatten(2, (K, G)).transpose(1, 2)  # [B, K, Hkv, G, D]
     own = own.unflatten(0, (B, K))
     return torch.lerp(shared, own, share.sigmoid_().unsqueeze(-1).to(q.dtype)).flatten(2, 3)
 
 
-def attend(q, k, v, mask=None):
+def masked(where, dtype):
+    """Added to scores; finite, so that a prefix of padding alone makes no nan."""
+    return torch.zeros_like(where, dtype=dtype).masked_fill_(where, torch.finfo(dtype).min)
+
+
+def softmax_attention(q, k, v, mask=None):
     """q [B, H, M, D] on k, v [B, H, T, D] -> [B, H, M, D], and the log-sum-exp [B, H, M]."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
@@ -213,11 +200,16 @@ def attend(q, k, v, mask=None):
 
 
 @jit
-def _query_tile(tile, T, P, N, pad, BM: tl.constexpr, BN: tl.constexpr):
-    """Which keys tile `tile` of the queries needs: `full` blocks from `pad` on that all its rows
-    see whole, then `masked` blocks, the first `near` of which follow directly and the others
-    after a gap of `jump` keys (the continuations in between, which no row of the tile sees)."""
+def _query_tile(Pad, H, T, P, N, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's row b, head h and queries from `start` to `end`, and the keys that they need:
+    `full` blocks from `pad` on that all of them see whole, then `masked` blocks, the first `near`
+    of which follow directly and the others after a gap of `jump` keys (the continuations in
+    between, which no query of the tile sees)."""
     prefix_tiles = tl.cdiv(P, BM)
+    tiles, line = prefix_tiles + tl.cdiv(T - P, BM), tl.program_id(0)
+    tile, line = tiles - 1 - line % tiles, line // tiles  # the longest rows first
+    b, h = (line // H).to(tl.int64), line % H
+    pad = tl.load(Pad + b)
     is_prefix = tile < prefix_tiles
     start = tl.where(is_prefix, tile * BM, P + (tile - prefix_tiles) * BM)
     end = tl.where(is_prefix, P, T)
@@ -228,7 +220,7 @@ def _query_tile(tile, T, P, N, pad, BM: tl.constexpr, BN: tl.constexpr):
     near = tl.cdiv(tl.maximum(tl.minimum(stop, P) - edge, 0), BN)
     jump = tl.maximum(own - (edge + near * BN), 0)
     far = tl.cdiv(tl.maximum(stop - (edge + near * BN + jump), 0), BN)
-    return start, end, full, near, tl.where(is_prefix, near, near + far), jump
+    return b, h, pad, start, end, full, near, tl.where(is_prefix, near, near + far), jump
 
 
 @jit
@@ -251,12 +243,8 @@ def _forward(
     Q, K, V, Out, Lse, Pad, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, G, T, P, N, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # 1. A program's tile of BM queries, the longest rows first, and the keys that these see.
-    tiles = tl.cdiv(P, BM) + tl.cdiv(T - P, BM)
-    tile, row = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    b, h = (row // H).to(tl.int64), row % H
-    pad = tl.load(Pad + b)
-    start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
+    # 1. A program's tile of BM queries, and the keys that these see.
+    b, h, pad, start, end, full, near, masked, jump = _query_tile(Pad, H, T, P, N, BM, BN)
     # Rows past the end repeat the last one, and store it again: cheaper than a mask.
     i, d = tl.minimum(start + tl.arange(0, BM), end - 1), tl.arange(0, D)
     q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :])  # [BM, D]
@@ -298,12 +286,8 @@ def _forward(
 @jit
 def _query_step(dq, q, do, k_at, v_at, lse, delta, live, seen, scale, MASKED: tl.constexpr):
     """One block of keys in dQ: p again from s and the log-sum-exp, ds = p * (dp - delta)."""
-    if MASKED:
-        k = tl.load(k_at, mask=live[:, None], other=0.0)  # [BN, D]
-        v = tl.load(v_at, mask=live[:, None], other=0.0)
-    else:
-        k = tl.load(k_at)
-        v = tl.load(v_at)
+    k = tl.load(k_at, mask=live[:, None], other=0.0) if MASKED else tl.load(k_at)  # [BN, D]
+    v = tl.load(v_at, mask=live[:, None], other=0.0) if MASKED else tl.load(v_at)
     p = tl.exp2(tl.dot(q, k.T) * scale - lse[:, None])  # [BM, BN]
     if MASKED:
         p = tl.where(seen, p, 0.0)
@@ -318,11 +302,7 @@ def _backward_query(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     # 1. The same tile of queries as forward, with its output's gradient and log-sum-exp.
-    tiles = tl.cdiv(P, BM) + tl.cdiv(T - P, BM)
-    tile, line = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    b, h = (line // H).to(tl.int64), line % H
-    pad = tl.load(Pad + b)
-    start, end, full, near, masked, jump = _query_tile(tile, T, P, N, pad, BM, BN)
+    b, h, pad, start, end, full, near, masked, jump = _query_tile(Pad, H, T, P, N, BM, BN)
     i, d = start + tl.arange(0, BM), tl.arange(0, D)
     inside = i[:, None] < end
     row = (b * H + h) * T + i
@@ -356,14 +336,10 @@ def _backward_query(
 @jit
 def _key_step(dk, dv, k, v, q_at, g_at, l_at, m_at, live, seen, scale, MASKED: tl.constexpr):
     """One block of queries in dK and dV, scores transposed so that p is an operand as it stands."""
-    if MASKED:
-        q = tl.load(q_at, mask=live[:, None], other=0.0)  # [BM, D]
-        lse = tl.load(l_at, mask=live, other=1e30)
-        do = tl.load(g_at, mask=live[:, None], other=0.0)
-        delta = tl.load(m_at, mask=live, other=0.0)
-    else:
-        q, lse = tl.load(q_at), tl.load(l_at)
-        do, delta = tl.load(g_at), tl.load(m_at)
+    q = tl.load(q_at, mask=live[:, None], other=0.0) if MASKED else tl.load(q_at)  # [BM, D]
+    lse = tl.load(l_at, mask=live, other=1e30) if MASKED else tl.load(l_at)
+    do = tl.load(g_at, mask=live[:, None], other=0.0) if MASKED else tl.load(g_at)
+    delta = tl.load(m_at, mask=live, other=0.0) if MASKED else tl.load(m_at)
     p = tl.exp2(tl.dot(k, q.T) * scale - lse[None, :])  # [BN, BM]
     if MASKED:
         p = tl.where(seen, p, 0.0)
@@ -454,9 +430,8 @@ def _decode_prefix(
         acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, 0, 0, scale, False)
     for first in range(start + full * BN, stop, BN):
         k_at, v_at, live = K + first * kt + k_in, V + first * vt + v_in, first + column < stop
-        acc, total, top = _softmax_step(
-            acc, total, top, q, k_at, v_at, live, live[None, :], scale, True
-        )
+        seen = live[None, :]
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, True)
     # 3. An empty split has log-sum-exp -1e30: no weight.
     total = tl.where(start < stop, total, 1.0)
     at = (tl.program_id(0).to(tl.int64) * splits + split) * R + r
@@ -496,16 +471,14 @@ def _decode_own(
         j = first + column
         k_at, v_at = K + j[None, :] * kt + d[:, None], V + j[:, None] * vt + d[None, :]
         live = j < filled
-        acc, total, top = _softmax_step(
-            acc, total, top, q, k_at, v_at, live, live[None, :], scale, True
-        )
+        seen = live[None, :]
+        acc, total, top = _softmax_step(acc, total, top, q, k_at, v_at, live, seen, scale, True)
     at = ((b * rollouts + rollout) * HKV + kv) * G + g
     out = (acc / total[:, None]).to(Out.dtype.element_ty)
     tl.store(Out + at[:, None] * D + d[None, :], out, mask=inside[:, None])
 
 
 # ---- Launching ---------------------------------------------------------------------------------
-# Custom operators, so that torch.compile keeps each call whole and knows its shapes and gradient.
 
 
 def _config(kernel, D):
@@ -524,10 +497,21 @@ def _token_major(x):
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
-@torch.library.custom_op("nanosip::prefix_attention", mutates_args=())
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, pad: Tensor, prefix: int, length: int, scale: float
-) -> tuple[Tensor, Tensor]:
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, pad, *sizes):
+        out, lse = _attention(q, k, v, pad, *sizes)
+        ctx.save_for_backward(q, k, v, out, lse, pad)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+
+
+def _attention(q, k, v, pad, prefix: int, length: int, scale: float):
+    """(out [B, H, T, D], log-sum-exp in base 2 float32 [B, H, T])."""
     B, H, T, D = q.shape
     out, lse = _token_major(q), q.new_empty(B, H, T, dtype=torch.float32)
     config = _config("forward", D)
@@ -538,16 +522,8 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
-def _(q, k, v, pad, prefix, length, scale):
-    return _token_major(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("nanosip::prefix_attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pad: Tensor,
-    prefix: int, length: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _attention_backward(grad, q, k, v, out, lse, pad, prefix: int, length: int, scale: float):
+    """Gradients of q, k and v; grad [B, H, T, D] is that of out."""
     B, H, T, D = q.shape
     Hkv = k.shape[1]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -567,29 +543,7 @@ def _attention_backward(
     return dq, dk, dv
 
 
-@_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, pad, prefix, length, scale):
-    return _token_major(q), _token_major(k), _token_major(k)
-
-
-def _attention_context(ctx, inputs, output):
-    q, k, v, pad, ctx.prefix, ctx.length, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, pad)
-
-
-def _attention_grad(ctx, grad, _):
-    sizes = ctx.prefix, ctx.length, ctx.scale
-    return *_attention_backward(grad, *ctx.saved_tensors, *sizes), None, None, None, None
-
-
-_attention.register_autograd(_attention_grad, setup_context=_attention_context)
-
-
-@torch.library.custom_op("nanosip::decode_attention", mutates_args=())
-def _decode(
-    q: Tensor, k_prefix: Tensor, v_prefix: Tensor, pad: Tensor, k_cont: Tensor, v_cont: Tensor,
-    filled: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
+def _decode(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, scale: float):
     B, K, H, D = q.shape
     Hkv, P = k_prefix.shape[1:3]
     R = K * (H // Hkv)  # rows that share a kv head's prefix
@@ -610,8 +564,3 @@ def _decode(
         *v_cont.stride()[:4], Hkv, H // Hkv, splits, scale * LOG2E, **config,
     )  # fmt: skip
     return out
-
-
-@_decode.register_fake
-def _(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, scale):
-    return q.new_empty(q.shape)

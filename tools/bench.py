@@ -16,7 +16,6 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,7 +28,6 @@ from data import Batch
 from model import Llama, ModelConfig, preset, save_model
 from objectives import dpo_loss
 from rollout import sample_rollouts
-from tools.cost import flops
 from update import make_optimizer
 from update import update as update_policy
 

@@ -134,6 +134,7 @@ def flex_attention(pad, P, N, T):
         own = (i - P) // max(N, 1) == (j - P) // max(N, 1)
         return (j >= pad[b]) & (j <= i) & ((j < P) | own)
 
+    torch._functorch.config.donated_buffer = False  # its backward pass is timed again and again
     mask = create_block_mask(visible, len(pad), None, T, T, device=pad.device)
     return functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
@@ -154,7 +155,7 @@ def attention_peers(s: Sizes, C: int, pad) -> dict:
     peers = {"ours": (ours, together)}
     backends = dict(flash=SDPBackend.FLASH_ATTENTION, cuDNN=SDPBackend.CUDNN_ATTENTION)
     for name, backend in (backends if CUDA else {"math": SDPBackend.MATH}).items():
-        run = functools.partial(sdpa, backend, s.H != s.Hkv)
+        run = functools.partial(sdpa, backend, s.Hkv != s.H)
         peers[f"SDPA {name}, rows apart"] = run, apart
     if CUDA:  # FlexAttention has no backward on a CPU
         peers["FlexAttention, same mask"] = (flex_attention(pad, s.P, s.N, s.P + C * s.N), together)
@@ -224,7 +225,7 @@ def decoding(s: Sizes):
         for p, c in zip(prefix, cont, strict=True)
     ]  # [B*K, Hkv, P + N, D]: what a sampler without shared prefixes keeps
     query = q.flatten(0, 1)[:, :, None]
-    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=s.H != s.Hkv)
+    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=s.Hkv != s.H)
     peers = {
         "ours": lambda: A.decode_attention(q, *prefix, pad, *cont, filled),
         "SDPA, expanded caches": lambda: attend(query, *full),
@@ -307,7 +308,7 @@ def policy_step(s: Sizes, vocabulary: int, B: int):
     """The policy's part of a step: K rollouts of B prefixes, then DPO on the first two of each."""
     config = Config(
         batch_size=B, candidates="rollouts", rollouts=s.K, chunk=s.N, max_seq=s.P + s.N,
-        micro_batch_tokens=8192 if CUDA else 512, baseline=False,
+        micro_batch_tokens=8192 if CUDA else 512, gpus=1, baseline=False,
     )  # fmt: skip
     with torch.device(DEVICE):
         policy, reference = (Llama(preset(s.model, vocabulary)) for _ in range(2))
@@ -336,6 +337,7 @@ def policy_step(s: Sizes, vocabulary: int, B: int):
     with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
         once(rollouts)  # compiles
         took, drawn = once(rollouts)
+        sampling = torch.cuda.max_memory_allocated() if CUDA else 0
         with torch.no_grad():
             again = policy.logprobs(prefix[:2], pad[:2], drawn.tokens[:2], drawn.lengths[:2])
         apart = (again - drawn.logprobs[:2]).abs()
@@ -354,6 +356,8 @@ def policy_step(s: Sizes, vocabulary: int, B: int):
                 yield dict(what=what, milliseconds=seconds(run) * 1e3)
         del cached, steps
     took = 0.0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     for turn in range(2):  # the first one compiles and makes the optimiser's moments
         for part in parts:
             with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
@@ -363,8 +367,9 @@ def policy_step(s: Sizes, vocabulary: int, B: int):
     held = sum(memory(config, policy.config, CUDA).values())
     row = dict(what=f"update on {B} pairs", learning_seconds=took, optimiser_seconds=moved)
     if CUDA:
-        peak = torch.cuda.max_memory_allocated()
-        row |= dict(peak_gb=peak / 1e9, forecast_gb=held / 1e9, forecast_over_peak=held / peak)
+        learning = torch.cuda.max_memory_allocated()
+        row |= dict(sampling_gb=sampling / 1e9, learning_gb=learning / 1e9, forecast_gb=held / 1e9)
+        row |= dict(forecast_over_peak=held / max(sampling, learning))
     yield row
 
 
