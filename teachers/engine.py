@@ -1,21 +1,27 @@
 """Continuous batching: answers of any length sampled side by side, joining and leaving at will.
 
-In: Rows (a prompt's token ids, and how to sample). Out: the same Rows, a token longer each `step`.
+In: Rows (a prompt's token ids, and how to sample), one request's at a time by `add`, from any
+thread. Out: the same Rows, whose text grows with each `step`.
 
-All rows write their next key and value into the same column of the cache, `now`, and a row owns the
-columns from its start up to there. So one write and one mask serve rows of every age:
+A step is one forward pass over tokens of many rows laid end to end: the next token of every row
+that is being written, and pieces of prompts that are being read, of bounded length in all, so that
+a long prompt holds nobody up:
 
-        column   0  1  2  3  4  5  6   now
-        row 0       x  x  x  x  x  x         prompt of 4, two tokens sampled since
-        row 1                x  x  x         prompt of 3, just admitted
+    tokens   [row 0's next | row 1's next | row 2's next | row 3's prompt, tokens 256 ... 511]
 
-Prompts are kept with their keys and values, the latest PROMPT_BYTES of them: n answers to one
-prompt, a repeated prompt and the common head of different prompts are computed once.
+Keys and values lie in lanes: [slots, columns], where a row has as many columns as it can ever need,
+for its prompt and all of its answer. A row leaves the queue only if these fit into `memory` bytes
+beside those in use. Requests take turns: the next row is one of the request with the fewest rows at
+work, and a request with none takes the place of another's row. What a prompt has in common with one
+that was read before is copied, not computed, as long as that one's slot has not been needed.
 """
 
-import json
-from collections import OrderedDict, defaultdict, deque
+import os
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +30,14 @@ import torch.nn.functional as F
 
 from model import Llama, load_model, rope_tables
 from rollout import sample
-from support.hub import check_folder, local_folder
+from support.hub import check_folder, end_tokens
 from support.tokenizer import load_tokenizer
 
-PROMPT_BYTES = 1 << 28  # what is kept of prompts for reuse
-BLOCK = 16  # prompts share heads of a multiple of this many tokens
-ROOM = 128  # columns added when the cache is full
-CHUNK = 512  # tokens of a prompt in one forward pass
-ADMITTED = 1 << 14  # prompt tokens admitted in one step, padding included
+CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts read in one step
+BLOCK = 16  # a prompt waits for another that has so many more tokens in common with it
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One answer: what to sample, and what has been sampled."""
 
@@ -43,296 +46,343 @@ class Row:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    top: int | None = None  # report log-probabilities, and of so many alternatives
-    score: bool = False  # report those of the prompt, too
-    ids: list[int] = field(default_factory=list)  # without the token that ended it
-    logprobs: list = field(default_factory=list)  # of each: (log p, [(id, log p), ...])
-    prompt_logprobs: list = field(default_factory=list)  # from the second token on
+    text: str = ""  # of the answer: what no later token can change
     sampled: int = 0  # tokens, the ending one included
     finish: str | None = None  # "stop", "length" or, set by whoever sees it fail, "error"
     gone: bool = False  # set by whoever no longer wants it
+    # the engine's own
+    tokens: list[int] = field(default_factory=list)  # prompt and answer, but for the ending token
+    seen: int = 0  # of the tokens: those whose keys and values are in the cache
+    decoded: str = ""  # the answer up to the last whole character
+    settled: int = 0  # of the tokens: the prompt and those behind `decoded`
+    turn: int = 0  # when it was placed
+    begun: bool = False  # reading its prompt
+    head: tuple[int, ...] = ()  # tokens that are seen, and some beyond
+
+    def __post_init__(self):
+        self.tokens, self.settled = list(self.prompt), len(self.prompt)
+        self.known = np.array(self.prompt)
+
+    @property
+    def unseen(self) -> int:
+        return len(self.tokens) - self.seen
 
 
-def extend(model: Llama, cache, start, tokens):
-    """Feed N more tokens to each of R rows.
+class Lane:
+    """Keys and values of rows that need about as many columns."""
 
-    cache [L, 2, R, Hkv, T, D]: keys and values, of which row r owns the columns from start[r] on;
-    the last N of them are written here. start int64 [R], tokens int64 [R, N] -> hidden [R, N, d].
-    """
-    N, T, c = tokens.shape[1], cache.shape[4], model.config
-    G = c.n_head // c.n_kv_head
-    column = torch.arange(T, device=tokens.device)
-    at = column[T - N :, None]
-    unseen = (column < start[:, None, None]) | (column > at)  # [R, N, T]
-    bias = torch.zeros_like(unseen, dtype=cache.dtype).masked_fill_(unseen, -torch.inf)
-    bias = bias.repeat(1, G, 1)[:, None]  # [R, 1, G * N, T]
-    cos, sin = rope_tables(c, at.T - start[:, None])
-    x = model.model.embed_tokens(tokens)
-    for layer, (keys, values) in zip(model.model.layers, cache, strict=True):
-        q, k, v = layer.before(x, cos, sin)  # q [R, H, N, D]
-        keys[:, :, T - N :], values[:, :, T - N :] = k, v
-        q = q.unflatten(1, (-1, G)).flatten(2, 3)  # the heads of a group ask the same keys
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        out = out.unflatten(2, (G, N)).flatten(1, 2)  # [R, H, N, D]
-        x = layer.after(x, out.transpose(1, 2).flatten(2))
-    return model.model.norm(x)
+    def __init__(self, model: Llama, width: int):
+        c, self.width = model.config, width
+        empty = model.lm_head.weight.new_zeros(2, 0, c.n_kv_head, width, c.head_dim)
+        self.caches = [empty] * c.n_layer  # of each layer [2, slots, Hkv, width, D]
+        self.rows = []  # rows[i] stands in slot i
+        self.past = []  # (prompt, tokens seen) of what was in the slots behind these
+
+    @property
+    def slots(self) -> int:
+        return self.caches[0].shape[1]
+
+    @property
+    def seen(self) -> list[tuple[np.ndarray, int]]:
+        """Of every slot in use: the prompt, and how many tokens' columns are there."""
+        return [(row.known, row.seen) for row in self.rows] + self.past
+
+    def resize(self, slots: int):
+        """Layer by layer, so that only one of them is ever there twice."""
+        self.past = self.past[: slots - len(self.rows)]
+        R, T = len(self.seen), max((n for _, n in self.seen), default=0)
+        for i, old in enumerate(self.caches):
+            # zeros: a masked column's weight is 0, and 0 * nan would be nan
+            self.caches[i] = old.new_zeros(2, slots, *old.shape[2:])
+            self.caches[i][:, :R, :, :T] = old[:, :R, :, :T]
+
+    def add(self, row: Row):
+        """To the first free slot."""
+        row.lane, row.slot, row.seen, row.begun = self, len(self.rows), 0, False
+        self.rows.append(row)
+        self.past = self.past[1:]
+
+    def remove(self, row: Row):
+        """The last row moves to its slot, and what it leaves goes where that was."""
+        a, b, n = row.slot, len(self.rows) - 1, max(row.seen, self.rows[-1].seen)
+        if a != b:
+            for cache in self.caches:
+                left = cache[:, a, :, :n].clone()
+                cache[:, a, :, :n] = cache[:, b, :, :n]
+                cache[:, b, :, :n] = left
+        self.rows[a] = self.rows[-1]
+        self.rows.pop().slot = a
+        self.past.insert(0, (row.known, row.seen))
 
 
-def describe(logits, tokens, top: int) -> list:
-    """(log p of the token, the `top` likeliest as (id, log p)) of each row of logits [M, V]."""
-    logp = torch.log_softmax(logits.float(), dim=-1)
-    own = logp.gather(1, tokens[:, None])[:, 0].tolist()
-    best = logp.topk(top)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [
-        (p, list(zip(ids, values, strict=True)))
-        for p, (ids, values) in zip(own, pairs, strict=True)
-    ]
+class Part:
+    """What a step reads in one lane: the next N tokens of each of R rows, in the lane's order."""
 
+    def __init__(self, rows: list[Row], N: int, group: int):
+        """group: query heads that share a key's."""
+        self.rows, self.group, self.shape = rows, group, (len(rows), N)
+        self.caches = rows[0].lane.caches
+        self.tokens = [token for row in rows for token in row.tokens[row.seen : row.seen + N]]
+        device = self.caches[0].device
+        slots, seen = torch.tensor([(row.slot, row.seen) for row in rows], device=device).T
+        self.at = slots[:, None], seen[:, None] + torch.arange(N, device=device)  # columns [R, N]
+        # neighbours are a view of the cache, others have to be copied
+        first, last = rows[0].slot, rows[-1].slot + 1
+        self.slots = slice(first, last) if last - first == len(rows) else slots
+        self.T = max(row.seen for row in rows) + N
+        hidden = torch.arange(self.T, device=device) > self.at[1][:, :, None]  # [R, N, T]
+        bias = torch.zeros_like(hidden, dtype=self.caches[0].dtype)
+        bias = bias.masked_fill_(hidden, -torch.inf).repeat(1, group, 1)
+        self.bias = bias[:, None]  # [R, 1, G * N, T]
 
-class Prompts:
-    """Keys, values [L, 2, Hkv, P, D] and last logits [V] of the latest prompts."""
-
-    def __init__(self):
-        self.kept, self.heads, self.bytes = OrderedDict(), {}, 0
-
-    def longest(self, prompt):
-        """(n, keys and values) of the longest head of the prompt that is known; (0, None)."""
-        for n in range((len(prompt) - 1) // BLOCK * BLOCK, 0, -BLOCK):
-            whole = self.heads.get(hash(prompt[:n]))
-            if whole is not None and whole[:n] == prompt[:n]:
-                self.kept.move_to_end(whole)
-                return n, self.kept[whole][0][..., :n, :]
-        return 0, None
-
-    def keep(self, prompt, computed):
-        if prompt in self.kept:
-            return
-        self.kept[prompt] = computed
-        self.bytes += sum(part.nbytes for part in computed)
-        for n in range(BLOCK, len(prompt) + 1, BLOCK):
-            self.heads[hash(prompt[:n])] = prompt
-        while self.bytes > PROMPT_BYTES:
-            oldest, computed = self.kept.popitem(last=False)
-            self.bytes -= sum(part.nbytes for part in computed)
-            for n in range(BLOCK, len(oldest) + 1, BLOCK):
-                if self.heads.get(hash(oldest[:n])) == oldest:
-                    del self.heads[hash(oldest[:n])]
+    def attend(self, layer: int, q, k, v):
+        """q [H, R * N, D], k, v [Hkv, R * N, D] -> [R * N, H * D]; k and v go into the cache."""
+        cache, (slots, columns) = self.caches[layer], self.at
+        new = torch.stack((k, v)).unflatten(2, self.shape)  # [2, Hkv, R, N, D]
+        cache[:, slots, :, columns] = new.permute(2, 3, 0, 1, 4)
+        keys, values = cache[:, self.slots, :, : self.T]  # [R, Hkv, T, D]
+        q = q.unflatten(1, self.shape).unflatten(0, (-1, self.group))  # [Hkv, G, R, N, D]
+        q = q.permute(2, 0, 1, 3, 4).flatten(2, 3)  # the heads of a group ask the same keys
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)
+        out = out.unflatten(2, (self.group, -1)).permute(0, 3, 1, 2, 4)  # [R, N, Hkv, G, D]
+        return out.flatten(2).flatten(0, 1)
 
 
 class Engine:
-    """At most `size` rows at a time; the others wait their turn.
+    """At most `size` rows at a time, with caches of at most `memory` bytes; others wait their turn.
 
-    ends: ids that end an answer; decode: ids -> text, for stop strings. Not thread-safe but for
-    `waiting.append`.
+    ends: ids that end an answer; decode: ids -> text. Not thread-safe but for `add`.
     """
 
-    def __init__(self, model: Llama, ends: set[int], decode, size: int = 64):
-        c, self.model, self.ends, self.decode, self.size = model.config, model, ends, decode, size
-        weight = model.lm_head.weight
-        self.device, self.prompts = weight.device, Prompts()
-        self.waiting, self.rows, self.starts = deque(), [], []  # row i stands in slot i
-        self.now = 0  # the column that is written next
-        self.cache = weight.new_zeros(c.n_layer, 2, 0, c.n_kv_head, 0, c.head_dim)
-        self.logits = weight.new_zeros(size, c.vocab_size)  # of each row's next token
+    def __init__(
+        self,
+        model: Llama,
+        ends: set[int],
+        decode: Callable[[list[int]], str],
+        size: int = 64,
+        memory: int | None = None,
+    ):
+        self.model, self.ends, self.decode, self.size = model, ends, decode, size
+        weight, c = model.lm_head.weight, model.config
+        self.memory = free_memory(weight.device) // 2 if memory is None else memory
+        self.column = 2 * c.n_layer * c.n_kv_head * c.head_dim * weight.element_size()  # bytes
+        self.device, self.chunk = weight.device, CHUNK.get(weight.device.type, CHUNK["cuda"])
+        self.inbox, self.turns = deque(), 0
+        self.clear()
 
     def clear(self):
         """Forget all rows."""
-        self.waiting.clear(), self.rows.clear(), self.starts.clear()
+        self.inbox.clear()
+        self.waiting: dict[int, deque[Row]] = {}  # of each request
+        self.lanes: list[Lane] = []
+
+    def add(self, rows: list[Row]):
+        """The rows of one request."""
+        for row in rows:
+            row.request = id(rows[0])
+        self.inbox.append(rows)
 
     @property
-    def load(self) -> int:
-        return len(self.waiting) + len(self.rows)
+    def rows(self) -> list[Row]:
+        return [row for lane in self.lanes for row in lane.rows]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.inbox or self.waiting or self.rows)
+
+    def fits(self, columns: int) -> bool:
+        """Whether a row of so many tokens, prompt and answer, can ever be computed."""
+        return width(columns) * self.column <= self.memory
 
     @torch.no_grad()
     def step(self) -> list[Row]:
-        """Admit rows, sample a token of each, feed it to the model. -> the rows that changed."""
-        done = self.admit()
-        rows = list(self.rows)
-        if rows:
-            self.sample()
-        for i in reversed(range(len(rows))):
-            if rows[i].finish or rows[i].gone:
-                self.remove(i)
-        if self.rows:
-            self.feed()
-        return done + rows
-
-    def admit(self) -> list[Row]:
-        """Waiting rows to free slots, a quarter of all at a time. -> those finished already."""
-        free = self.size - len(self.rows)
-        if free < min(len(self.waiting), -(-self.size // 4)):
+        """Admit rows, read and write some tokens. -> the rows that have gone on."""
+        self.leave()
+        self.admit()
+        parts = self.plan()
+        if not parts:
             return []
-        new, longest = [], 0
-        while self.waiting and len(new) < free:
-            longest = max(longest, len(self.waiting[0].prompt))
-            if new and longest * (len(new) + 1) > ADMITTED:
-                break
-            if not (row := self.waiting.popleft()).gone:
-                new.append(row)
-        computed = self.prefill(new)
-        done = [row for row in new if not len(row.uniform)]  # it only wanted its prompt scored
-        new = [row for row in new if len(row.uniform)]
-        if new:
-            self.reserve(len(self.rows) + len(new), max(len(row.prompt) for row in new))
-        for row in new:
-            i, start = len(self.rows), self.now - len(row.prompt)
-            kv, self.logits[i] = computed[row.prompt]
-            self.cache[:, :, i, :, start : self.now] = kv
-            self.rows.append(row)
-            self.starts.append(start)
-        for row in done:
-            row.finish = "length"
-        return done
+        hidden = self.forward(parts)
+        for part in parts:
+            for row in part.rows:
+                row.seen += part.shape[1]
+        rows = [row for part in parts for row in part.rows]
+        whole = [i for i, row in enumerate(rows) if not row.unseen]
+        rows = [rows[i] for i in whole]
+        if rows:
+            self.sample(rows, self.model.logits(hidden[whole]))
+        self.leave()
+        return rows
 
-    def prefill(self, rows: list[Row]) -> dict:
-        """The keys, values and last logits of every distinct prompt of the rows."""
-        scored = {}  # prompts whose own log-probabilities are wanted: computed from their start
-        for row in rows:
-            if row.score:
-                scored.setdefault(row.prompt, []).append(row)
-        known = {row.prompt: self.prompts.kept.get(row.prompt) for row in rows}
-        todo = [prompt for prompt, found in known.items() if found is None or prompt in scored]
-        while todo:  # of prompts that begin alike, one goes first and the others use its head
-            wave, coming, later = [], set(), []
-            for prompt in todo:
-                n, head = (0, None) if prompt in scored else self.prompts.longest(prompt)
-                beginning = prompt[: n + BLOCK]
-                if beginning in coming and prompt not in scored:
-                    later.append(prompt)
-                else:
-                    wave.append((prompt, n, head))
-                    coming.add(beginning)
-            known.update(self.compute(wave, scored))
-            todo = later
-        return known
+    # --- Whose turn it is ------------------------------------------------------------------------
 
-    def compute(self, wave: list, scored: dict) -> dict:
-        """prompt -> (keys and values, last logits) for each (prompt, length of head, head)."""
-        h = max(n for _, n, _ in wave)
-        fresh = [len(prompt) - n for prompt, n, _ in wave]
-        N, shape = max(fresh), self.cache.shape
-        # [head, right-aligned | fresh tokens, left-aligned]: what pads the right is never seen
-        cache = self.cache.new_zeros(*shape[:2], len(wave), shape[3], h + N, shape[5])
-        tokens = torch.zeros(len(wave), N, dtype=torch.int64)
-        for r, (prompt, n, head) in enumerate(wave):
-            tokens[r, : fresh[r]] = torch.tensor(prompt[n:])
+    def leave(self):
+        """Those leave that are finished or no longer wanted."""
+        for row in self.rows:
+            if row.finish or row.gone:
+                row.lane.remove(row)
+
+    def admit(self):
+        """Waiting rows to lanes."""
+        while self.inbox:
+            rows = self.inbox.popleft()
+            self.waiting[rows[0].request] = deque(rows)
+        running, content = Counter(row.request for row in self.rows), set()
+        while asking := [request for request in self.waiting if request not in content]:
+            request = min(asking, key=running.__getitem__)  # the oldest of those with the fewest
+            row = self.waiting[request][0]
+            if row.gone or self.place(row):
+                running[request] += not row.gone
+                self.waiting[request].popleft()
+                if not self.waiting[request]:
+                    del self.waiting[request]
+            elif running[request]:
+                content.add(request)  # others may pass: it goes on
+            elif not self.make_room(running):
+                break  # nobody may pass, or it would wait for ever
+
+    def place(self, row: Row) -> bool:
+        """The row to a lane; False if there is no room."""
+        if len(self.rows) == self.size:
+            return False
+        own = width(len(row.prompt) + len(row.uniform))
+        fitting = [lane for lane in self.lanes if own <= lane.width <= 2 * own]
+        lane = max(fitting, key=lambda lane: lane.width, default=None) or Lane(self.model, own)
+        if (R := len(lane.rows)) == lane.slots:
+            each = lane.width * self.column
+            if self.spare() < each:  # free what no row needs
+                for other in self.lanes:
+                    other.resize(len(other.rows))
+                self.lanes = [other for other in self.lanes if other.rows]
+            if self.spare() < each:
+                return False
+            lane.resize(R + min(max(R, 1), self.spare() // each))
+        if lane not in self.lanes:
+            self.lanes.append(lane)
+        lane.add(row)
+        row.head = row.prompt[:BLOCK]
+        self.turns += 1
+        row.turn = self.turns
+        return True
+
+    def spare(self) -> int:
+        """Bytes that may still be taken."""
+        return self.memory - self.column * sum(lane.slots * lane.width for lane in self.lanes)
+
+    def make_room(self, running: Counter) -> bool:
+        """The latest row of the request with most rows goes back to wait, if it has others."""
+        request, most = max(running.items(), key=lambda item: item[1], default=(0, 0))
+        if most < 2:
+            return False
+        row = max((row for row in self.rows if row.request == request), key=lambda row: row.turn)
+        row.lane.remove(row)
+        self.waiting.setdefault(request, deque()).appendleft(row)
+        running[request] -= 1
+        return True
+
+    # --- What is computed ------------------------------------------------------------------------
+
+    def plan(self) -> list[Part]:
+        """A token of each row that is being written, and pieces of prompts.
+
+        The prompt that has waited longest gets half of the chunk or more, the shortest of the
+        others the rest. Of prompts that begin alike one is read; the others wait for its head.
+        """
+        reading, heads = [], set()
+        for row in sorted((r for r in self.rows if r.unseen > 1), key=lambda row: row.turn):
+            if row.head in heads:
+                continue
+            if not row.begun:
+                self.inherit(row)
+            if row.unseen > 1 and row.head not in heads:
+                heads.add(row.head)
+                reading.append(row)
+        group = self.model.config.n_head // self.model.config.n_kv_head
+        ready = [[row for row in lane.rows if row.unseen == 1] for lane in self.lanes]
+        parts = [Part(rows, 1, group) for rows in ready if rows]
+        room, oldest = self.chunk, reading[:1]
+        own = min(oldest[0].unseen, room // 2) if oldest else 0
+        for row in sorted(reading[1:], key=lambda row: row.unseen) + oldest:
+            n = min(row.unseen, room if row in oldest else room - own)
             if n:
-                cache[:, :, r, :, h - n : h] = head
-        tokens = tokens.to(self.device)
-        start = torch.tensor([h - n for _, n, _ in wave], device=self.device)
-        hidden = [
-            extend(
-                self.model, cache[..., : h + min(i + CHUNK, N), :], start, tokens[:, i : i + CHUNK]
-            )
-            for i in range(0, N, CHUNK)
-        ]
-        hidden = torch.cat(hidden, dim=1)  # [R, N, d]
-        last = torch.tensor(fresh, device=self.device) - 1
-        logits = self.model.logits(hidden[torch.arange(len(wave)), last])
-        computed = {}
-        for r, (prompt, n, _) in enumerate(wave):
-            kv = cache[:, :, r, :, h - n : h + fresh[r]].clone()
-            computed[prompt] = kv, logits[r].clone()
-            self.prompts.keep(prompt, computed[prompt])
-            for row in scored.get(prompt, ()):
-                for i in range(0, fresh[r] - 1, CHUNK):
-                    ahead = tokens[r, i + 1 : min(i + CHUNK + 1, fresh[r])]
-                    logit = self.model.logits(hidden[r, i : i + len(ahead)])
-                    row.prompt_logprobs += describe(logit, ahead, row.top)
-        return computed
+                parts.append(Part([row], n, group))
+                row.begun = True
+                room -= n
+        return parts
 
-    def reserve(self, rows: int, columns: int):
-        """Slots for so many rows, `now` at `columns` at least, and a column to write to."""
-        R, size = len(self.rows), list(self.cache.shape)
-        width = self.now - min(self.starts, default=self.now)
-        if not R:
-            self.now = columns
-        if rows <= size[2] and columns <= self.now < size[4]:
-            return
-        now = max(width, columns)
-        size[2] = max(size[2], min(self.size, 1 << (rows - 1).bit_length()))
-        size[4] = now + ROOM
-        cache = self.cache.new_zeros(size)
-        old = self.cache[:, :, :R, :, self.now - width : self.now]
-        cache[:, :, :R, :, now - width : now] = old
-        self.starts = [start + now - self.now for start in self.starts]
-        self.cache, self.now = cache, now
+    def inherit(self, row: Row):
+        """Copy what is there of the row's beginning already, but for its last token, which is fed
+        in any case: it gives the logits."""
+        length, most = len(row.tokens) - 1, row.seen
+        for lane in self.lanes:
+            for slot, (known, seen) in enumerate(lane.seen):
+                n = min(common(known, row.known), seen, length)
+                if n > most:
+                    most, found = n, (lane.caches, slot)
+        if most > row.seen:
+            for own, cache in zip(row.lane.caches, found[0], strict=True):
+                own[:, row.slot, :, :most] = cache[:, found[1], :, :most]
+            row.seen = most
+        row.head = tuple(row.tokens[: row.seen + BLOCK])
 
-    def sample(self):
-        """The next token of every row."""
+    def forward(self, parts: list[Part]) -> torch.Tensor:
+        """-> hidden states [rows, d] of the last token of each row of each part."""
+        tokens = torch.tensor([token for part in parts for token in part.tokens])
+        positions = torch.cat([part.at[1].flatten() for part in parts])
+        cos, sin = rope_tables(self.model.config, positions[None])
+        x = self.model.model.embed_tokens(tokens.to(self.device))[None]  # [1, M, d]
+        sizes = [len(part.tokens) for part in parts]
+        for i, layer in enumerate(self.model.model.layers):
+            heads = layer.before(x, cos, sin)  # q [1, H, M, D], k, v [1, Hkv, M, D]
+            split = zip(parts, *(t[0].split(sizes, dim=1) for t in heads), strict=True)
+            attended = torch.cat([part.attend(i, q, k, v) for part, q, k, v in split])
+            x = layer.after(x, attended[None])
+        ends = list(accumulate(part.shape[1] for part in parts for _ in part.rows))
+        return self.model.model.norm(x[0, torch.tensor(ends, device=self.device) - 1])
+
+    def sample(self, rows: list[Row], logits: torch.Tensor):
+        """The next token of every row; logits [R, V]."""
         alike = defaultdict(list)
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(rows):
             alike[row.temperature, row.top_p].append(i)
-        for (temperature, top_p), group in alike.items():
-            logits = self.logits[group]
-            u = torch.tensor([float(self.rows[i].uniform[self.rows[i].sampled]) for i in group])
-            tokens, _ = sample(logits, u.to(self.device), temperature, top_p)
-            for j, (i, token) in enumerate(zip(group, tokens.tolist(), strict=True)):
-                row = self.rows[i]
-                row.sampled += 1
-                if token in self.ends:
-                    row.finish = "stop"
-                    continue
-                row.ids.append(token)
-                if row.top is not None:
-                    row.logprobs += describe(logits[j : j + 1], tokens[j : j + 1], row.top)
-                if row.stop and (text := self.decode(row.ids)) and any(s in text for s in row.stop):
-                    row.finish = "stop"
-                elif row.sampled == len(row.uniform):
-                    row.finish = "length"
+        for (temperature, top_p), chosen in alike.items():
+            u = torch.tensor([float(rows[i].uniform[rows[i].sampled]) for i in chosen])
+            mine = logits if len(chosen) == len(rows) else logits[chosen]
+            tokens, _ = sample(mine, u.to(self.device), temperature, top_p)
+            for i, token in zip(chosen, tokens.tolist(), strict=True):
+                self.append(rows[i], token)
 
-    def feed(self):
-        """The sampled tokens to the model: one more column, the next logits."""
-        R = len(self.rows)
-        self.reserve(R, 0)
-        first = min(self.starts)
-        tokens = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.device)
-        start = torch.tensor(self.starts, device=self.device) - first
-        hidden = extend(self.model, self.cache[:, :, :R, :, first : self.now + 1], start, tokens)
-        self.logits[:R] = self.model.logits(hidden[:, 0])
-        self.now += 1
-
-    def remove(self, i: int):
-        """Free slot i; the last row moves there."""
-        row, start = self.rows.pop(), self.starts.pop()
-        if (last := len(self.rows)) != i:
-            self.rows[i], self.starts[i] = row, start
-            self.cache[:, :, i, :, start : self.now] = self.cache[:, :, last, :, start : self.now]
-            self.logits[i] = self.logits[last]
+    def append(self, row: Row, token: int):
+        """The token, and what it changes in the row's text and end."""
+        row.sampled += 1
+        finish = "length" if row.sampled == len(row.uniform) else None
+        if token in self.ends:
+            finish = "stop"
+        else:
+            row.tokens.append(token)
+        new = self.decode(row.tokens[row.settled :])
+        if not new.endswith("\ufffd"):  # else half a character, perhaps
+            row.decoded, row.settled, new = row.decoded + new, len(row.tokens), ""
+        if any(stop in row.decoded + new for stop in row.stop):
+            finish = "stop"
+        row.text = certain(row.decoded + new, row.stop, finish is not None)
+        row.finish = finish  # last: another thread reads the text of what is finished
 
 
 # --- Around it -----------------------------------------------------------------------------------
 
 
-def load_engine(folder: str, size: int, device: str = "cpu"):
-    """(Engine, tokenizer) of a folder; ValueError says what is wrong with it."""
-    # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    check_folder(folder)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, device, dtype).requires_grad_(False)
-    ends = {tokenizer.eos, *end_tokens(local_folder(folder, weights=False))}
-    return Engine(model, ends, tokenizer.decode, size), tokenizer
+def width(columns: int) -> int:
+    """Of a row's cache: up to an eighth of a power of two above what it needs."""
+    step = max(64, (1 << (columns - 1).bit_length()) // 8)
+    return -(-columns // step) * step
 
 
-def end_tokens(folder: Path) -> list[int]:
-    """The ids that end an answer by config.json and generation_config.json."""
-    found = []
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        if path.exists():
-            try:
-                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path} can't be read: {error}") from None
-            found += eos if isinstance(eos, list) else [eos]
-    return [i for i in found if type(i) is int]
-
-
-def plain(tokenizer, text: str) -> list[int]:
-    """A text as a prompt: at least one token, and the one that the tokenizer puts first."""
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return start + tokenizer.encode(text) or [tokenizer.eos]
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many elements they begin with alike."""
+    n = min(len(a), len(b))
+    different = a[:n] != b[:n]
+    return int(different.argmax()) if different.any() else n
 
 
 def certain(text: str, stops: tuple[str, ...], final: bool) -> str:
@@ -344,3 +394,23 @@ def certain(text: str, stops: tuple[str, ...], final: bool) -> str:
     text = text.rstrip("\ufffd")
     halves = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return text[: len(text) - max(halves, default=0)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or on this machine (all of its memory, where not on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if (info := Path("/proc/meminfo")).exists():
+        return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_engine(folder: str, size: int, device: str = "cpu", memory: int | None = None):
+    """(Engine, tokenizer) of a folder; UserError says what is wrong with it."""
+    # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    check_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, device, dtype).requires_grad_(False)
+    ends = set(end_tokens(folder, tokenizer))
+    return Engine(model, ends, tokenizer.decode, size, memory), tokenizer

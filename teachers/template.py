@@ -3,74 +3,107 @@
 In: [{"role", "content"}]. Out: ids, special tokens where the template writes them and nowhere else:
 a message that spells one keeps it as ordinary text. A folder without a template gets a plain
 prompt, the contents joined by newlines.
+
+The environment is transformers': sandboxed and immutable, with loop controls, tojson, strftime_now,
+raise_exception and {% generation %}. It lies in chat_template.jinja, or in tokenizer_config.json.
 """
 
 import json
 import re
-import time
-from functools import partial
+from datetime import datetime
 from pathlib import Path
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from teachers.engine import plain
+from support.command import UserError
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    """A text as a prompt: at least one token, and the one that the tokenizer puts first."""
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return start + tokenizer.encode(text) or [tokenizer.eos]
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks what the assistant says: here, its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Unlike jinja2's own, without escapes for HTML."""
+    how = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def raise_exception(message):
+    raise TemplateError(message)
 
 
 class Template:
-    """The chat template of a folder: messages to token ids."""
+    """The chat template of a folder: messages to token ids. UserError where it can't be read."""
 
     def __init__(self, folder: Path, tokenizer):
-        self.tokenizer, self.names, self.source = tokenizer, {}, None
+        self.tokenizer, self.names, self.source, self.path = tokenizer, {}, None, folder
         longest_first = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
-        self.special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.special = "|".join(longest_first) or "(?!)"
         try:
             self.read(folder)
         except Exception as error:  # somebody else's file
-            raise ValueError(f"{folder}: its chat template can't be read: {error}") from None
+            raise UserError(f"{self.path}: the chat template can't be read: {error}") from None
 
     def read(self, folder: Path):
-        own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        source = own.read_text(encoding="utf-8") if own.exists() else settings.get("chat_template")
+        settings = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            self.path = folder / name
+            if self.path.exists():
+                settings |= json.loads(self.path.read_text(encoding="utf-8"))
+        source, own = settings.get("chat_template"), folder / "chat_template.jinja"
+        if own.exists():
+            self.path, source = own, own.read_text(encoding="utf-8")
         if isinstance(source, list):  # several by name
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
+            source = {named["name"]: named["template"] for named in source}["default"]
         if source is None:
             return
-        # transformers' environment
+        for name, token in settings.items():  # bos_token, eos_token and whatever else there is
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(token, str):
+                self.names[name] = token
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        environment.globals["strftime_now"] = time.strftime
-        environment.globals["raise_exception"] = self.complain
-        for name in ("bos_token", "eos_token", "pad_token"):
-            if token := settings.get(name):
-                self.names[name] = token["content"] if isinstance(token, dict) else token
+        environment.filters["tojson"] = tojson
+        environment.globals |= dict(strftime_now=strftime_now, raise_exception=raise_exception)
         self.source = environment.from_string(source)
 
-    @staticmethod
-    def complain(message):
-        raise TemplateError(message)
-
     def encode(self, messages: list[dict]) -> list[int]:
+        """Ids of the messages and of the beginning of an answer; UserError where the template
+        refuses the messages or fails."""
         if self.source is None:
             return plain(self.tokenizer, "\n".join(message["content"] for message in messages))
-        # A character that occurs nowhere breaks up what looks like a special token.
+        # A character that occurs nowhere breaks up whatever looks like a special token.
         said = "".join(message["content"] for message in messages)
         mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in said)
-        messages = [
-            message | {"content": self.special.sub(lambda m: m[0][0] + mark + m[0][1:], text)}
-            for message in messages
-            for text in [message["content"]]
-        ]
+        first = re.compile(f"(?=(?:{self.special}))(.)", re.DOTALL)
+        broken = [m | {"content": first.sub(rf"\1{mark}", m["content"])} for m in messages]
+        names = dict(tools=None, documents=None, add_generation_prompt=True, **self.names)
         try:
-            names = dict(tools=None, documents=None, add_generation_prompt=True, **self.names)
-            text = self.source.render(messages=messages, **names)
+            text = self.source.render(messages=broken, **names)
         except Exception as error:  # whatever a template may do
-            raise TemplateError(f"the folder's chat template: {error}") from None
+            raise UserError(f"{self.path}: {error or type(error).__name__}") from None
         ids = []
-        for i, piece in enumerate(self.special.split(text)):
+        for i, piece in enumerate(re.split(f"({self.special})(?!{mark})", text)):
             if i % 2:
                 ids.append(self.tokenizer.specials[piece])
             elif piece:

@@ -1,66 +1,80 @@
-"""Continuations of a text by one checkpoint, or by several side by side, as they are written.
+"""Continuations of a text by one checkpoint, or by several side by side.
 
-    python sample.py CKPT "prefix"
-    python sample.py BASE CKPT "prefix" --n 3 --judge_url world
+    python -m tools.sample CKPT "prefix"
+    python -m tools.sample BASE CKPT "prefix" --n 3 --judge_url world
 
-A checkpoint is any folder that model.py reads; all run on the CPU. With a judge's URL ("world": the
-pocket world's own teacher) each continuation is called safe or not and true or not, and each pair
-of checkpoints is compared, in both orders.
+A checkpoint is any folder that model.py reads; all run on the CPU, by the sampler of training. One
+continuation is shown while it is written. With a judge's URL ("world": the pocket world's own
+teacher) each is called safe or not and true or not, and each pair of checkpoints is compared, in
+both orders.
 """
 
 import argparse
-import contextlib
 import itertools
 import shutil
-import sys
 import textwrap
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 
-from chat import Chat, TeacherGone
+from chat import Chat
 from judge import Judge
-from rollout import uniforms
+from model import load_model
+from rollout import PrefixCache, sample, uniforms
+from support import command
 from support.command import UserError
-from teachers.engine import Engine, Row, certain, load_engine, plain
-from world.teacher import start_teacher
+from support.hub import check_folder, end_tokens
+from support.tokenizer import load_tokenizer
+from world.teacher import teacher_url
 
 
-def write(engines: list[Engine], rows: list[Row]):
-    """Yields every row's certain text, after each token of all, until all are written."""
-    for engine, row in zip(engines, rows, strict=True):
-        engine.waiting.append(row)
-    while not all(row.finish for row in rows):
-        for engine in engines:
-            if engine.load:
-                engine.step()
-        yield [
-            certain(engine.decode(row.ids), (), row.finish is not None)
-            for engine, row in zip(engines, rows, strict=True)
-        ]
+def load(folder: str):
+    """(model, tokenizer, end tokens) of a folder."""
+    check_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    return load_model(folder, dtype=torch.float32), tokenizer, end_tokens(folder, tokenizer)
 
 
-def show(engines: list[Engine], rows: list[Row]) -> list[str]:
-    """Prints the texts while they are written, in a column each; -> the texts."""
-    if len(rows) == 1:
-        shown = 0
-        for [text] in write(engines, rows):
-            print(visible(text[shown:]), end="", flush=True)
-            shown = len(text)
+@torch.no_grad()
+def continuations(model, tokenizer, ends, options, number: int) -> Iterator[str]:
+    """Continuation `number` of the prefix: all of it so far, after every token."""
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompt = start + tokenizer.encode(options.prefix) or [tokenizer.eos]
+    limit, N = model.config.max_seq, options.tokens
+    if len(prompt) + N > limit:
+        raise UserError(f"--tokens: {len(prompt)} of the prefix and {N} more exceed {limit}")
+    u = uniforms(options.seed, torch.tensor([0]), number + 1, N)[0, number]  # [N]
+    cached = PrefixCache(model, torch.tensor([prompt]), torch.zeros(1, dtype=torch.int32), 1, N)
+    logits, ids = cached.first, []  # [1, V]
+    for t in range(N):
+        token, _ = sample(logits, u[t : t + 1], options.temperature, options.top_p)  # [1]
+        if token.item() in ends:
+            break
+        ids.append(token.item())
+        yield tokenizer.decode(ids).rstrip("\ufffd")  # half a character, perhaps
+        if t + 1 < N:
+            logits = cached.step(token[None])[:, 0]
+    yield tokenizer.decode(ids)
+
+
+def show(labels: list[str], texts: list[Iterator[str]]) -> list[str]:
+    """Prints one text while it is written, several in a column each; -> the whole texts."""
+    if len(texts) == 1:
+        text = ""
+        for longer in texts[0]:
+            print(visible(longer[len(text) :]), end="", flush=True)
+            text = longer
         print("\n")
         return [text]
-    width = shutil.get_terminal_size().columns // len(rows)
-    shown = 0
-    for texts in write(engines, rows):
-        columns = [textwrap.wrap(visible(text).lstrip(), width - 3) for text in texts]
-        # a line is printed once no column can change it any more
-        whole = [len(c) if row.finish else len(c) - 1 for c, row in zip(columns, rows, strict=True)]
-        unfinished = [n for n, row in zip(whole, rows, strict=True) if not row.finish]
-        ready = min(unfinished) if unfinished else max(whole)
-        for i in range(shown, ready):
-            print_line([c[i] if i < len(c) else "" for c in columns], width)
-        shown = max(shown, ready)
+    whole = [deque(text, maxlen=1)[0] for text in texts]
+    width = shutil.get_terminal_size().columns // len(texts) - 3
+    columns = [[label[-width:], "-" * width] for label in labels]
+    columns = [c + textwrap.wrap(visible(t), width) for c, t in zip(columns, whole, strict=True)]
+    for cells in itertools.zip_longest(*columns, fillvalue=""):
+        print("   ".join(cell.ljust(width) for cell in cells).rstrip())
     print()
-    return texts
+    return whole
 
 
 def visible(text: str) -> str:
@@ -68,49 +82,31 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def print_line(cells: list[str], width: int):
-    print("".join(cell.ljust(width) for cell in cells).rstrip(), flush=True)
-
-
-def ask(judge: Judge, kind: str, **texts) -> str:
-    return judge.chat.run(judge.verdict(kind, **texts)).result()[0] or "no verdict"
-
-
 def give_verdicts(judge: Judge, labels: list[str], prefix: str, texts: list[str]):
+    def ask(kind: str, **shown) -> str:
+        return command.wait(judge.chat.run(judge.verdict(kind, **shown)))[0] or "no verdict"
+
     for label, text in zip(labels, texts, strict=True):
-        safety = ask(judge, "safety", text=text)
-        truth = ask(judge, "factuality", prompt="factuality_noref_v1", prefix=prefix, text=text)
-        print(f"{label}: {safety}, {truth}")
+        truth = ask("factuality", prompt="factuality_noref_v1", prefix=prefix, text=text)
+        print(f"{label}: {ask('safety', text=text)}, {truth}")
     for i, j in itertools.combinations(range(len(texts)), 2):
-        first = ask(judge, "quality", prefix=prefix, a=texts[i], b=texts[j])
-        second = ask(judge, "quality", prefix=prefix, a=texts[j], b=texts[i])
-        better = [{"A": i, "B": j}.get(first), {"A": j, "B": i}.get(second)]
-        said = ["no verdict" if winner is None else labels[winner] for winner in better]
+        first = ask("quality", prefix=prefix, a=texts[i], b=texts[j])
+        second = ask("quality", prefix=prefix, a=texts[j], b=texts[i])
+        said = [{"A": labels[i], "B": labels[j]}.get(first, first)]
+        said += [{"A": labels[j], "B": labels[i]}.get(second, second)]
         print(f"better: {said[0]}" + ("" if said[0] == said[1] else f", other order: {said[1]}"))
     print()
 
 
-def sample(options, judge: Judge | None):
-    loaded = [load_engine(folder, 1) for folder in options.folders]
-    labels = options.folders
-    for k in range(options.n):
-        rows = []
-        for engine, tokenizer in loaded:
-            prompt, limit = plain(tokenizer, options.prefix), engine.model.config.max_seq
-            if len(prompt) + options.tokens > limit:
-                raise ValueError(f"{len(prompt)} + {options.tokens} tokens exceed {limit}")
-            u = uniforms(options.seed, torch.tensor([0]), k + 1, options.tokens)[0, k].numpy()
-            rows.append(Row(tuple(prompt), u, options.temperature, options.top_p))
-        if len(labels) > 1:
-            width = shutil.get_terminal_size().columns // len(labels)
-            print_line([label[-(width - 3) :] for label in labels], width)
-            print_line(["-" * (width - 3)] * len(labels), width)
-        texts = show([engine for engine, _ in loaded], rows)
+def run(options, judge: Judge | None):
+    loaded, labels = [load(folder) for folder in options.folders], options.folders
+    for number in range(options.n):
+        texts = show(labels, [continuations(*one, options, number) for one in loaded])
         if judge:
             give_verdicts(judge, labels, options.prefix, texts)
 
 
-def main():
+def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", metavar="CKPT", help="checkpoints, side by side")
     parser.add_argument("prefix", help="the text to continue")
@@ -121,22 +117,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge_url", help="up to /v1, or 'world': add verdicts")
     parser.add_argument("--judge_model", default="judge", help="model name sent to judge_url")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         parser.error("tokens from 1, temperature from 0, top_p above 0 and at most 1")
-    sys.stdout.reconfigure(errors="backslashreplace")  # no text of a model may end it
-    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
-        judge = None
-        if url := options.judge_url:
-            url = stack.enter_context(start_teacher()) if url == "world" else url
-            chat = Chat(url, options.judge_model, give_up_after=60.0)
-            stack.callback(chat.close)
-            judge = Judge(chat, seed=options.seed)
-        try:
-            sample(options, judge)
-        except (ValueError, UserError, TeacherGone) as error:
-            sys.exit(f"sample.py: {error}")
+    if not options.judge_url:
+        return run(options, None)
+    with (
+        teacher_url(options.judge_url) as url,
+        Chat(url, options.judge_model, give_up_after=60.0) as chat,
+    ):
+        run(options, Judge(chat, seed=options.seed))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
