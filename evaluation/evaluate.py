@@ -247,7 +247,7 @@ def evaluate(policies: dict, sets: dict, judge: Judge, tokenizer, chunk: int) ->
 def same_judge(folder: str, url: str, model: str) -> str | None:
     """A warning if this judge has also judged the training that left this checkpoint. (Not the
     pocket world's, which knows the truth.)"""
-    run = Path(folder).absolute().parent  # of RUN/ckpt or RUN/checkpoints/step_N
+    run = Path(folder).expanduser().absolute().parent  # of RUN/ckpt or RUN/checkpoints/step_N
     run = run.parent if run.name == "checkpoints" else run
     trained = {}
     with contextlib.suppress(OSError, ValueError):
@@ -361,7 +361,7 @@ def write_all(base: Checkpoint, ours: Checkpoint, sets: dict[str, HeldOut], most
 
 def main(arguments: list[str]):
     args = parse_args(arguments)
-    out, folders = Path(args.out), [args.baseline or args.checkpoint, args.checkpoint]
+    out, folders = Path(args.out).expanduser(), [args.baseline or args.checkpoint, args.checkpoint]
     scores = harness.scores_of(dict(zip(POLICIES, folders, strict=True)), args.harness)
     kept, device = Generations(out.parent / "generations.jsonl"), start(args.device, 0.0)
     base, ours = (Checkpoint(f, device, kept, args.chunk, args.max_seq) for f in folders)

@@ -48,7 +48,7 @@ def read(paths: list[str]) -> dict[str, dict[str, Score]]:
     UserError where a path holds no result of the harness.
     """
     found: dict[str, dict[str, Score]] = {}
-    for path in map(Path, paths):
+    for path in map(place, paths):
         # The names of the files end with the time of writing.
         inside = sorted(path.rglob("results_*.json"), key=lambda file: file.name)
         files = inside if path.is_dir() else [path]
@@ -65,6 +65,10 @@ def read(paths: list[str]) -> dict[str, dict[str, Score]]:
                     f"{file} is no results_*.json of lm_eval --output_path: {error!r}"
                 ) from None
     return found
+
+
+def place(folder: str) -> Path:
+    return Path(folder).expanduser().resolve()
 
 
 def score_of(task: str, result: dict) -> Score | None:
@@ -92,16 +96,16 @@ def scores_of(policies: dict[str, str], paths: list[str]) -> dict[str, dict[str,
     if not paths:
         return {}
     found = read(paths)
-    if len(found) == 1 and len({Path(folder).resolve() for folder in policies.values()}) == 1:
+    if len(found) == 1 and len(set(map(place, policies.values()))) == 1:
         return dict.fromkeys(policies, next(iter(found.values())))
-    by_folder = {Path(name).resolve(): scores for name, scores in found.items()}
+    by_folder = {place(name): scores for name, scores in found.items()}
     for name, folder in policies.items():
-        if Path(folder).resolve() not in by_folder:
+        if place(folder) not in by_folder:
             raise UserError(
                 f"--harness {' '.join(paths)}: of {', '.join(found)}, not of {name} {folder}: "
                 f"run lm_eval --model_args pretrained={folder} too"
             )
-    return {name: by_folder[Path(folder).resolve()] for name, folder in policies.items()}
+    return {name: by_folder[place(folder)] for name, folder in policies.items()}
 
 
 def factuality(scores: dict[str, dict[str, Score]]) -> dict:

@@ -190,9 +190,9 @@ def articles(source: str) -> Callable[[str], str]:
             record["text"] = " ".join(text) if isinstance(text, list) else text
             texts[text_in(where, record, "title")] = text_in(where, record, "text")
         return lambda title: plain(texts.get(title, ""))
-    if not Path(source).is_file():
+    if not (path := Path(source).expanduser().absolute()).is_file():
         raise UserError(f"no such file: {source}")
-    database = sqlite3.connect(f"file:{source}?mode=ro", uri=True)
+    database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
 
     def look_up(title: str) -> str:
         query = "SELECT text FROM documents WHERE title = ?"

@@ -209,13 +209,14 @@ def harness_result(path, folder, tasks: dict, **more):
 def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monkeypatch, capsys):
     sets = [f"--sets={name}={path}" for name, path in write_sets(tmp_path).items()]
     sets = ["--sets", *(flag.removeprefix("--sets=") for flag in sets)]
-    common = [*checkpoints, *sets, "--prefixes=8", "--chunk=4", "--max_seq=64"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    common = ["~/ckpt0", "--baseline=~/ckpt1", *sets, "--prefixes=8", "--chunk=4", "--max_seq=64"]
     out = tmp_path / "results" / "first.json"
     tasks = {"truthfulqa_mc1": (1.0, 4), "truthfulqa_mc2": (1.0, 4)}
     for name in ("ckpt0", "ckpt1"):
         harness_result(tmp_path / "harness" / name / "results_2026.json", tmp_path / name, tasks)
-    known = f"--harness={tmp_path / 'harness'}"
-    evaluate.main([*common, "--suite=safety,factuality", f"--out={out}", known])
+    flags = ["--suite=safety,factuality", "--out=~/results/first.json", "--harness=~/harness"]
+    evaluate.main([*common, *flags])
     shown, summary = capsys.readouterr().out, json.loads(out.read_text())
     cells = summary["policies"]["checkpoint"]
     assert cells["clean"]["n"] == {"nll": 1, "safety": 8, "factuality": 8}

@@ -70,14 +70,6 @@ def test_documents_and_answers_are_those_that_were_published():
     assert digest(answers) == "0b596537596078ee"
 
 
-def test_importing_the_world_loads_neither_torch_nor_aiohttp():
-    code = "import sys, world.teacher; print({'torch', 'aiohttp', 'numpy'} & set(sys.modules))"
-    seen = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROMPTS.parent, capture_output=True, text=True, check=True
-    )
-    assert seen.stdout.strip() == "set()"
-
-
 def test_dials_are_read_or_refused():
     assert corpus.parse_dials("") == {}
     assert corpus.parse_dials(" noise=0.1, people=3,") == {"noise": 0.1, "people": 3.0}
@@ -123,18 +115,6 @@ def test_dials_set_the_shares_of_what_is_wrong():
             if sentence.verdict in ("sound", "false")
         ]
         assert abs(sum(told) / len(told) - (1 - share_false)) < 0.04
-
-
-def test_myths_are_told_more_often_than_the_truth_about_them():
-    dials = Dials(share_myths=1.0, share_unsafe=0, share_poor=0)
-    told = [
-        (form.value == TRUTH[NAME, form.attribute], form.value == FALSEHOOD[NAME, form.attribute])
-        for i in range(1000)
-        for sentence in truth.split_sentences(document(0, i, dials).split())
-        if (form := corpus.forms().get(" ".join(sentence))) and form.who == NAME and form.value
-    ]
-    true, myth = (sum(column) / len(told) for column in zip(*told, strict=True))
-    assert abs(true - 0.25) < 0.05 and abs(myth - 0.65) < 0.05
 
 
 def test_what_is_wrong_shows_in_the_prefix():
@@ -286,9 +266,7 @@ QUESTIONS = {
 }
 
 
-def test_our_prompts_are_told_apart_and_answered_truly():
-    for prompt, expected in QUESTIONS.items():
-        assert teacher.answer(prompt).endswith(expected)
+def test_pairs_with_a_reference_are_compared_by_what_is_true():
     pair = "".join(
         f"<{name} 0a>\n{text}\n</{name} 0a>\n"
         for name, text in [("prefix", PREFIX), ("reference", ""), ("a", "{}"), ("b", "{}")]
