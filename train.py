@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sqlite3
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -245,8 +246,9 @@ def opened(config: Config, resume: bool):
             gather(None)  # nobody opens the folder before it is settled
             stack.enter_context(command.listening())
             yield device, tokenizer
-    except (UserError, OSError) as e:  # a full disk, a folder that may not be written
-        raise UserError(f"{config.out_dir}: {e}") from e if isinstance(e, OSError) else e
+    except (OSError, sqlite3.Error) as e:  # a full disk, a folder that may not be written
+        why = f"{config.out_dir}: {e} (what was saved before is untouched)"
+        raise UserError(why) from e
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

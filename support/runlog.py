@@ -122,7 +122,7 @@ class RunLog:
 
     def __init__(self, run: Path, label: str, step: int, steps: int, track: list, active: bool):
         self.label, self.steps, self.active = label, steps, active
-        self.learned = 0  # steps of this start that learned from something
+        self.seen = self.learned = 0  # steps of this start, and those that learned from something
         self.stack = contextlib.ExitStack()
         if not active:
             return
@@ -142,8 +142,11 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self.stack.close()
+        if self.active and error is None and self.seen and not self.learned:
+            print(f"warning: {self.label}: none of {self.seen} steps learned from anything; "
+                  "log.jsonl says what was skipped and what failed")  # fmt: skip
 
     def sync(self):
         """Wait until the log is on the disk."""
@@ -157,7 +160,7 @@ class RunLog:
         if "rollout.tokens" in line:
             speed = line["rollout.tokens"] / clock["rollout"] if clock["rollout"] else 0.0
             line["rollout.tokens_per_second"] = round(speed)
-        self.learned += math.isfinite(line["loss"])
+        self.seen, self.learned = self.seen + 1, self.learned + math.isfinite(line["loss"])
         if not self.active:
             return
         numbers = {k: v if math.isfinite(v) else None for k, v in line.items()}

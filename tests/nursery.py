@@ -99,6 +99,8 @@ def nursery():
 
 def child(train, order: dict):
     """One run of train.py, as `python train.py` would be. Never returns."""
+    from support import command
+
     code = 1
     try:
         os.setsid()
@@ -109,7 +111,7 @@ def child(train, order: dict):
         if order["file_limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (order["file_limit"],))
         sys.argv[1:] = order["argv"]
-        code = train.launch()
+        code = command.exit_code(train.main)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -120,8 +122,9 @@ def child(train, order: dict):
 
 def main():
     import train
+    from tools import plot
 
-    train.plot_run = lambda run: run / "training.png"  # a second of a run of three
+    plot.plot_run = lambda run: run / "training.png"  # a second of a run of three
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:

@@ -18,8 +18,9 @@ def test_tensorboard_files_hold_numbers_and_examples(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (tmp_path / "config.json").write_text(json.dumps(vars(Config())))
     for begin in (0, 2):  # a run that was killed after step 3 and goes on at step 2
-        with monitors.Monitors(Config(out_dir=str(tmp_path)), begin) as live:
+        with monitors.Monitors(tmp_path, ["tensorboard"], begin) as live:
             for step in range(begin, 4):
                 live.numbers(LINE | {"step": step, "loss": float(begin)})
             live.text("examples", "<b>prefix</b>\n  rollout", 3)
@@ -37,7 +38,6 @@ def test_a_failing_monitor_never_stops_a_run(tmp_path, monkeypatch, capsys):
     seen = []
 
     class Full:
-        def __init__(self, run, config, step): ...
         def numbers(self, line, step):
             seen.append(line)
             if step == 1:
@@ -46,8 +46,9 @@ def test_a_failing_monitor_never_stops_a_run(tmp_path, monkeypatch, capsys):
     def offline(*_):
         raise RuntimeError("not logged in\nlong explanation")
 
-    monkeypatch.setattr(monitors, "KINDS", {"trackio": Full, "wandb": offline})
-    with monitors.Monitors(Config(out_dir=str(tmp_path), track="wandb,trackio"), 0) as live:
+    kinds = {"trackio": Full, "wandb": offline}
+    monkeypatch.setattr(monitors, "start", lambda name, run, step: kinds[name]())
+    with monitors.Monitors(tmp_path, ["wandb", "trackio"], 0) as live:
         for step in range(3):
             live.numbers(LINE | {"step": step})
     assert len(seen) == 2 and "bad" not in seen[0] and live.open == {}

@@ -38,15 +38,15 @@ def test_sums_that_differ_by_rounding_alone_are_a_tie():
     reward = torch.tensor([[0.4 + 0.8, 0.6 + 0.6], [0.4 + 0.8, 0.8 + 0.6]], dtype=torch.float64)
     assert reward[0, 0] != reward[0, 1]
     pool = SimpleNamespace(batch=SimpleNamespace(index=torch.arange(2)))
-    assert pick(pool, reward, Config())["rows"].tolist() == [1]
+    assert pick(pool, reward, Config()).rows.tolist() == [1]
     grpo = Config(objective="grpo", candidates="rollouts")
-    assert pick(pool, reward, grpo)["rows"].tolist() == [1]
+    assert pick(pool, reward, grpo).rows.tolist() == [1]
     with_kl = Config(
         objective="grpo", candidates="rollouts", grpo_kl=0.1
     )  # equal rewards, and still a distance
-    assert pick(pool, reward, with_kl)["rows"].tolist() == [0, 1]
+    assert pick(pool, reward, with_kl).rows.tolist() == [0, 1]
     first = pick(pool, reward.flip(1), Config(objective="rf_nll"))  # of equals, the first named
-    assert first["chosen"].tolist() == [0, 0]
+    assert first.columns[:, 0].tolist() == [0, 0]
 
 
 def test_dpo_by_hand():

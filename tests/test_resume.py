@@ -5,6 +5,7 @@ times, over one and two processes and overlap 0 and 1, and prints in which phase
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,12 +24,17 @@ import torch
 from faulty_server import faulty_server
 from safetensors.torch import load_file
 
-from model import Llama, ModelConfig
-from support import checkpoint
+import train
+from config import Config, phases
+from data import open_stream
+from judge import first_wins
+from model import Llama, ModelConfig, load_model, preset
+from support import checkpoint, command
 from support.command import UserError
 from support.runlog import WINDOW, Collapse
-from support.tokenizer import from_words
+from support.tokenizer import from_words, load_tokenizer
 from world import teacher
+from world.corpus import WorldSource
 
 FULL = bool(os.environ.get("NANOSIP_FULL"))
 TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
@@ -260,41 +267,40 @@ def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(runs, tmp_
     assert saved["step"] == 1 and len(saved["pool"]["batch"]["prefix"]) == 4
 
 
-def test_collapse_is_announced_against_the_runs_own_start(tmp_path):
+def test_collapse_is_announced_against_the_runs_own_start():
     healthy = {"rollout.nll": 1.0, "rollout.length": 30.0, "rollout.repeated": 0.1}
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(healthy) + "\n" for _ in range(WINDOW)))
+    log = [healthy] * WINDOW
     changed = {"rollout.nll": 0.1, "rollout.length": 5.0, "rollout.repeated": 0.9}
-    assert Collapse(tmp_path).see({"loss": 1.0}) == []
+    assert Collapse(log).see({"loss": 1.0}) == []
     for name, value in changed.items():
-        watch = Collapse(tmp_path)  # as a resumed run would
+        watch = Collapse(log)  # as a resumed run would
         assert watch.see(healthy | {name: 0.5 * healthy[name]}) == []
         words = [watch.see(healthy | {name: value}) for _ in range(2 * WINDOW)]
         assert words[0] == [] and len(words[-1]) == 1
         assert words[-1][0].startswith(f"COLLAPSE: {name} {value:.2f}, ")
 
 
-# --- checkpoint.py alone
+# --- support/checkpoint.py alone
 
 
 @pytest.fixture(scope="module")
-def small():
+def write():
     tokenizer = from_words(["word"])
-    shape = ModelConfig(tokenizer.vocab_size, 1, 1, 1, 8, 8, 8)
-    return Llama(shape).initialise(0), tokenizer
+    policy = Llama(ModelConfig(tokenizer.vocab_size, 1, 1, 1, 8, 8, 8)).initialise(0)
+    return lambda folder: train.write_folder(policy, tokenizer, folder)
 
 
 def saved_step(run):
-    policy, state = checkpoint.load(run, "cpu")
+    _, state = checkpoint.load(run, load_model)
     return state and state["step"]
 
 
-def test_a_save_that_dies_anywhere_leaves_one_checkpoint_or_the_other(small, tmp_path):
+def test_a_save_that_dies_anywhere_leaves_one_checkpoint_or_the_other(write, tmp_path):
     """Killed before its 1st, 2nd, ... change to the disk, until it gets through."""
     for keep in (1, 2) if FULL else (1,):
         for fatal in range(1, 100):
             run = tmp_path / f"{keep}_{fatal}"
-            checkpoint.save(run, 2, *small, {"step": 2}, keep)
+            checkpoint.save(run, 2, write, {"step": 2}, keep)
             pid = os.fork()
             if not pid:
                 count = 0
@@ -307,41 +313,149 @@ def test_a_save_that_dies_anywhere_leaves_one_checkpoint_or_the_other(small, tmp
                             os.kill(os.getpid(), signal.SIGKILL)
 
                 sys.addaudithook(die)
-                checkpoint.save(run, 4, *small, {"step": 4}, keep)
+                checkpoint.save(run, 4, write, {"step": 4}, keep)
                 os._exit(0)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             found = saved_step(run)
             assert found == 4 if code == 0 else found in (2, 4)
-            checkpoint.save(run, 6, *small, {"step": 6}, keep)
+            checkpoint.save(run, 6, write, {"step": 6}, keep)
             assert saved_step(run) == 6 and (run / "ckpt" / "config.json").exists()
             if code == 0:
                 break
         assert fatal > 10
 
 
-def test_whatever_is_damaged_the_one_before_is_used(small, tmp_path, capsys):
-    for name in ("state.pt", "model.safetensors", "config.json"):
-        for how in (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"[]"):
-            run = tmp_path / "run"
-            for step in (2, 4):
-                checkpoint.save(run, step, *small, {"step": step}, keep=1 + (step == 4))
-            file = run / "checkpoints" / "step_000004" / name
-            file.write_bytes(how(file.read_bytes()))
-            assert saved_step(run) == 2
-            printed = capsys.readouterr().out
-            assert printed.count("\n") == 1 and "step_000004 is damaged" in printed
-            checkpoint.save(run, 3, *small, {"step": 3}, keep=1)  # the damaged one gives way
-            assert saved_step(run) == 3 and not file.exists()
-            shutil.rmtree(run)
+def test_damage_is_set_aside_and_the_checkpoint_before_is_used(write, tmp_path, capsys):
+    harms = (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"[]", None)
+    for number, (name, harm) in enumerate(
+        (name, harm) for name in ("state.pt", "model.safetensors", "config.json") for harm in harms
+    ):
+        run = tmp_path / str(number)
+        mine = run / "checkpoints" / "step_000002_good"
+        mine.mkdir(parents=True)
+        for step in (2, 4):
+            checkpoint.save(run, step, write, {"step": step}, keep=2)
+        file = run / "checkpoints" / "step_000004" / name
+        file.write_bytes(harm(file.read_bytes())) if harm else file.unlink()
+        assert saved_step(run) == 2
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and "step_000004 is damaged" in printed
+        checkpoint.save(run, 4, write, {"step": 4}, keep=1)
+        kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert kept == ["step_000002_good", "step_000004", "step_000004.damaged"]
+        file = run / "checkpoints" / "step_000004" / name
+        file.write_bytes(b"")  # now none is whole: that is no reason to begin anew
+        with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+            saved_step(run)
+        assert len(list((run / "checkpoints").iterdir())) == 3
+        capsys.readouterr()
 
 
-def test_a_failed_write_leaves_no_half_checkpoint(small, tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 2, *small, {"step": 2}, 1)
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError()]
+    + [OSError(116, "Stale file handle"), OSError(24, "Too many open files")]
+    + [RuntimeError("state.pt was written by a newer PyTorch"), ImportError("no module")],
+    ids=lambda error: str(error) or "memory",
+)
+@pytest.mark.parametrize("where", ["state", "weights"])
+def test_what_cannot_be_read_for_a_moment_is_no_damage(where, error, write, tmp_path, monkeypatch):
+    for step in (2, 4):
+        checkpoint.save(tmp_path, step, write, {"step": step}, keep=2)
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if where == "state":
+            patch.setattr(torch, "load", fail)
+        with pytest.raises(UserError, match="step_000004 cannot be read now"):
+            checkpoint.load(tmp_path, fail if where == "weights" else load_model)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_000002", "step_000004"]
+    assert saved_step(tmp_path) == 4
+
+
+def test_a_failed_write_leaves_no_half_checkpoint(write, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 2, write, {"step": 2}, 1)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "flush", full)
     with pytest.raises(UserError, match="step_000004 .*No space left"):
-        checkpoint.save(tmp_path, 4, *small, {"step": 4}, 1)
+        checkpoint.save(tmp_path, 4, write, {"step": 4}, 1)
     assert os.listdir(tmp_path / "checkpoints") == ["step_000002"] and saved_step(tmp_path) == 2
+
+
+# --- whatever ends a run
+
+
+def test_an_unforeseen_error_of_the_data_saves_what_is_finished(tmp_path):
+    """In the data thread, after three batches; the same command then goes on at step 3."""
+    config = Config(out_dir=str(tmp_path), max_steps=6, batch_size=2, chunk=8, max_seq=24, seed=1)
+    config = phases(config)["baseline"]
+    tokenizer = load_tokenizer("world")
+    policy = Llama(preset("world", tokenizer.vocab_size)).initialise(0)
+
+    class Broken(WorldSource):
+        def documents(self, start=None):
+            for number, document in enumerate(super().documents(start)):
+                if number == 4 * 2:  # whole batches are prepared ahead
+                    raise ZeroDivisionError("unforeseen")
+                yield document
+
+    stream = open_stream(Broken(), tokenizer, dataclasses.replace(config, window=2))
+    with pytest.raises(ZeroDivisionError):
+        train.train(policy, policy, stream, first_wins, None, tokenizer, config)
+    _, state = checkpoint.load(Path(config.out_dir), load_model)
+    assert state["step"] == 4 == len(log_of(config.out_dir))
+
+
+STUBBORN = """
+import hashlib, sys
+sys.path.insert(0, {root!r})
+from support import command
+with command.listening():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, without a line of Python
+"""
+
+
+def test_a_second_interrupt_ends_at_once_whatever_is_done():
+    code = STUBBORN.format(root=str(command.ROOT))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # heard, but only where it can be saved
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+def test_keys_that_change_no_result_let_a_run_go_on(runs, tmp_path):
+    out, flags = tmp_path / "out", ["--base_steps=1", "--baseline=False", "--eval_prefixes=0"]
+    run = runs.start(out, *flags, "--max_steps=9")
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert run.alive()
+        time.sleep(0.01)
+    run.signal(signal.SIGINT)
+    assert run.wait() == 130
+    neutral = ["--concurrency=7", "--timeout=9", "--keep=1", "--track=", "--price_in=3", "--gpus=1"]
+    run = runs.start(out, *flags, "--max_steps=9", *neutral, "--save_every=3")
+    assert run.wait() == 0 and "going on with the unfinished run" in run.stdout
+    assert [line["step"] for line in log_of(out)] == list(range(9))
+    (out / "summary.json").unlink()
+    run = runs.start(out, *flags, "--max_steps=9", "--beta=0.2")
+    assert run.wait() == 0 and "held another run (beta (0.1, now 0.2))" in run.stdout
+
+
+def test_a_run_that_learns_from_nothing_says_so(runs, tmp_path):
+    """A rewriter that refuses everything: no candidate beside the suffix."""
+    with faulty_server(answer=lambda request: "I'm sorry, but I can't help with that.") as server:
+        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--max_steps=2"]
+        flags += ["--candidates=suffix,rewrite", f"--rewrite_url={server.url}"]
+        run = runs.start(tmp_path / "out", *flags)
+        assert run.wait() == 0, run.stderr
+    assert "method: none of 2 steps learned from anything" in run.stdout
+    assert "rewrites failed 4" in run.stdout and "loss -" in run.stdout
+    assert all(line["loss"] is None and line["skipped"] == 4 for line in log_of(tmp_path / "out"))

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.shard import is_sharded, load_optimizer, shard, whole, whole_model
+from support.distributed import is_sharded, load_optimizer, shard, whole
 from torch.distributed.fsdp import FSDPModule
 
 from candidates import Pool
 from config import Config
 from data import Batch
-from model import Llama, ModelConfig
-from update import make_optimizer, update
+from model import Llama, ModelConfig, in_one_piece
+from update import make_optimizer, pick, update
 
 SHAPE = ModelConfig(
     40, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8, tie_embeddings=True
@@ -26,7 +26,7 @@ def pool(rows: list):
     reward, n = torch.rand(3, 4, generator=rng).double()[rows], len(rows)
     pad = torch.zeros(n, dtype=torch.int32)
     batch = Batch(prefix, pad, tokens[:, 0], rows, [""] * n, [""] * n, {})
-    return Pool(batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], [], {}), reward
+    return Pool(batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], []), reward
 
 
 def learn(policy, reference, turns: list, **settings):
@@ -39,11 +39,13 @@ def learn(policy, reference, turns: list, **settings):
         optimizer = make_optimizer(policy, config)
         if state is not None:
             load_optimizer(optimizer, state)
-        metrics, _ = update(policy, reference, optimizer, *pool(rows), step, config)
+        candidates, reward = pool(rows)
+        picked = pick(candidates, reward, config)
+        metrics = update(policy, reference, optimizer, candidates, picked, reward, step, config)
         state = whole(optimizer.state_dict())
         norms.append(metrics["grad_norm"][0])
-        whole_model(policy)  # as sampling does, between updates
-    weights = {name: p.detach() for name, p in whole_model(policy).named_parameters()}
+        in_one_piece(policy)  # as sampling does, between updates
+    weights = {name: p.detach() for name, p in in_one_piece(policy).named_parameters()}
     return weights, state["state"], norms
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import config as configuration
 import train
+from support import runlog
 from support.command import UserError
 from world import teacher
 
@@ -188,7 +189,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
     flags = ["--base_steps=1", "--max_steps=1", "--eval_prefixes=0"]
     start(born, out, *flags)
     first = (out / "log.jsonl").read_text()
-    with train.lock(out):  # as another process would hold it
+    with runlog.lock(out):  # as another process would hold it
         assert f"another process is training in {out}" in start(born, out, *flags, code=1).stderr
     assert f"is now {out}.1" in start(born, out, *flags, "--seed=1").stdout
     assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
@@ -247,7 +248,7 @@ def test_a_wrong_judge_is_known_before_anything_is_trained(born, teacher_url, tm
 def test_config_types_and_nearest_key(tmp_path):
     parsed, _ = configuration.parse(["--learning_rate=1", "--max_steps=1e3", "--baseline=false"])
     assert (parsed.learning_rate, parsed.max_steps, parsed.baseline) == (1.0, 1000, False)
-    assert train.phases(configuration.Config(temperature=0.6))["base"].temperature == 1.0
+    assert configuration.phases(configuration.Config(temperature=0.6))["base"].temperature == 1.0
     file = tmp_path / "mine.py"
     file.write_text("import math\nlearning_rate = 10 ** -3\nrewards = ['quality', 'safety']\n")
     parsed, _ = configuration.parse([str(file), "--seed=4"])
