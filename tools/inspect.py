@@ -3,8 +3,8 @@
     python -m tools.inspect 'SlimPajama/train/chunk1/*.zst' --tokenizer path/to/policy
 
 In:  shards as for training, the first --limit documents of them
-Out: format, fields, documents, tokens a document, what the unsafe filter would keep, five documents
-     cut into prefix and suffix; and the lengths as a histogram (PNG)
+Out: format, fields, documents, tokens a document, the splits, five documents cut into prefix and
+     suffix; and the lengths as a histogram (PNG)
 """
 
 import os
@@ -15,58 +15,54 @@ from urllib.parse import urlsplit
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import digest, document_tokens, in_split, sample_of
+from data import SPLITS, digest, document_tokens, in_split, sample_of
 from support import command
 from support.command import UserError
-from support.sources import Skips, ending, is_url, list_files, text_of
+from support.sources import Skips, ending, is_url, list_files, records, text_of
 from support.tokenizer import load_tokenizer
-from tools import filter as unsafe
+from tools.filter import corpus_flags, parse
 
 SHOWN = 300  # characters of a sample's prefix and suffix
 
 
 def main(arguments: list[str]) -> None:
-    parser = unsafe.corpus_flags(__doc__.split("\n")[0])
+    parser = corpus_flags(__doc__.split("\n")[0])
     parser.add_argument("--limit", type=int, default=10_000, help="documents to look at")
     parser.add_argument("--png", default="lengths.png", help="where the histogram goes")
-    options = unsafe.parse(parser, arguments)
+    options, skips = parse(parser, arguments), Skips()
     if options.limit < 1 or not options.png.endswith(".png"):
         raise UserError("--limit must be above 0, and the name of --png end in .png")
-    tokenizer, skips, kept = load_tokenizer(options.tokenizer), Skips(), Counter()
-    texts = show_files_and_fields(options, skips, kept)
-    if texts:
-        show_lengths(options, texts, tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if texts := show_files_and_fields(options, skips):
+        lengths = np.array([len(document_tokens(text, tokenizer)) for text in texts])
+        show_lengths(options, texts, lengths)
+        draw(options, lengths)
         show_samples(options, texts, tokenizer)
-        show_filter(kept)
     for reason, count in skips.items():
         print(f"skipped, {reason}: {count:,}")
 
 
-def show_files_and_fields(options, skips: Skips, kept: Counter) -> list[str]:
-    """The texts; `kept` counts the documents that have signals, and what the filter would do."""
-    names = list_files(options.source)
+def show_files_and_fields(options, skips: Skips) -> list[str]:
+    """-> the texts"""
+    names, fields, texts = list_files(options.source), Counter(), []
     kinds = Counter(kind_of(name) for name in names)
     size = sum(os.path.getsize(name) for name in names if not is_url(name))
     print(f"files      {len(names):,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})")
     print(f"size       {size / 1e6:,.1f} MB on disk")
-    fields, texts, seen = Counter(), [], 0
-    rows = ((name, *row) for name in names for row in unsafe.records_with_signals(name, skips))
+    rows = ((name, *row) for name in names for row in records(name, skips))
+    seen = 0
     for name, number, record in islice(rows, options.limit):
         seen += 1
         fields.update(f"{key}: {type(value).__name__}" for key, value in record.items())
         text, reason = text_of(record, options.text_field)
         if text is None:
             skips.note(reason, f"{name}:{number}")
-            continue
-        texts.append(text)
-        signals, _ = unsafe.signals_of(record)
-        for reading in unsafe.UNSAFE if signals else ():
-            kept[f"documents, {reading}"] += 1
-            kept[unsafe.first_failure(signals, reading) or f"kept, {reading}"] += 1
+        else:
+            texts.append(text)
     more = "at least " if seen == options.limit else ""
     print(f"documents  {more}{seen:,}, {sum(map(len, texts)):,} characters of text")
     for field, count in fields.most_common():
-        print(f"  {repr(field)[1:-1]:40} in {count / max(1, seen):6.1%} of them")
+        print(f"  {repr(field)[1:-1]:40} in {count / seen:6.1%} of them")
     return texts
 
 
@@ -76,21 +72,22 @@ def kind_of(name: str) -> str:
     return path[path.rindex(ending(name)) :] if ending(name) else "without an ending"
 
 
-def show_lengths(options, texts: list[str], tokenizer) -> None:
-    """Tokens of each document, in numbers and as a histogram."""
-    lengths = np.array([len(document_tokens(text, tokenizer)) for text in texts])
-    marks = np.percentile(lengths, [0, 10, 50, 90, 100])
+def show_lengths(options, texts: list[str], lengths: np.ndarray) -> None:
+    marks = [f"{mark:,.0f}" for mark in np.percentile(lengths, [0, 10, 50, 90, 100])]
+    keys = [digest(text) for text in texts]
     short = int((lengths < 2 * options.chunk).sum())
-    duplicates = len(texts) - len(set(map(digest, texts)))
     print(f"tokens     {lengths.sum():,} with tokenizer {options.tokenizer}; a document has")
-    print("           {:,.0f} (least), {:,.0f} (10 %), {:,.0f} (median), ".format(*marks), end="")
-    print("{:,.0f} (90 %), {:,.0f} (most)".format(*marks[3:]))
-    print(f"too short  {short:,} for two chunks of {options.chunk}; {duplicates:,} duplicates")
-    for split in unsafe.OUTPUTS:
-        print(f"  {split:10} {sum(in_split(digest(text), split) for text in texts):,}")
+    print("           {} (least), {} (10 %), {} (median), {} (90 %), {} (most)".format(*marks))
+    print(f"too short  {short:,} for two chunks of {options.chunk} tokens")
+    print(f"duplicates {len(keys) - len(set(keys)):,}")
+    for split in SPLITS:
+        print(f"  {split:10} {sum(in_split(key, split) for key in keys):,}")
+
+
+def draw(options, lengths: np.ndarray) -> None:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist(lengths, bins=np.geomspace(max(1, marks[0]), marks[4] + 1, 60))
+    axes.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 60))
     axes.axvline(2 * options.chunk, color="black", linestyle=":", label="two chunks")
     axes.axvline(options.max_seq, color="black", linestyle="--", label="max_seq")
     axes.set(xscale="log", xlabel="tokens", ylabel="documents")
@@ -102,24 +99,11 @@ def show_lengths(options, texts: list[str], tokenizer) -> None:
 
 def show_samples(options, texts: list[str], tokenizer) -> None:
     cuts = (sample_of(text, tokenizer, options.chunk, options.max_seq) for text in texts)
-    samples = islice((sample for sample in cuts if sample), 5)
-    for i, (prefix, suffix) in enumerate(samples, 1):
+    for number, (prefix, suffix) in enumerate(islice(filter(None, cuts), 5), 1):
         before, after = tokenizer.decode(prefix), tokenizer.decode(suffix)
-        print(f"\nsample {i}: prefix of {len(prefix):,} tokens, suffix of {len(suffix):,}")
+        print(f"\nsample {number}: prefix of {len(prefix):,} tokens, suffix of {len(suffix):,}")
         print(f"  prefix ...{before[-SHOWN:]!r}\n  suffix {after[:SHOWN]!r}")
     print()
-
-
-def show_filter(kept: Counter) -> None:
-    """What the two readings of the unsafe filter would keep."""
-    if not kept:
-        print("filter     no document has quality signals")
-        return
-    print(f"filter     of {kept['documents, both']:,} documents,")
-    print(f"           curse words and blocklist: {kept['kept, both']:,} kept")
-    print(f"           curse words or blocklist: {kept['kept, either']:,} kept")
-    for name in unsafe.RULES:
-        print(f"  - {name:38} {kept[name] // len(unsafe.UNSAFE):,}")
 
 
 if __name__ == "__main__":
