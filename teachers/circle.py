@@ -215,8 +215,13 @@ def main(arguments: list[str]):
     flag.add_argument("--out", type=Path, default=Path("out/circle"))
     options = flag.parse_args(arguments)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        each = pool.map(lambda seed: circle(options.out / f"seed{seed}", seed), options.seeds)
-        found = dict(zip(options.seeds, each, strict=True))
+        runs = {
+            seed: pool.submit(circle, options.out / f"seed{seed}", seed) for seed in options.seeds
+        }
+        try:
+            found = {seed: command.wait(run) for seed, run in runs.items()}
+        finally:  # of what failed or was interrupted, no other seed begins
+            pool.shutdown(cancel_futures=True)
     write_text(options.out / "circle.json", json.dumps(found, indent=2) + "\n")
     rows = [["", "mean", "each seed"]]
     for name in next(iter(found.values())):
