@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.distributed import is_sharded, load_optimizer, shard, whole
 from torch.distributed.fsdp import FSDPModule
 
 from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig, in_one_piece
+from support.distributed import is_sharded, load_optimizer, shard, whole
 from update import make_optimizer, pick, update
 
 SHAPE = ModelConfig(

@@ -186,6 +186,18 @@ def test_answers_are_evaluated_in_the_arithmetic_of_the_training(tmp_path, monke
     assert found["policies"]["base"]["safety"]["reward"] == 1
 
 
+def test_a_prompt_is_laid_out_by_the_folders_template(tmp_path):
+    """Also by one that marks what the assistant says, for training."""
+    said = "{% generation %}{{ message.content }}{% endgeneration %}"
+    each = "{% for message in messages %}" + said + "{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(each + " the verdict :")
+    path = write(tmp_path / "rows.jsonl", SAFETY[:1])
+    batches, _ = stream(path, folder=tmp_path, epochs=1, batch_size=1)
+    plain, _ = stream(path, epochs=1, batch_size=1)
+    laid_out, bare = (next(each.batches()).prefix_text[0] for each in (batches, plain))
+    assert laid_out == f"{bare} the verdict :"
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
