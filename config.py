@@ -278,9 +278,9 @@ def read_saved(path: Path) -> dict:
     return values
 
 
-def differences(saved: dict, config: Config) -> list[str]:
-    """What makes config another run than that of the saved settings: 'seed (0, now 1)'."""
-    out = []
+def differences(config: Config, path: Path) -> list[str]:
+    """What makes config another run than that of a saved config.json: 'seed (0, now 1)'."""
+    saved, out = read_saved(path), []
     for f in dataclasses.fields(Config):
         before, now = saved.get(f.name, f.default), getattr(config, f.name)
         moved = f.name in ADDRESSES and "world" not in (before, now)

@@ -1,13 +1,19 @@
 """Rewriting: a better suffix for a prefix, from a teacher.
 
 In: prefixes and their original suffixes (text). Out: rewritten suffixes that continue the prefix
-directly, None where the teacher refused or gave no passage.
+directly, None where the teacher refused or gave no passage. `Teachers` opens the two of a run.
 """
 
+import contextlib
 import re
+from concurrent.futures import Future
+from pathlib import Path
 
+from chat import Chat, Traffic, greet
 from config import Config
-from judge import SPECIAL, defuse, load_prompts, question_seed, render, together
+from judge import SPECIAL, defuse, load_prompts, open_judge, question_seed, render, together
+from support.distributed import agreement, rank
+from support.store import path_of
 
 REFUSAL = re.compile(
     r"(?:i(?:'m| am) (?:so |very )?(?:sorry|unable|not able)|sorry\b|i apologi[sz]e"
@@ -71,6 +77,41 @@ def open_rewriter(chat, config: Config):
         prompts=config.prompts,
         seed=config.seed,
     )
+
+
+class Teachers:
+    """Who judges and who rewrites in a run; world: the URL for those named "world"."""
+
+    def __init__(self, config: Config, world: str, stack: contextlib.ExitStack):
+        self.run, self.config, self.world, self.stack = Path(config.out_dir), config, world, stack
+        judge = self.open(config.judge_url, config.judge_model)
+        rewriter = self.open(config.rewrite_url, config.rewrite_model)
+        chats = [judge, rewriter]
+        self.judge = self.examiner = open_judge(judge, config, store=judge.store)
+        self.rewriter = open_rewriter(rewriter, config)
+        if config.eval_judge_url:
+            # A record of its own: the same question to another judge is another question.
+            model = config.eval_judge_model or config.judge_model
+            chats.append(self.open(config.eval_judge_url, model, "evaluation.sqlite"))
+            self.examiner = open_judge(chats[-1], config)
+        self.traffic = Traffic(chats).since_last
+        with agreement():
+            if rank() == 0:  # a wrong URL, key or model is known before anything is trained
+                question = self.judge.small_question()
+                for chat in (chat for chat in chats if world not in chat.urls):
+                    greet(chat, question)
+
+    def open(self, url: str, model: str, record: str = "judgments.sqlite") -> Chat:
+        c, url = self.config, self.world if url == "world" else url
+        how = dict(concurrency=c.concurrency, timeout=c.timeout, give_up_after=c.give_up_after)
+        cache = path_of(self.run / record, rank())
+        return self.stack.enter_context(Chat(url, model, cache=cache, **how))
+
+    def score(self, step: int, pool) -> Future:
+        """Future of judge.Scores of a candidates.Pool."""
+        batch = pool.batch
+        texts = batch.prefix_text, batch.suffix_text, pool.texts
+        return self.judge.score(step, *texts, pool.sources, batch.index.tolist())
 
 
 def last_five_words(prefix):

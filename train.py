@@ -22,11 +22,10 @@ import sqlite3
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import config as configuration
-from config import Config, monitors, phases
+from config import Config, differences, monitors, phases
 from support import command
 from support.command import UserError, check, wait
 
@@ -45,22 +44,12 @@ import torch
 import torch.distributed as dist
 
 from candidates import autocast, example, make_pool, pack, unpack
-from chat import Chat, Traffic, greet
 from data import open_stream
-from judge import first_wins, load_prompts, open_judge
+from judge import first_wins, load_prompts
 from model import in_one_piece, initial_policy, load_model, preset, read_config, save_model
-from rewrite import open_rewriter
-from support import checkpoint, store
-from support.distributed import (
-    agreement,
-    gather,
-    load_optimizer,
-    rank,
-    shard,
-    start,
-    whole,
-    world_size,
-)
+from rewrite import Teachers
+from support import checkpoint, distributed, store
+from support.distributed import agreement, gather, load_optimizer, rank, whole, world_size
 from support.files import write_text
 from support.runlog import Clock, RunLog, settle
 from support.sources import list_files
@@ -70,18 +59,7 @@ from update import describe, make_optimizer, pick, update
 BAD_STEPS = 5  # updates in a row that are not finite end a run
 
 
-def train(
-    policy,
-    reference,
-    stream,
-    score,
-    rewriter,
-    tokenizer,
-    config,
-    traffic=dict,
-    state=None,
-    label="",
-):
+def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic=dict, state=None):
     """The loop of self-improving pretraining, in the paper's order (section 2); changes `policy`.
 
     reference: the frozen initial policy; stream: a data.Stream, standing where the run begins;
@@ -94,7 +72,7 @@ def train(
     pools, device = run.pools, next(policy.parameters()).device
     for n, pool in enumerate(pools):  # of an overlapped run that goes on
         pool.scores = score(run.step + n, pool)
-    with run.log(label) as log, run.saved(log), contextlib.closing(iter(stream)) as batches:
+    with run.log() as log, run.saved(log), contextlib.closing(iter(stream)) as batches:
         while run.step < config.max_steps:
             clock = Clock()
             sampler = in_one_piece(policy, device) if "rollouts" in config.candidates else None
@@ -145,10 +123,11 @@ class Progress:
         self.last_save = self.step
         stream.state = self.pools[-1].batch.state if self.pools else self.at
 
-    def log(self, label: str) -> RunLog:
-        c, active = self.config, rank() == 0
+    def log(self) -> RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
-        return RunLog(self.folder, label, self.step, c.max_steps, monitors(c), active)
+        label = self.folder.name if self.folder.name in ("base", "baseline") else "method"
+        steps, track = self.config.max_steps, monitors(self.config)
+        return RunLog(self.folder, label, self.step, steps, track, active=rank() == 0)
 
     @contextlib.contextmanager
     def saved(self, log: RunLog):
@@ -207,17 +186,10 @@ def write_folder(policy, tokenizer, folder: Path):
 # ---- Around the loop ----------------------------------------------------------------------------
 
 
-def open_tokenizer(config: Config):
-    name = config.tokenizer
-    if name == "auto":
-        name = "world" if config.init_from == "scratch" else config.init_from
-    return load_tokenizer(name)
-
-
 def open_inputs(config: Config):
     """The tokenizer. What the config names and is not there is an error before the run folder, in
     which another run may lie, is touched."""
-    compiler = os.environ.get("CXX", "g++")
+    compiler, name = os.environ.get("CXX", "g++"), config.tokenizer
     if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
         raise UserError(f"compile=True needs a C++ compiler, there is no {compiler}: install one")
     load_prompts(config.prompts)
@@ -229,72 +201,31 @@ def open_inputs(config: Config):
             raise UserError(f"{config.init_from} lies in out_dir: choose another out_dir")
     if config.data != "world":
         list_files(config.data)
-    return open_tokenizer(config)
+    if name == "auto":
+        name = "world" if config.init_from == "scratch" else config.init_from
+    return load_tokenizer(name)
 
 
 @contextlib.contextmanager
 def opened(config: Config, resume: bool):
     """Join the other processes, read the inputs, hold the run folder, listen to signals.
     -> (device, tokenizer)"""
-    device = start(config.device, config.give_up_after)
+    device, run = distributed.start(config.device, config.give_up_after), Path(config.out_dir)
+    settings, other = dataclasses.asdict(config), functools.partial(differences, config)
     try:
         tokenizer = open_inputs(config)
         with contextlib.ExitStack() as stack:
             if rank() == 0:
-                stack.enter_context(settled(config, resume))
-                store.settle(Path(config.out_dir) / "judgments.sqlite", world_size())
+                stack.enter_context(settle(run, settings, other, resume))
+                store.settle(run / "judgments.sqlite", world_size())
             gather(None)  # nobody opens the folder before it is settled
             stack.enter_context(command.listening())
             yield device, tokenizer
     except (OSError, sqlite3.Error) as e:  # a full disk, a folder that may not be written
-        why = f"{config.out_dir}: {e} (what was saved before is untouched)"
-        raise UserError(why) from e
+        raise UserError(f"{run}: {e} (what was saved before is untouched)") from e
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def settled(config: Config, resume: bool):
-    def other(path: Path) -> list[str]:
-        return configuration.differences(configuration.read_saved(path), config)
-
-    settings = dataclasses.asdict(config)
-    return settle(Path(config.out_dir), settings, None if resume else other)
-
-
-class Teachers:
-    """Who judges and who rewrites in a run; world: the URL for those named "world"."""
-
-    def __init__(self, config: Config, world: str, stack: contextlib.ExitStack):
-        self.run, self.config, self.world, self.stack = Path(config.out_dir), config, world, stack
-        judge = self.open(config.judge_url, config.judge_model)
-        rewriter = self.open(config.rewrite_url, config.rewrite_model)
-        chats = [judge, rewriter]
-        self.judge = self.examiner = open_judge(judge, config, store=judge.store)
-        self.rewriter = open_rewriter(rewriter, config)
-        if config.eval_judge_url:
-            # A record of its own: the same question to another judge is another question.
-            model = config.eval_judge_model or config.judge_model
-            chats.append(self.open(config.eval_judge_url, model, "evaluation.sqlite"))
-            self.examiner = open_judge(chats[-1], config)
-        self.traffic = Traffic(chats).since_last
-        with agreement():
-            if rank() == 0:  # a wrong URL, key or model is known before anything is trained
-                question = self.judge.small_question()
-                for chat in (chat for chat in chats if world not in chat.urls):
-                    greet(chat, question)
-
-    def open(self, url: str, model: str, record: str = "judgments.sqlite") -> Chat:
-        c, url = self.config, self.world if url == "world" else url
-        how = dict(concurrency=c.concurrency, timeout=c.timeout, give_up_after=c.give_up_after)
-        cache = store.path_of(self.run / record, rank())
-        return self.stack.enter_context(Chat(url, model, cache=cache, **how))
-
-    def score(self, step: int, pool) -> Future:
-        """Future of judge.Scores of a candidates.Pool."""
-        batch = pool.batch
-        texts = batch.prefix_text, batch.suffix_text, pool.texts
-        return self.judge.score(step, *texts, pool.sources, batch.index.tolist())
 
 
 def train_phases(config: Config, device, tokenizer, batches: Callable, teachers) -> dict:
@@ -315,12 +246,13 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
         trained, reference = copy.deepcopy(policy) if trained is None else trained, policy
         trained.recompute, trained.compiled = config.recompute, config.compile
         if spread:
-            trained, reference = (shard(m, device) for m in (trained, copy.deepcopy(policy)))
+            pair = trained, copy.deepcopy(policy)
+            trained, reference = (distributed.shard(model, device) for model in pair)
         stream, judged = batches(phase), bool(phase.rewards)
         stream.state = begin
         score, traffic = (teachers.score, teachers.traffic) if judged else (first_wins, dict)
-        how = dict(state=state, label=label, traffic=traffic)
-        at = train(trained, reference, stream, score, teachers.rewriter, tokenizer, phase, **how)
+        teach = score, teachers.rewriter
+        at = train(trained, reference, stream, *teach, tokenizer, phase, traffic, state)
         policies[label] = trained = in_one_piece(trained)
         if label == "base":
             policy, begin = trained, at
@@ -332,6 +264,7 @@ def main(arguments: list[str]):
     from evaluation.evaluate import evaluate
     from evaluation.results import table
     from evaluation.sets import held_out_sets
+    from tools.plot import plot_run
     from world.corpus import Dials, WorldSource, parse_dials
     from world.teacher import teacher_url, warn_of_foreign_texts
 
@@ -346,10 +279,11 @@ def main(arguments: list[str]):
         if rank() == 0:
             warn_of_foreign_texts(config)
         source = WorldSource(config.seed, Dials(**dials)) if config.data == "world" else config.data
-        if config.eval_prefixes and rank() == 0:  # before training, so that nothing fails after it
-            field = None if config.text_field == "auto" else config.text_field
-            size = dict(chunk=config.chunk, max_seq=config.max_seq, count=config.eval_prefixes)
-            sets = held_out_sets(config.data, tokenizer, dials, **size, text_field=field)
+        with agreement():
+            if config.eval_prefixes and rank() == 0:  # so early that nothing fails after training
+                field = None if config.text_field == "auto" else config.text_field
+                size = dict(chunk=config.chunk, max_seq=config.max_seq, count=config.eval_prefixes)
+                sets = held_out_sets(config.data, tokenizer, dials, **size, text_field=field)
         urls = config.judge_url, config.rewrite_url, config.eval_judge_url
         world = stack.enter_context(teacher_url("world" if "world" in urls else "", dials))
         teachers = Teachers(config, world, stack)
@@ -364,13 +298,11 @@ def main(arguments: list[str]):
             if config.judge_url != "world" and not config.eval_judge_url:
                 print("warning: judged by the judge of the training; see --eval_judge_url")
             warn_of_foreign_texts(config)
-        finish(config, summary)
+        finish(config, summary, plot_run)
 
 
-def finish(config: Config, summary: dict):
-    """summary.json, which makes a run finished, and its picture."""
-    from tools.plot import plot_run
-
+def finish(config: Config, summary: dict, plot_run: Callable[[Path], Path]):
+    """summary.json, with which a run counts as finished, and its picture."""
     run = Path(config.out_dir)
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"run folder {run}, picture {plot_run(run)}")

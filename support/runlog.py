@@ -41,12 +41,12 @@ def lock(run: Path):
     return held
 
 
-def settle(run: Path, settings: dict, differences: Callable[[Path], list[str]] | None):
+def settle(run: Path, settings: dict, other_than: Callable[[Path], list[str]], resume: bool):
     """The run folder, locked: an unfinished run of the same settings goes on, any other is moved
-    aside. differences(config.json): what makes it another run; None: go on, whatever it is."""
+    aside. other_than(config.json): what makes it another run; resume: go on, whatever it is."""
     held, path = lock(run), run / "config.json"
-    if path.exists() and differences:
-        other = differences(path)
+    if path.exists() and not resume:
+        other = other_than(path)
         if not other and not (run / "summary.json").exists():
             print(f"going on with the unfinished run in {run}")
         else:

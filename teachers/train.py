@@ -20,15 +20,17 @@ import train
 from config import Config, names
 from data import open_stream
 from evaluation.results import table
+from rewrite import Teachers
 from support import command
 from support.command import UserError
 from support.distributed import rank
 from teachers.tasks import KINDS, Rows, TaskRewards, TaskStream, evaluate_answers, held_out_stream
+from tools.plot import plot_run
 from world.corpus import parse_dials
 from world.teacher import teacher_url
 
 
-class Asked(train.Teachers):
+class Asked(Teachers):
     """The run's judge, which is asked about what a rewriter wrote."""
 
     def score(self, step: int, pool) -> Future:
@@ -74,7 +76,7 @@ def main(arguments: list[str]):
             rewards = TaskRewards(asked.judge)
             summary = evaluate_answers(policies, questions, rewards, tokenizer, config)
             print(f"\n{table(summary)}\n")
-        train.finish(config, summary)
+        train.finish(config, summary, plot_run)
 
 
 if __name__ == "__main__":

@@ -79,12 +79,7 @@ def lines(*folders: str) -> int:
 
 @pytest.mark.parametrize(
     ("folders", "most"),
-    [
-        (["."], 3000),
-        ([".", "kernels"], 4000),
-        ([".", *GROUND, *ROOMS], 9500),
-        (["tests"], 5500),
-    ],
+    [(["."], 3000), ([".", "kernels"], 4000), ([".", *GROUND, *ROOMS], 9500), (["tests"], 5500)],
     ids=["root", "root and kernels", "outside tests", "tests"],
 )
 def test_it_stays_small(folders, most):
