@@ -28,6 +28,7 @@ import config as configuration
 from support import command
 from support.command import ROOT, UserError, python
 from support.files import markdown, read_jsonl
+from tools.plot import read_json
 
 TABLES = ("table1", "table2", "table6", "rollouts", "pivot", "judge")  # of the paper
 TABLES += ("forgetting", "overlap", "rewriter", "schedules")  # beyond it
@@ -135,9 +136,8 @@ def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
                 print(f"{what}: {time.time() - began:.0f} s, {len(waiting)} to go", flush=True)
                 if process.returncode:  # nor what builds on it
                     failed.append(f"{what} failed, see {where.with_suffix('.log')}")
-                    places = [(folder(out, *job), base(out, job[1])) for job in waiting]
-                    pairs = zip(waiting, places, strict=True)
-                    waiting = [job for job, place in pairs if where not in place]
+                    needs = {job: (folder(out, *job), base(out, job[1])) for job in waiting}
+                    waiting = [job for job in waiting if where not in needs[job]]
             for job in list(waiting):
                 if len(running) == at_once:
                     break
@@ -164,7 +164,7 @@ def record(run: Path) -> dict:
     Also those of the base as base.NAME, and of the training: the rollouts' share of the chosen in
     each step (`curve`, 0 to 1), in the first and last quarter (%), questions a prefix.
     """
-    policies = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["policies"]
+    policies = read_json(run / "evaluation.json")["policies"]
     out: dict = {}
     for policy, prefix in (("base", "base."), ("checkpoint", "")):
         kinds = policies[policy]
@@ -174,7 +174,7 @@ def record(run: Path) -> dict:
             out |= {f"{prefix}{name}_{kind}": value for kind, value in each.items()}
             out[prefix + name] = mean(each.values())
     log = list(read_jsonl(run / "log.jsonl"))
-    batch = json.loads((run / "config.json").read_text(encoding="utf-8"))["batch_size"]
+    batch = read_json(run / "config.json")["batch_size"]
     out["curve"] = [line.get("chosen.rollout", 0.0) for line in log]
     quarter = max(1, len(log) // 4)
     out["chosen.first"] = 100 * mean(out["curve"][:quarter])

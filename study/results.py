@@ -7,7 +7,6 @@ hand), and a run of the demo for the gallery. Out: verdicts on the paper's findi
 tables 1, 2 and 6 beside the paper's figures, and the same prefixes continued by three policies.
 """
 
-import json
 import statistics
 from functools import partial
 from math import nan
@@ -22,7 +21,7 @@ from support import command
 from support.command import ROOT, UserError
 from support.files import markdown
 from support.tokenizer import load_tokenizer
-from tools.plot import figure_of, smooth
+from tools.plot import figure_of, read_json, read_summary, smooth
 
 INTRO = """\
 # Results
@@ -49,7 +48,7 @@ def study_of(out: Path, seeds: list[int]) -> Study:
     study = Study({row.key: reproduce.records(out, row, seeds) for row in rows})
     study.seeds = tuple(seeds)
     circle = out.parent / "circle" / "circle.json"
-    found = json.loads(circle.read_text(encoding="utf-8")) if circle.exists() else {}
+    found = read_json(circle) if circle.exists() else {}
     study["circle:teachers"] = {
         int(seed): {name: 100 * value for name, value in figures.items()}
         for seed, figures in found.items()
@@ -159,10 +158,10 @@ def verdicts(section: str, study: Study) -> str:
 
 def gallery(demo: Path, count: int = 2) -> str:
     """The first prefixes of each kind and how the demo's three policies go on; none are picked."""
-    if not (demo / "summary.json").exists():
+    summary = read_summary(demo)
+    if not summary.get("continuations"):
         raise UserError(f"{demo} is no finished run for the gallery: `make demo` makes one")
-    files = (demo / "summary.json", demo / "config.json")
-    summary, config = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    config = read_json(demo / "config.json")
     sizes = {"chunk": config["chunk"], "max_seq": config["max_seq"]}
     tokenizer, blocks = load_tokenizer(str(demo / "ckpt")), []
     sets = held_out_sets("world", tokenizer, count=config["eval_prefixes"], **sizes)

@@ -106,7 +106,6 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
     assert "0 of " in report.write_report(young, 2).read_text(encoding="utf-8")
     assert [(len(log), key, name) for log, key, name in drawn] == [(2, "loss", "base")]
     other = shutil.copytree(run, tmp_path / run.name)
-    assert plot.run_names([run, other]) == [f"{p.parent.name}/{run.name}" for p in (run, other)]
     assert plot.plot_runs([young, run, other]) == young / "compared.png"
 
 

@@ -8,11 +8,13 @@ activations are 16 numbers of width d and 4 of width d_ff per token and layer, t
 aside.
 """
 
+import numpy as np
 import torch
 
 from config import Config, names, needs_reference
 from judge import FIELD, load_prompts
 from model import Llama, ModelConfig, preset, read_config
+from schedules import schedule
 from support.tokenizer import load_tokenizer
 
 ANSWER_TOKENS = 80  # a short reasoning and a verdict
@@ -24,17 +26,15 @@ def pool_size(config: Config) -> int:
 
 
 def comparisons(config: Config) -> int:
-    """Quality questions about one prefix, samples aside (schedules.py)."""
-    C = pool_size(config)
-    every = C * (C - 1) // 2
-    name, _, share = config.comparisons.partition(":")
-    if name == "all" or C < 2:
-        return every
-    if name == "pivot":
-        return C - 1
-    if name == "race":
-        return every if C <= 4 else round(max(float(share or 0.25) * every, 1.5 * C))
-    return min(every, -(-C * int(name) // 2))
+    """Quality questions about one prefix, samples aside: what the schedule asks for."""
+    plan = schedule(config.comparisons, pool_size(config), 0, np.random.default_rng(0))
+    asked, outcomes = 0, None
+    while True:
+        try:
+            pairs = plan.send(outcomes)
+        except StopIteration:
+            return asked
+        asked, outcomes = asked + len(pairs), [1.0] * len(pairs)
 
 
 def questions(config: Config) -> dict[str, int]:

@@ -59,10 +59,18 @@ def read_log(run: Path) -> list[dict]:
     return list(read_jsonl(run / "log.jsonl"))
 
 
+def read_json(path: Path) -> dict:
+    """An object that a run has written. UserError where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} cannot be read: is its folder that of a run?") from None
+
+
 def read_summary(run: Path) -> dict:
     """What the evaluation found, {} before it."""
     path = run / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def draw_curve(ax, log: list[dict], key: str, label: str):
@@ -74,11 +82,11 @@ def draw_curve(ax, log: list[dict], key: str, label: str):
         ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
 
 
-def draw_curves(ax, curves: list[tuple[list[dict], str, str]], ylabel: str, top=None):
+def draw_curves(ax, curves: list[tuple[list[dict], str, str]], **axes):
     """curves: a log, a key and a label each."""
     for curve in curves:
         draw_curve(ax, *curve)
-    ax.set(xlabel="step", ylabel=ylabel, **({} if top is None else {"ylim": (0, top)}))
+    ax.set(xlabel="step", **axes)
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
 
@@ -107,17 +115,18 @@ def plot_run(run: Path) -> Path:
     rewards = [key for key in keys if key.startswith("reward.") and key != "reward.rollout"]
     shares = [key for key in rewards if key.count(".") > 1]  # of a teacher's run
 
-    def curves(ax, names: list[str], ylabel: str, top=None):
-        draw_curves(ax, [(log, name, name.partition(".")[2]) for name in names], ylabel, top)
+    def curves(names: list[str], **axes):
+        mine = [(log, name, name.partition(".")[2]) for name in names]
+        return partial(draw_curves, curves=mine, **axes)
 
     if shares:  # the paper's figures 5 to 7
         kinds = [key for key in rewards if key not in shares]
-        first = partial(curves, names=kinds, ylabel="reward by kind of prompt")
-        second = partial(curves, names=shares, ylabel="share", top=1)
+        first = curves(kinds, ylabel="reward by kind of prompt")
+        second = curves(shares, ylabel="share", ylim=(0, 1))
     else:
         sources = [key.replace("chosen.", "reward.") for key in chosen]
-        first = partial(curves, names=sources, ylabel="reward (sum over kinds)")
-        second = partial(curves, names=chosen, ylabel="share of the chosen", top=1)
+        first = curves(sources, ylabel="reward (sum over kinds)")
+        second = curves(chosen, ylabel="share of the chosen", ylim=(0, 1))
     if not rewards:
         first = partial(draw_curves, curves=losses(run, log), ylabel="loss")
     how = {"policies": summary.get("policies", {}), "suites": summary.get("suites", [])}
@@ -133,31 +142,17 @@ def losses(run: Path, log: list[dict]) -> list[tuple[list[dict], str, str]]:
     return [(read_log(path), "loss", NAMES[path.name]) for path in before]
 
 
-def run_names(runs: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
-    parts = [run.resolve().parts for run in runs]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(run) for run in runs]
-
-
 def plot_runs(runs: list[Path]) -> Path:
     """Draw the curves of several runs over each other, and how each one's last phase was judged."""
-    logs = dict(zip(run_names(runs), map(read_log, runs), strict=True))
+    logs = {str(run): read_log(run) for run in runs}
     panels = []
     for key, ylabel in COMPARED.items():
         curves = [(log, key, name) for name, log in logs.items()]
         panels.append(partial(draw_curves, curves=curves, ylabel=ylabel))
-    summaries = dict(zip(logs, map(read_summary, runs), strict=True))
-    policies = {
-        name: summary["policies"]["method"]
-        for name, summary in summaries.items()
-        if "method" in summary.get("policies", {})
-    }
-    suites = dict.fromkeys(s for summary in summaries.values() for s in summary.get("suites", []))
-    panels.append(partial(draw_evaluation, policies=policies, suites=list(suites)))
+    found = {str(run): summary for run in runs if (summary := read_summary(run)).get("policies")}
+    policies = {name: summary["policies"].get("method", {}) for name, summary in found.items()}
+    suites = list(dict.fromkeys(s for summary in found.values() for s in summary["suites"]))
+    panels.append(partial(draw_evaluation, policies=policies, suites=suites))
     return figure_of(runs[0] / "compared.png", panels, rows=2)
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 from config import Config
 from evaluation.results import table
 from support import command
-from support.command import UserError
 from support.store import files_of
-from tools.plot import plot_run, read_log, read_summary
+from tools.plot import plot_run, read_json, read_log, read_summary
 from tools.replay import pools_by_step, recorded_judge
 
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
@@ -97,19 +96,15 @@ def settings_of(config: dict) -> str:
 
 
 def page(run: Path, pools: list[dict]) -> str:
-    steps = len(read_log(run))
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        judge = config["judge_model"]
-        if judge == Config.judge_model:  # no name of its own: its place says more
-            judge = config["judge_url"]
-        about = (
-            f"{steps:,} of {config['max_steps']:,} steps, policy from "
-            f"{config['init_from']}, data {config['data']}, judge {judge}"
-        )
-        title = f"{run.resolve().name}: {config['objective']}, {config['candidates']}"
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{run}/config.json is not that of a run: {error}") from None
+    steps, config = len(read_log(run)), vars(Config()) | read_json(run / "config.json")
+    judge = config["judge_model"]
+    if judge == Config.judge_model:  # no name of its own: its place says more
+        judge = config["judge_url"]
+    about = (
+        f"{steps:,} of {config['max_steps']:,} steps, policy from {config['init_from']}, "
+        f"data {config['data']}, judge {judge}"
+    )
+    title = f"{run.resolve().name}: {config['objective']}, {config['candidates']}"
     summary = read_summary(run)
     frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     script = re.findall("<script>(.*?)</script>", frame, re.S)[0]
