@@ -131,12 +131,6 @@ def test_requests_move_over_and_come_back(client, nobody):
         assert all(a.text for a in answers) and bad.counts["answer"] == 300
 
 
-def test_equal_endpoints_share_the_load(client):
-    with faulty_server(latency=0.05) as one, faulty_server(latency=0.05) as two:
-        ask_all(client([one.url, two.url]), [f"question {i}" for i in range(400)])
-    assert abs(one.counts["answer"] - two.counts["answer"]) <= 40
-
-
 def test_a_question_that_always_fails_is_dropped_only_if_others_are_answered(client):
     def answer(request):
         if prompt_of(request) == "poison":
@@ -150,16 +144,18 @@ def test_a_question_that_always_fails_is_dropped_only_if_others_are_answered(cli
         assert chat.stats()["dropped"] == 1 and chat.stats()["failed"] == {"connection": 3}
 
 
-@pytest.mark.parametrize("how", ["unused port", "hang", "500", "429_retry_after", "huge"])
+@pytest.mark.parametrize("how", ["no server", "no host", "hang", "500", "429_retry_after", "huge"])
 def test_teacher_gone(client, nobody, how):
     with faulty_server([how], 1.0, retry_after=3600) as server:
-        url = nobody if how == "unused port" else server.url
-        chat = client(url, give_up_after=1.0, timeout=0.5, retries=1)
+        hosts = {"no server": nobody, "no host": "http://no.such.host.invalid/v1"}
+        url = hosts.get(how, server.url)
+        chat = client(url, give_up_after=1.0, timeout=0.5 if how == "hang" else 30.0, retries=1)
         began = time.monotonic()
-        answers = ask_all(chat, [str(i) for i in range(100)])
-        assert 0.9 < time.monotonic() - began < 4
+        answers = ask_all(chat, [str(i) for i in range(10)])
+        assert time.monotonic() - began > 0.9
     assert all(isinstance(a, TeacherGone) for a in answers)
-    told = {"unused port": "connection refused", "hang": "longer than 0.5 s", "huge": "than 2 MB"}
+    told = {"no server": "connection refused", "no host": "no such host"}
+    told |= {"hang": "longer than 0.5 s", "huge": "more than 2 MB"}
     assert str(answers[0]).startswith(f"no answer for 1 s: {url}: ")
     assert told.get(how, f"it answers {how[:3]}") in str(answers[0]) and MAX_BODY == 2 << 20
 
@@ -197,11 +193,6 @@ def test_a_silent_judge_is_two_lines(client, caplog, how, why):
     silent, back = caplog.messages
     assert re.fullmatch(rf"{server.url} does not answer: ({why}); waiting until [\d:]+ .*", silent)
     assert back == f"{server.url} answers again"
-
-
-def test_a_name_that_does_not_exist_is_said_so(client):
-    with pytest.raises(TeacherGone, match="no such host"):
-        ask(client("http://no.such.host.invalid/v1", give_up_after=0.5))
 
 
 # ---- Replies that are no answer ------------------------------------------------------------------
@@ -358,20 +349,16 @@ def test_a_refusal_of_us_is_raised_at_once_and_never_shows_the_key(client, tmp_p
         with pytest.raises(UserError) as raised:
             ask(chat)
         assert server.keys == {f"Bearer {KEY}"} and sum(server.counts.values()) == 1
+        if status == 404:
+            with pytest.raises(UserError, match=r"lack /v1\?"):
+                ask(client(server.url.removesuffix("/v1")))
     shown = str(raised.value)
     assert shown.startswith(f"{server.url}/chat/completions answered {status}: ")
-    assert "no such model" in shown and len(shown) < 700 and shown.isprintable()
+    assert "lack /v1?" not in shown and "no such model" in shown
+    assert len(shown) < 700 and shown.isprintable()
     for place in [repr(raised.value), repr(chat.stats()), str(vars(chat._endpoints[0]))]:
         assert KEY not in place
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
-
-
-def test_a_base_url_without_v1_is_hinted_at(client):
-    with faulty_server(plan=["404"], share=1.0) as server:
-        for url, hinted in ((server.url, False), (server.url.removesuffix("/v1"), True)):
-            with pytest.raises(UserError) as raised:
-                ask(client(url))
-            assert ("lack /v1?" in str(raised.value)) == hinted
 
 
 def test_errors_with_status_200_and_another_name_of_the_limit(client):
@@ -407,13 +394,6 @@ def test_urls():
         assert KEY not in str(raised.value)
 
 
-def test_no_key_no_header(client, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with faulty_server() as server:
-        assert ask(client(server.url)).text == "answer to question"
-        assert not server.keys
-
-
 def test_proxies_are_those_of_the_environment_and_never_for_this_machine(client, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -421,7 +401,9 @@ def test_proxies_are_those_of_the_environment_and_never_for_this_machine(client,
     with faulty_server() as server:  # as a proxy it answers for any host
         monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
         monkeypatch.setenv("no_proxy", "near.example,10.0.0.0/8")
+        monkeypatch.delenv("OPENAI_API_KEY")
         assert ask(client("http://judge.example/v1")).text and server.counts["answer"] == 1
+        assert not server.keys, "no key, no header"
         for host in ("127.0.0.1:9", "127.1.2.3", "localhost:8000", "[::1]:8000", "near.example"):
             assert Endpoint(f"http://{host}/v1").proxy is None
         assert Endpoint("http://10.2.3.4/v1").proxy is None

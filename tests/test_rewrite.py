@@ -72,14 +72,7 @@ def test_a_text_that_itself_begins_like_a_refusal_is_kept():
     assert clean('"Go," he said, "now"', PREFIX, ' "Go," he said, "at once"')[:4] == ' "Go'
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "None of them came back.",
-        "He turned. Here is the mill: old and grey.",
-        "Unchanged it stood.",
-    ],
-)
+@pytest.mark.parametrize("text", ["None came back.", "Unchanged it stood.", "So. Here is: it."])
 def test_sound_passages_stay_whole(text):
     assert clean(text, PREFIX, SUFFIX) == " " + text
 
@@ -113,24 +106,14 @@ def test_rewriter_asks_with_the_last_words_and_again_after_a_refusal():
         prompts.append(texts)
         return "I'm sorry." if "bad" in texts["original"] else "near the town of Orlask fine"
 
-    rewriter = Rewriter(Teacher(answer), retries=2)
-    found = rewriter.rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
+    teacher = Teacher(answer)
+    found = Rewriter(teacher, retries=2).rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
     assert found == [" fine", None] and len(prompts) == 4
     assert prompts[0]["original"] == "near the town of Orlask" + SUFFIX
+    assert all(text.endswith("\nnear the town of Orlask\n") for text, _ in teacher.asked)
 
 
-def test_the_prompt_ends_with_the_last_words():
-    seen = []
-
-    class Chat:
-        async def ask(self, prompt, **sampling):
-            seen.append(prompt)
-            return Answer("fine", "stop", 0, 0)
-
-        def run(self, coroutine):
-            import asyncio
-
-            return asyncio.run(coroutine)
-
-    assert Rewriter(Chat()).rewrite([PREFIX], [SUFFIX], [0]) == [" fine"]
-    assert seen[0].rstrip().endswith("\nnear the town of Orlask")
+def test_a_refused_question_is_no_rewrite_and_not_asked_again():
+    teacher = Teacher(lambda texts, seed: Answer(None, "content_filter", 0, 0, refused=True))
+    assert Rewriter(teacher, retries=3).rewrite([PREFIX], [SUFFIX], [0]).result(10) == [None]
+    assert teacher.asked.total() == 1

@@ -85,10 +85,11 @@ def test_a_store_of_the_version_before_is_that_of_one_process(tmp_path):
     store.close()
 
 
-@pytest.mark.parametrize("message", ["locking protocol", "disk I/O error", "unable to open"])
-@pytest.mark.parametrize("lacks", ["WAL", "locks"])
+@pytest.mark.parametrize(
+    "lacks, message", [("WAL", "locking protocol"), ("locks", "disk I/O error")]
+)
 def test_a_file_system_without_locks_gets_a_warning_and_a_run(
-    tmp_path, monkeypatch, caplog, message, lacks
+    tmp_path, monkeypatch, caplog, lacks, message
 ):
     connect = sqlite3.connect
 
