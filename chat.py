@@ -175,19 +175,19 @@ def retry_after(headers) -> float | None:
 def in_words(error: Exception) -> str:
     """What has happened to a connection, for a reader who knows no library."""
     cause = getattr(error, "os_error", None) or error
-    if isinstance(cause, socket.gaierror) or "DNS" in type(error).__name__:
-        return "no such host"
-    if isinstance(error, aiohttp.ClientSSLError):
-        return f"no secure connection ({' '.join(str(cause).split())[:200]})"
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "it closes the connection without an answer"
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return "it breaks its answers off"
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"the proxy answers {error.status}"
     number = re.search(r"Errno (\d+)", str(cause))
-    told = os.strerror(int(number[1])).lower() if number else type(error).__name__
-    return f"its proxy: {told}" if isinstance(error, aiohttp.ClientProxyConnectionError) else told
+    if isinstance(cause, socket.gaierror) or "DNS" in type(error).__name__:
+        told = "no such host"
+    elif isinstance(error, aiohttp.ClientSSLError):
+        told = f"no secure connection ({' '.join(str(cause).split())[:200]})"
+    elif isinstance(error, aiohttp.ServerDisconnectedError):
+        told = "it closes the connection without an answer"
+    elif isinstance(error, aiohttp.ClientPayloadError):
+        told = "it breaks its answers off"
+    else:
+        told = os.strerror(int(number[1])).lower() if number else type(error).__name__
+    proxied = aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError
+    return f"its proxy: {getattr(error, 'status', told)}" if isinstance(error, proxied) else told
 
 
 async def read(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -313,7 +313,7 @@ class Chat:
         row = self.store.find(SELECT, (key,)) if self.store else None
         if row and row[1].lower() in WHOLE:  # earlier versions kept broken answers, too
             self._counts["cached"] += 1
-            return Answer(*row, cached=True)
+            return Answer._make((*row, True, False))
         if not self._asking:
             self._heard = time.monotonic()
         task = self._asking[key] = asyncio.create_task(self._answer(key, body))

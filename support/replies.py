@@ -101,12 +101,12 @@ def read_reply(reply) -> Answer:
         tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (AttributeError, KeyError, IndexError, TypeError):
         raise Failure("malformed", "its answers are no chat completions") from None
-    tokens = [n if isinstance(n, int) and 0 <= n < 1 << 31 else 0 for n in tokens]
+    spent = [n if isinstance(n, int) and 0 <= n < 1 << 31 else 0 for n in tokens]
     if finish.lower() not in WHOLE:
         text, finish = None, re.sub(r"\W+", "_", finish.lower())[:40]
     elif text is None or not text.strip():
         finish = "reasoning_only" if reasoning else "null" if text is None else "empty"
         text = None
     # lone surrogates are legal in JSON and nowhere else
-    text, finish = (s and s.encode(errors="replace").decode() for s in (text, finish))
-    return Answer(text, finish, *tokens)
+    text = text and text.encode(errors="replace").decode()
+    return Answer(text, finish.encode(errors="replace").decode(), spent[0], spent[1])

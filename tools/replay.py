@@ -35,7 +35,7 @@ class Recorded(Chat):
     def __init__(self, run: Path, model: str):
         reader = Reader(run / "judgments.sqlite")
         super().__init__("http://nowhere.invalid/v1", model)
-        self.store = reader
+        self.store = reader  # type: ignore[assignment]
 
     async def _answer(self, key, body):
         return Answer(None, "not recorded", 0, 0)
