@@ -1,0 +1,156 @@
+"""One step of the method, printed in the order of the code: read it beside train.train.
+
+    python -m tools.lesson                     on a base trained here for a minute
+    python -m tools.lesson out/world/base/ckpt on the demo's base
+
+In: the pocket world and its teacher. Out: the document and where it is cut, the candidates, two
+questions as sent, the rewards, who is picked, the loss by hand and by the code, what it changed.
+docs/one_step.md is what this prints.
+"""
+
+import copy
+import tempfile
+from contextlib import ExitStack
+
+import torch
+
+import config as configuration
+import train
+from candidates import make_pool
+from data import document_tokens, open_stream
+from judge import first_wins, render
+from model import initial_policy, load_model
+from rewrite import Teachers
+from support import command
+from support.runlog import Clock
+from support.tokenizer import load_tokenizer
+from update import make_optimizer, pick, update
+from world.corpus import WorldSource
+from world.teacher import teacher_url
+
+FLAGS = ["--batch_size=1", "--rollouts=2", "--warmup_steps=0", "--base_steps=150", "--seed=3"]
+
+
+def base_policy(config, tokenizer, folder: str | None):
+    """The policy of a folder, or one trained here by next-token prediction, with the same loop."""
+    if folder:
+        return load_model(folder)
+    phase = configuration.phases(config)["base"]
+    policy = initial_policy(config, tokenizer.vocab_size, "cpu")
+    stream = open_stream(WorldSource(config.seed), tokenizer, phase)
+    train.train(policy, policy, stream, first_wins, None, tokenizer, phase)
+    return policy
+
+
+def say(title: str, *lines: str):
+    print(
+        f"\n## {title}\n\n"
+        + "\n".join("    " + line for text in lines for line in text.split("\n"))
+    )
+
+
+def show_pool(pool, batch, config):
+    P, N, C = batch.prefix.shape[1], config.chunk, len(pool.sources)
+    say(
+        "2. Candidates [B, C, N]: candidates.make_pool",
+        f"candidates [{len(batch.prefix)}, {C}, {N}]; as a row of the model, whose prefix is",
+        "computed once:",
+        f"[ prefix {P} | " + " | ".join(f"{source} {N}" for source in pool.sources) + " ]"
+        f" = {P + C * N} positions instead of {C * (P + N)}",
+        *(f"{s:8} {n:3d} tokens  {t!r}" for s, n, t in
+          zip(pool.sources, pool.lengths[0].tolist(), pool.texts[0], strict=True)),
+    )  # fmt: skip
+
+
+def show_scores(pool, scores, judge, batch):
+    texts, seen = pool.texts[0], {v["kind"]: v for v in reversed(scores.examples)}
+    for kind in ("quality", "safety"):
+        verdict = seen[kind]
+        names = ("a", "b") if len(verdict["candidates"]) == 2 else ("text",)
+        shown = dict(zip(names, verdict["candidates"], strict=True), prefix=batch.prefix_text[0])
+        question = render(judge.prompts[kind], **shown, reference=batch.suffix_text[0])
+        answer = verdict["answer"].replace("\n\n", "\n")
+        say(f"3. A question of {kind}, as sent: judge.render, chat.Chat.ask", question)
+        say(
+            "   ... its answer, and the verdict in it: verdicts.parse",
+            answer,
+            "",
+            f"-> {verdict['verdict']}",
+        )
+    rows = [f"{'':9}" + " ".join(f"{kind:>10}" for kind in scores.by_kind) + f"{'reward':>10}"]
+    for c, source in enumerate(pool.sources):
+        kinds = " ".join(f"{values[0, c]:10.2f}" for values in scores.by_kind.values())
+        rows.append(f"{source:9}{kinds}{scores.reward[0, c]:10.2f}")
+    say(f"3. Rewards [B, C] = [1, {len(texts)}]: judge.Judge.score", *rows)
+
+
+def sums(policy, layout) -> torch.Tensor:
+    """log p of (chosen, rejected), summed over their tokens: [2]."""
+    with torch.no_grad():
+        return policy.logprobs(*layout)[0].sum(dim=1)
+
+
+def learn(policy, reference, pool, picked, reward, config):
+    """Step 4, with the loss worked out by hand beside the code's."""
+    batch, (best, worst) = pool.batch, picked.columns[0].tolist()
+    say(
+        "4. Who is picked: update.pick",
+        f"chosen    {pool.sources[best]:8} {reward[0, best]:.2f}  the highest reward",
+        f"rejected  {pool.sources[worst]:8} {reward[0, worst]:.2f}  the lowest",
+    )
+    layout = (
+        batch.prefix,
+        batch.pad,
+        pool.tokens[:, picked.columns[0]],
+        pool.lengths[:, picked.columns[0]],
+    )
+    before, anchor = sums(policy, layout), sums(reference, layout)
+    margin = config.beta * float((before - anchor)[0] - (before - anchor)[1])
+    optimizer = make_optimizer(policy, config)
+    metrics = update(policy, reference, optimizer, pool, picked, reward, 0, config)
+    after = sums(policy, layout)
+    say(
+        "4. The loss: update.losses, model.Llama.logprobs, objectives.dpo_loss",
+        f"log p of chosen, rejected  policy {before[0]:.3f}, {before[1]:.3f}"
+        f"  reference {anchor[0]:.3f}, {anchor[1]:.3f}",
+        f"by hand      log(1 + exp(-beta * ((policy - reference) of chosen - of rejected)))"
+        f" = log(1 + exp(-{margin:.3f})) = {torch.log1p(torch.tensor(-margin).exp()):.6f}",
+        f"by the code  {metrics['loss'][0]:.6f}, gradient norm {metrics['grad_norm'][0]:.3f}",
+    )
+    say(
+        "4. What the update changed: update.update",
+        f"log p of chosen    {before[0]:.3f} -> {after[0]:.3f}",
+        f"log p of rejected  {before[1]:.3f} -> {after[1]:.3f}",
+    )
+
+
+def main(arguments: list[str]):
+    with ExitStack() as stack:
+        run = stack.enter_context(tempfile.TemporaryDirectory())
+        config, _ = configuration.parse([*FLAGS, f"--out_dir={run}/world"])
+        tokenizer, world = load_tokenizer("world"), stack.enter_context(teacher_url("world"))
+        teachers = Teachers(config, world, stack)
+        reference = base_policy(config, tokenizer, *(arguments or [None]))
+        policy = copy.deepcopy(reference)
+        document = next(WorldSource(config.seed).documents())[0]
+        stream = open_stream(WorldSource(config.seed), tokenizer, config)
+        stream.window = 1  # so that the first document of the source is the first of the stream
+        batch = next(stream.batches())
+        print("# One step\n\nWhat `python -m tools.lesson` prints; open train.py beside it.")
+        P, count = batch.prefix.shape[1], len(document_tokens(document, tokenizer))
+        say(
+            "1. A prefix [B, P] and its original suffix [B, N]: data.Stream, data.cut",
+            f"document of {count} tokens, cut at a boundary of its chunks of {config.chunk}; here | and ||",
+            document.replace(batch.prefix_text[0], f"| {batch.prefix_text[0]} ||"),
+            f"prefix [1, {P}], suffix [1, {config.chunk}]",
+        )
+        pool = make_pool(policy, batch, teachers.rewriter, config, tokenizer, Clock())
+        show_pool(pool, batch, config)
+        scores = command.wait(teachers.score(0, pool))
+        show_scores(pool, scores, teachers.judge, batch)
+        reward = torch.from_numpy(scores.reward)
+        learn(policy, reference, pool, pick(pool, reward, config), reward, config)
+
+
+if __name__ == "__main__":
+    command.run(main)
