@@ -24,7 +24,7 @@ from rewrite import Teachers
 from support import command
 from support.runlog import Clock
 from support.tokenizer import load_tokenizer
-from update import make_optimizer, pick, update
+from update import losses, make_optimizer, pick, update
 from world.corpus import WorldSource
 from world.teacher import teacher_url
 
@@ -43,10 +43,8 @@ def base_policy(config, tokenizer, folder: str | None):
 
 
 def say(title: str, *lines: str):
-    print(
-        f"\n## {title}\n\n"
-        + "\n".join("    " + line for text in lines for line in text.split("\n"))
-    )
+    indented = ("    " + line for text in lines for line in text.rstrip().split("\n"))
+    print(f"\n## {title}\n\n" + "\n".join(indented))
 
 
 def show_pool(pool, batch, config):
@@ -69,14 +67,9 @@ def show_scores(pool, scores, judge, batch):
         names = ("a", "b") if len(verdict["candidates"]) == 2 else ("text",)
         shown = dict(zip(names, verdict["candidates"], strict=True), prefix=batch.prefix_text[0])
         question = render(judge.prompts[kind], **shown, reference=batch.suffix_text[0])
-        answer = verdict["answer"].replace("\n\n", "\n")
         say(f"3. A question of {kind}, as sent: judge.render, chat.Chat.ask", question)
-        say(
-            "   ... its answer, and the verdict in it: verdicts.parse",
-            answer,
-            "",
-            f"-> {verdict['verdict']}",
-        )
+        read = f"-> {verdict['verdict']}"
+        say("3. Its answer, and the verdict in it: verdicts.parse", verdict["answer"], "", read)
     rows = [f"{'':9}" + " ".join(f"{kind:>10}" for kind in scores.by_kind) + f"{'reward':>10}"]
     for c, source in enumerate(pool.sources):
         kinds = " ".join(f"{values[0, c]:10.2f}" for values in scores.by_kind.values())
@@ -98,30 +91,26 @@ def learn(policy, reference, pool, picked, reward, config):
         f"chosen    {pool.sources[best]:8} {reward[0, best]:.2f}  the highest reward",
         f"rejected  {pool.sources[worst]:8} {reward[0, worst]:.2f}  the lowest",
     )
-    layout = (
-        batch.prefix,
-        batch.pad,
-        pool.tokens[:, picked.columns[0]],
-        pool.lengths[:, picked.columns[0]],
-    )
-    before, anchor = sums(policy, layout), sums(reference, layout)
-    margin = config.beta * float((before - anchor)[0] - (before - anchor)[1])
-    optimizer = make_optimizer(policy, config)
-    metrics = update(policy, reference, optimizer, pool, picked, reward, 0, config)
-    after = sums(policy, layout)
-    say(
-        "4. The loss: update.losses, model.Llama.logprobs, objectives.dpo_loss",
-        f"log p of chosen, rejected  policy {before[0]:.3f}, {before[1]:.3f}"
-        f"  reference {anchor[0]:.3f}, {anchor[1]:.3f}",
-        f"by hand      log(1 + exp(-beta * ((policy - reference) of chosen - of rejected)))"
-        f" = log(1 + exp(-{margin:.3f})) = {torch.log1p(torch.tensor(-margin).exp()):.6f}",
-        f"by the code  {metrics['loss'][0]:.6f}, gradient norm {metrics['grad_norm'][0]:.3f}",
-    )
-    say(
-        "4. What the update changed: update.update",
-        f"log p of chosen    {before[0]:.3f} -> {after[0]:.3f}",
-        f"log p of rejected  {before[1]:.3f} -> {after[1]:.3f}",
-    )
+    pair = picked.columns[0]
+    layout = batch.prefix, batch.pad, pool.tokens[:, pair], pool.lengths[:, pair]
+    anchor, optimizer = sums(reference, layout), make_optimizer(policy, config)
+    for turn in ("before", "after"):
+        logp = sums(policy, layout)
+        margin = (logp - anchor)[0] - (logp - anchor)[1]
+        by_code, _ = losses(policy, reference, pool, picked, slice(0, 1), reward, config)
+        say(
+            f"4. The loss {turn} the update: update.losses, Llama.logprobs, objectives.dpo_loss",
+            f"log p of (chosen, rejected): policy {logp[0]:.3f}, {logp[1]:.3f}"
+            f"; reference {anchor[0]:.3f}, {anchor[1]:.3f}",
+            f"margin = {margin:.3f}: what the policy gained on the chosen, less on the rejected",
+            f"by hand      log(1 + exp(-beta margin)) = log(1 + exp(-{config.beta} x {margin:.3f}))"
+            f" = {torch.log1p((-config.beta * margin).exp()):.6f}",
+            f"by the code  {by_code:.6f}",
+        )
+        if turn == "before":
+            metrics = update(policy, reference, optimizer, pool, picked, reward, 0, config)
+    norm = metrics["grad_norm"][0]
+    say("4. The update between them: update.update", f"gradient norm {norm:.3f}, cut to 1; AdamW")
 
 
 def main(arguments: list[str]):
@@ -140,8 +129,8 @@ def main(arguments: list[str]):
         P, count = batch.prefix.shape[1], len(document_tokens(document, tokenizer))
         say(
             "1. A prefix [B, P] and its original suffix [B, N]: data.Stream, data.cut",
-            f"document of {count} tokens, cut at a boundary of its chunks of {config.chunk}; here | and ||",
-            document.replace(batch.prefix_text[0], f"| {batch.prefix_text[0]} ||"),
+            f"a document of {count} tokens, cut where a chunk of {config.chunk} begins: at ||",
+            document.replace(batch.prefix_text[0], f"{batch.prefix_text[0]} ||"),
             f"prefix [1, {P}], suffix [1, {config.chunk}]",
         )
         pool = make_pool(policy, batch, teachers.rewriter, config, tokenizer, Clock())
