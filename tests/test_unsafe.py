@@ -86,11 +86,8 @@ def redpajama(tmp_path):
         rows, quality = [], []
         for i, (name, value, _) in enumerate(VARIANTS * 20):
             url = f"http://site.example/{shard}/{i}"
-            record = {"url": url, "raw_content": f"{url} {'some text ' * 40}", "nlines": 4}
-            rows.append(record | {"source_domain": "site.example", "bucket": "head"})
-            place = f"2023-14/{shard}/en_head.json.gz/{i}"
-            metadata = {"url": url, "language": "en"}
-            entry = {"id": place, "id_int": 10**18 + i, "metadata": metadata}
+            rows.append({"url": url, "raw_content": f"{url} {'some text ' * 40}", "nlines": 4})
+            entry = {"id": f"2023-14/{shard}/en_head.json.gz/{i}", "metadata": {"url": url}}
             quality.append(entry | {"quality_signals": signals(**{name: value})})
         rows[3] = b'{"raw_content": "damaged'
         quality[5] = b"{"
@@ -112,17 +109,15 @@ def test_filter_as_a_command(redpajama, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     good = [i for i, (*_, rule) in enumerate(VARIANTS * 20) if rule is None and i not in (3, 5)]
-    found = kept(tmp_path / "out")
-    rows = [row for split in found.values() for row in split]
-    assert sorted(row["meta"]["url"] for row in rows) == sorted(
-        f"http://site.example/{shard}/{i}" for shard in ("0000", "0001") for i in good
-    )
-    for split, part in found.items():
-        assert all(data.in_split(data.digest(row["text"]), split) for row in part)
-    assert rows[0]["meta"]["signals"]["top_2gram"] <= 0.2
-    assert rows[0]["meta"]["reasons"][1].startswith("blocklist category")
-    assert rows[0]["meta"]["source"].endswith(tuple(f"en_head.json.gz:{i + 1}" for i in good))
-    table = done.stdout.splitlines()
+    found, urls = kept(tmp_path / "out"), []
+    for split, rows in found.items():
+        assert all(data.in_split(data.digest(row["text"]), split) for row in rows)
+        urls += [row["meta"]["url"] for row in rows]
+    shards = [f"http://site.example/{shard}" for shard in ("0000", "0001")]
+    assert sorted(urls) == sorted(f"{shard}/{i}" for shard in shards for i in good)
+    meta, table = rows[0]["meta"], done.stdout.splitlines()
+    assert meta["signals"]["top_2gram"] <= 0.2 and meta["reasons"][1].startswith("blocklist")
+    assert meta["source"].endswith(tuple(f"en_head.json.gz:{i + 1}" for i in good))
     assert table[0].split() == ["documents", str(2 * (LINES - 2))]
     removed = {row[2:40].strip(): int(row.split()[-2]) for row in table if row.startswith("- ")}
     expected = Counter(rule for i, (*_, rule) in enumerate(VARIANTS * 20) if i not in (3, 5))
@@ -198,6 +193,9 @@ def test_a_corpus_without_signals_is_refused(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "word " * 100}])
     with pytest.raises(UserError, match="a.jsonl:1 has no quality signals: download"):
         unsafe.run(options(tmp_path / "a.jsonl", tmp_path / "out"))
+    write(tmp_path / "b.jsonl", [b"{"])
+    with pytest.raises(UserError, match="b.jsonl: no document can be read .*damaged line"):
+        unsafe.run(options(tmp_path / "b.jsonl", tmp_path / "out"))
 
 
 @pytest.fixture

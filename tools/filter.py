@@ -255,6 +255,8 @@ def run(options) -> Counter:
                 fates[failure or f"kept for {split}"] += 1
                 if not failure:
                     shards[split].write(**row)
+    if not by_rule:
+        raise UserError(f"{options.source}: no document can be read ({dict(skips)})")
     for split, shard in shards.items():
         shard.close()
         shard.folder.rename(out / split)
