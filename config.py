@@ -36,8 +36,7 @@ class Config:
     init_from: str = key("scratch", "'scratch', a Hugging Face folder, hf://owner/name, 'resume'")
     model: str = key("world", "shape for init_from=scratch: a preset of model.py")
     tokenizer: str = key(
-        "auto",
-        "folder, tokenizer.json, tiktoken name or 'world'; auto: init_from's own, or world's",
+        "auto", "folder, tokenizer.json, tiktoken name, 'world'; auto: init_from's"
     )
     device: str = key("auto", "'auto', 'cpu', 'cuda' or 'mps'")
     dtype: str = key("auto", "float32, or bfloat16 autocast; auto: bfloat16 on CUDA only")
@@ -45,9 +44,7 @@ class Config:
     keep: int = key(2, "checkpoints kept")
     example_every: int = key(20, "steps between printed example candidates with their verdicts")
 
-    track: str = key(
-        "auto", "live monitors: any of tensorboard, wandb, trackio; auto: tensorboard if installed"
-    )
+    track: str = key("auto", "tensorboard, wandb, trackio; auto: the first, if installed")
 
     data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
     text_field: str = key("auto", "JSON field that holds a document's text")
@@ -58,7 +55,7 @@ class Config:
     dials: str = key("", "pocket world only, of world/corpus.py, e.g. 'share_unsafe=0.5,noise=0.1'")
 
     base_steps: int = key(
-        1200, "next-token steps before the method when init_from=scratch", "Base and baseline"
+        1200, "next-token steps before the method, from scratch", "Base and baseline"
     )
     base_batch_size: int = key(64, "documents a base step")
     base_learning_rate: float = key(3e-3, "peak, cosine")
@@ -70,8 +67,7 @@ class Config:
     temperature: float = key(1.0, "of rollouts and, so that both agree, of all log-probabilities")
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
     rewards: str = key(
-        "quality,safety,factuality",
-        "kinds of judgment, added up, 'safety:2' doubled; empty: the first named candidate wins",
+        "quality,safety,factuality", "added up, 'safety:2' doubled; empty: the first wins"
     )
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
@@ -88,11 +84,9 @@ class Config:
     weight_decay: float = key(0.1, "AdamW, on matrices only")
     grad_clip: float = key(1.0, "largest gradient norm")
     shard: bool = key(
-        False, "torchrun: spread weights, gradients and optimiser over the processes (FSDP2)"
+        False, "torchrun: weights, gradients, optimiser spread over processes (FSDP2)"
     )
-    recompute: bool = key(
-        False, "keep a layer's input alone for the backward pass and compute the rest again"
-    )
+    recompute: bool = key(False, "activations are computed again in the backward pass: less memory")
     compile: bool = key(False, "torch.compile of the policy's layers; the first step takes longer")
     micro_batch_tokens: int = key(65536, "tokens of one forward pass; larger batches are split")
 
@@ -103,9 +97,7 @@ class Config:
     judge_top_p: float = key(1.0, "sampling of the judge")
     judge_max_tokens: int = key(512, "tokens of a verdict, its reasoning included")
     judge_retries: int = key(3, "times a malformed answer is asked again before it is left out")
-    comparisons: str = key(
-        "all", "quality pairs: all, pivot, R opponents each, or race (best and worst)"
-    )
+    comparisons: str = key("all", "quality pairs: all, pivot, R opponents each, or race")
     overlap: int = key(0, "batches judged while the next are rolled out; 0 is the paper's order")
     rewrite_url: str = key("world", "as judge_url")
     rewrite_model: str = key("rewriter", "model name sent to rewrite_url")
@@ -293,9 +285,8 @@ def as_file(config: Config) -> str:
     """Every key with its resolved value, as a config file; marked where it is not the default."""
     lines = []
     for f in dataclasses.fields(Config):
-        value, mark = getattr(config, f.name), ""
-        if value != f.default:
-            mark = f"  # default {f.default!r}"
+        value = getattr(config, f.name)
+        mark = "" if value == f.default else f"  # default {f.default!r}"
         lines.append(f"{f.name} = {value!r}{mark}")
     return "\n".join(lines)
 

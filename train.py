@@ -234,6 +234,8 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
     spread = config.shard and world_size() > 1
     home = torch.device("cpu") if spread else device  # of weights in one piece
     policy, begin, policies = initial_policy(config, tokenizer.vocab_size, home), None, {}
+    if home.type == "cpu" and policy.config.d_model <= 256 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # so small products only wait for each other on several
     plan = phases(config)
     if "base" not in plan:
         policies["base"] = policy
