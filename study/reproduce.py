@@ -30,8 +30,9 @@ from support.command import ROOT, UserError, python
 from support.files import markdown, read_jsonl
 from tools.plot import read_json
 
-TABLES = ("table1", "table2", "table6", "rollouts", "pivot", "judge")  # of the paper
-TABLES += ("forgetting", "overlap", "rewriter", "schedules")  # beyond it
+# Of the paper, and beyond it.
+TABLES: tuple[str, ...] = ("table1", "table2", "table6", "rollouts", "pivot", "judge")
+TABLES += ("forgetting", "overlap", "rewriter", "schedules")
 COLUMNS = {  # in the order of a row's `paper`
     "quality_clean": "quality, clean",
     "quality_unsafe": "quality, unsafe",

@@ -8,6 +8,7 @@ tables 1, 2 and 6 beside the paper's figures, and the same prefixes continued by
 """
 
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -59,7 +60,7 @@ def study_of(out: Path, seeds: list[int]) -> Study:
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return statistics.mean(values) if values else nan
 
 

@@ -10,7 +10,7 @@ judged, of the base and the baseline before the method begins).
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ COMPARED = {
 }
 
 
-def figure_of(path: Path, panels: list[Callable], rows: int = 1, **grid) -> Path:
+def figure_of(path: Path, panels: Sequence[Callable], rows: int = 1, **grid) -> Path:
     """Draw each panel(ax) into a grid of so many rows, and give the picture's path."""
     import matplotlib
 
