@@ -125,6 +125,7 @@ def listening():
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)
+        _asked.clear()
 
 
 # ---- Child processes ----------------------------------------------------------------------------

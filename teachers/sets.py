@@ -70,7 +70,8 @@ def documents(options) -> Iterator[tuple[str, dict]]:
         world = WorldSource(options.seed, Dials(**parse_dials(options.dials)), "teacher")
         parts = [((text, {"source": "world"}) for text, _ in world.documents())]
     else:
-        names, skips = map(list_files, options.data.split(",")), Skips()
+        names, skips = [list_files(part) for part in options.data.split(",")], Skips()
+        skips.shards = sum(map(len, names))
         parts = [records_of(files, options.text_field, skips) for files in names]
     while parts:
         for part in list(parts):

@@ -19,7 +19,7 @@ from chat import Chat
 from model import Llama, ModelConfig, load_model, save_model
 from rollout import sample_rollouts, uniforms
 from support.command import UserError
-from support.tokenizer import WORLD_PATTERN, Tokenizer, load_tokenizer
+from support.tokenizer import WORLD_PATTERN, RankTokenizer, load_tokenizer
 from teachers import serve
 from teachers.engine import Engine, Part, Row
 from teachers.template import Template, plain
@@ -40,7 +40,7 @@ def make_folder(folder, template=TEMPLATE):
     tokens = [bytes([byte]) for byte in range(256)] + [word.encode() for word in WORDS]
     ranks = {token: i for i, token in enumerate(tokens)}
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-    tokenizer = Tokenizer(ranks, WORLD_PATTERN, specials, "<|im_end|>")
+    tokenizer = RankTokenizer(ranks, WORLD_PATTERN, specials, "<|im_end|>")
     tokenizer.save(folder)
     config = ModelConfig(tokenizer.vocab_size, 2, 4, 2, 32, 48, head_dim=8, max_seq=1024)
     model = Llama(config).initialise(1)

@@ -237,6 +237,7 @@ def run(options) -> Counter:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty: remove it, or name another --out")
     work.mkdir(parents=True, exist_ok=True)
+    skips.shards = len(names)
     shards = {split: Shards(work / split) for split in OUTPUTS}
     with contextlib.ExitStack() as stack:
         if options.judge_url:

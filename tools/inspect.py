@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> None:
 def show_files_and_fields(options, skips: Skips) -> list[str]:
     """-> the texts"""
     names, fields, texts = list_files(options.source), Counter(), []
+    skips.shards = len(names)
     kinds = Counter(kind_of(name) for name in names)
     size = sum(os.path.getsize(name) for name in names if not is_url(name))
     print(f"files      {len(names):,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})")
