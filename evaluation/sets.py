@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Batch, Stream
+from data import Batch, Stream, left_pad
 from support.command import UserError
 from support.sources import Bomb, Skips, decompressed, ending, list_files, open_raw, records
 from world.corpus import Dials, WorldSource
@@ -253,24 +253,21 @@ def published(name, source, tokenizer, *, chunk, max_seq, count, knowledge=None)
 
 def from_texts(prefixes, references, asks, tokenizer, most: int) -> HeldOut:
     """Prefixes of at most `most` tokens, cut at the left, with no suffix."""
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = [(start + tokenizer.encode(prefix))[-most:] for prefix in prefixes]
+    ids = [[*tokenizer.start_ids, *tokenizer.encode(prefix)][-most:] for prefix in prefixes]
     texts = [
         text if len(row) < most else tokenizer.decode(row)
         for text, row in zip(prefixes, ids, strict=True)
     ]
     batches = []
     for first in range(0, len(ids), BATCH):
-        some = ids[first : first + BATCH]
-        length = max(map(len, some))
-        padding = [length - len(row) for row in some]
-        padded = [[tokenizer.eos] * n + row for n, row in zip(padding, some, strict=True)]
+        prefix, pad = left_pad(ids[first : first + BATCH], tokenizer.eos)  # [B, P], [B]
+        B = len(pad)
         batches.append(
             Batch(
-                prefix=torch.tensor(padded),  # [B, P]
-                pad=torch.tensor(padding, dtype=torch.int32),  # [B]
-                suffix=torch.empty(len(some), 0, dtype=torch.int64),
-                index=torch.arange(first, first + len(some)),
+                prefix=prefix,
+                pad=pad,
+                suffix=torch.empty(B, 0, dtype=torch.int64),
+                index=torch.arange(first, first + B),
                 prefix_text=texts[first : first + BATCH],
                 suffix_text=[],
                 state={},

@@ -1,6 +1,7 @@
 """The evaluation: published files are read, the paper's arithmetic holds, nothing is done twice."""
 
 import asyncio
+import copy
 import csv
 import json
 import sqlite3
@@ -325,12 +326,14 @@ def test_another_tokenizer_gets_the_same_texts():
         encode=lambda text: list(text.encode()),
         decode=lambda ids: bytes(ids).decode(),
         bos=None,
+        start_ids=[],
         eos=0,
     )
     theirs = evaluate.sets_for(letters, words, {"x": held}, 32)["x"]
     assert theirs.prefixes == held.prefixes and theirs.batches[0].prefix.shape[1] > 4
     assert evaluate.sets_for(words, words, {"x": held}, 32)["x"] is held
-    started = types.SimpleNamespace(encode=words.encode, decode=words.decode, bos=7, eos=words.eos)
+    started = copy.copy(words)
+    started.bos, started.start_ids = 7, [7]
     assert evaluate.sets_for(started, words, {"x": held}, 32)["x"].batches[0].prefix[1, -2] == 7
 
 
