@@ -1,132 +1,111 @@
-"""The README's commands exist, their flags are taken, and its links lead where they say.
-
-`PYTHONPATH=. python tests/test_readme.py` renews the line numbers in its links to functions.
-"""
+"""The pages: every command's flags are taken by that command, every link leads somewhere, and the
+README's "How one step works" goes through the code in its order."""
 
 import argparse
+import ast
+import importlib
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import config as configuration
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
-TEXT = "\n\n".join((README, *PAGES.values()))
-BLOCKS = re.findall(r"(?:^    \S.*\n(?:    .*\n)*)", TEXT, re.M)
-LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-INLINE = re.findall(r"`((?:python|pytest|make|torchrun) [^`]+)`", TEXT)
-COMMANDS = [c for c in dict.fromkeys(LINES + INLINE) if re.match(r"(python|torchrun|make) ", c)]
+PAGES = {path: path.read_text("utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
 
 
-def test_there_are_commands():
-    assert any(c.startswith("make demo") for c in COMMANDS) and len(COMMANDS) > 8
+def commands() -> list[str]:
+    """What the pages tell a reader to type: in indented blocks and in backticks."""
+    text = "\n\n".join(text for page, text in PAGES.items() if page.name != "CHANGELOG.md")
+    blocks = re.findall(r"^    \S.*\n(?:    .*\n)*", text, re.M)
+    lines = [line for block in blocks for line in re.sub(r"\\\n *", "", block).splitlines()]
+    lines = [line.strip().partition("   ")[0] for line in lines]  # what follows is a remark
+    typed = re.compile(r"(?:\w+=\S+ )*((?:python|torchrun|make) .+)")  # behind its environment
+    found = (typed.fullmatch(x) for x in lines + re.findall(r"`([^`\n]+)`", text))
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 class Parsed(Exception):
-    """A script has read its arguments, and would go on."""
+    """A command has read its arguments, and would go on."""
 
 
-def read_arguments(script: str, arguments: list[str], monkeypatch):
-    """Start a script with these arguments, until it has read them: SystemExit where it refuses
-    them, or where another file that it hands them to does."""
-    parse = argparse.ArgumentParser.parse_args
+@pytest.fixture
+def parse(monkeypatch):
+    """Calls a file's main() until it has read its arguments, or refuses them by its own error."""
+    stopped = Mock(side_effect=Parsed)
+    for owner, name in ((argparse.ArgumentParser, "parse_args"), (configuration, "parse")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, real=real: stopped(real(*given)))
+    monkeypatch.chdir(ROOT)
 
-    def parse_and_stop(*how, **more):
-        parse(*how, **more)
-        raise Parsed
+    def start(module: str, arguments: list[str]):
+        with pytest.raises(Parsed):
+            importlib.import_module(module).main(arguments)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return start
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, monkeypatch):
-    words = shlex.split(command, comments=True)
-    if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-        assert set(words[1:]) <= set(targets)
+@pytest.mark.parametrize("command", commands())
+def test_a_command_is_taken(command, parse):
+    program, *words = shlex.split(command, comments=True)
+    if program == "make":
+        assert {word for word in words if "=" not in word} <= set(TARGETS)
         return
-    if "LLAMA_CPP" in command:  # another project's script
-        assert (ROOT / "tests/to_gguf.py").exists()
+    if program == "torchrun":  # its own flags come first
+        words = words[next(i for i, word in enumerate(words) if not word.startswith("--")) :]
+    if words[0] == "-m":
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
+    file, arguments = words[0], words[1:]
+    if file.lower().startswith("llama_cpp"):
         return
-    if "-m" in words[:2]:
-        assert (ROOT / (words[words.index("-m") + 1].replace(".", "/") + ".py")).exists() or words[
-            words.index("-m") + 1
-        ].startswith("llama_cpp")
-        return
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script, arguments = words[at], words[at + 1 :]
-    assert (ROOT / script).exists(), f"{script} does not exist"
-    if script != "train.py":
-        if any(word.startswith("--") for word in arguments):
-            if script == "harness.py":  # it asks for its library first
-                pytest.importorskip("lm_eval")
-            read_arguments(script, arguments, monkeypatch)
-    elif "--help" not in arguments and "..." not in arguments:
-        flags = [word for word in arguments if "resume" not in word]
-        configuration.parse([str(ROOT / f) if f.endswith(".py") else f for f in flags])
+    assert (ROOT / file).exists()
+    takes_flags = "parse" in (ROOT / file).read_text("utf-8") and not file.startswith("tests/")
+    if takes_flags and not {"...", "--help"} & set(arguments):
+        given = [word for word in arguments if word != "--init_from=resume"]  # of a run folder
+        parse(file.removesuffix(".py").replace("/", "."), given)
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "serve.py CKPT --pools 3",  # report.py's
-        "judge.py replay RUN --samples 3",  # judge.py bench's
-        "data.py inspect PATH --votes 8",  # data.py filter's
-        "rewrite.py quality --out=sets --votes=8",  # rewrite.py safety's
-        "bench.py --megabytes=3",  # bench_data.py's
-        "sample.py CKPT PREFIX --tokens=many",
+        "tools.replay RUN --samples 3",  # tools.bench_judge's
+        "teachers.sets quality --out=sets --votes=8",  # that of safety
+        "tools.sample CKPT PREFIX --tokens=many",
+        "teachers.train judge --data=sets --task=judge",
     ],
 )
-def test_a_flag_of_another_command_is_refused(command, monkeypatch):
-    script, *arguments = command.split()
-    with pytest.raises(SystemExit):
-        read_arguments(script, arguments, monkeypatch)
+def test_a_flag_of_another_command_is_refused(command, parse):
+    module, *arguments = command.split()
+    with pytest.raises((SystemExit, configuration.UserError)):
+        parse(module, arguments)
 
 
-def line_of(file: str, name: str) -> int:
-    """Where a function, class or method ("Class.method") of a file is defined."""
-    lines, at = (ROOT / file).read_text(encoding="utf-8").splitlines(), -1
-    for i, part in enumerate(name.split(".")):
-        head = re.compile(rf"{'    ' * i}(?:async )?(?:def|class) {part}\b")
-        at = next(n for n in range(at + 1, len(lines)) if head.match(lines[n]))
-    return at + 1
-
-
-def renewed(text: str) -> str:
-    """text with each link [`name`](file.py#Lnumber) led to the line of that definition."""
-    link = r"\[`([\w.]+)`\]\(([\w/]+\.py)#L\d+\)"
-    return re.sub(link, lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[2], m[1])})", text)
-
-
-def test_links_lead_to_the_lines_of_functions():
-    assert README.count("#L") > 15
-    assert renewed(README) == README, "PYTHONPATH=. python tests/test_readme.py renews them"
-
-
-def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
-    heads = re.findall(r"^#+ (.*)$", text, re.M)
-    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
-
-
-def test_links_between_pages():
-    for page, text in {ROOT / "README.md": README, **PAGES}.items():
-        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)\s]+)\)", text):
             path, _, anchor = target.partition("#")
             led = (page.parent / path).resolve() if path else page
-            assert led.exists(), f"{page.name}: {target}"
-            if anchor and led.suffix == ".md":
-                assert anchor in anchors(led.read_text(encoding="utf-8")), f"{page.name}: {target}"
+            heads = re.findall(r"^#+ (.*)$", PAGES.get(led, ""), re.M)
+            anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert led.exists() and (not anchor or anchor in anchors), f"{page.name}: {target}"
 
 
-if __name__ == "__main__":
-    (ROOT / "README.md").write_text(renewed(README), encoding="utf-8")
+def test_one_step_is_told_in_the_order_of_the_code():
+    """Steps 1 to 5 name what the code defines; what the loop itself calls, in its order."""
+    text = PAGES[ROOT / "README.md"].partition("## How one step works")[2]
+    steps = text.partition("\n1. ")[2].partition("\n\n")[0]
+    told = [name.rpartition(".")[2] for name in re.findall(r"`([A-Za-z_.]+)`", steps)]
+    source = "".join(p.read_text("utf-8") for f in (".", "kernels") for p in ROOT.glob(f"{f}/*.py"))
+    assert set(told) <= set(re.findall(r"(?:def|class) (\w+)", source))
+    tree = ast.parse((ROOT / "train.py").read_text("utf-8"))
+    train = next(node for node in tree.body if getattr(node, "name", "") == "train")
+    loop = next(node for node in ast.walk(train) if isinstance(node, ast.While))
+    calls = [node.func for node in ast.walk(loop) if isinstance(node, ast.Call)]
+    calls.sort(key=lambda func: (func.lineno, func.col_offset))
+    names = dict.fromkeys(getattr(func, "id", getattr(func, "attr", "")) for func in calls)
+    called = [name for name in names if name in told]
+    assert len(called) > 4 and [name for name in told if name in called] == called
