@@ -65,8 +65,7 @@ def test_a_command_is_taken(command, parse):
     assert (ROOT / file).exists()
     takes_flags = "parse" in (ROOT / file).read_text("utf-8") and not file.startswith("tests/")
     if takes_flags and not {"...", "--help"} & set(arguments):
-        given = [word for word in arguments if word != "--init_from=resume"]  # of a run folder
-        parse(file.removesuffix(".py").replace("/", "."), given)
+        parse(file.removesuffix(".py").replace("/", "."), arguments)
 
 
 @pytest.mark.parametrize(
