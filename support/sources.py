@@ -18,6 +18,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -91,12 +92,10 @@ class Download:
         self.url, self.position, self.total, self.tag = url, 0, None, None
         self.response, self.failures = None, 0
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self) -> None:
         if self.response is not None:
             self.response.close()
+        self.response = None
 
     def read(self, size: int) -> bytes:
         while True:
@@ -111,11 +110,10 @@ class Download:
             except FileNotFoundError:
                 raise
             except (OSError, urllib3.exceptions.HTTPError) as error:
+                self.close()
                 self.failures += 1
                 if self.failures > RETRIES:
                     raise UserError(f"{self.url} can't be read: {error}") from error
-                self.__exit__()
-                self.response = None
                 time.sleep(min(30.0, 0.5 * 2**self.failures) if self.failures > 1 else 0.1)
 
     def connect(self) -> None:
@@ -124,43 +122,39 @@ class Download:
         if self.position:
             headers["Range"] = f"bytes={self.position}-"
             headers |= {"If-Range": self.tag} if self.tag else {}
-        response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
-        self.response, skip = response, 0
-        self.refuse(response.status_code, response.headers.get("Content-Type", ""))
-        length = response.headers.get("Content-Length")
-        if response.status_code == 206:
-            start = response.headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
-            if start != str(self.position):
-                raise UserError(f"{self.url} answers with byte {start}, not {self.position}")
-        else:
-            skip = self.position  # no Range here: start again and throw away what was read
-            if self.position and self.tag != response.headers.get("ETag"):
-                raise UserError(f"{self.url} changed while it was read")
-            self.total = int(length) if length else None
-        self.tag = response.headers.get("ETag")
-        while skip:
-            data = response.raw.read(min(skip, 1 << 20))
-            if not data:
-                raise requests.ConnectionError("ended early")
-            skip -= len(data)
-
-    def refuse(self, status: int, kind: str) -> None:
-        """A missing shard may be skipped; a server that turns us away would turn away all."""
+        self.response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        status, headers = self.response.status_code, self.response.headers
         if status == 404:
             raise FileNotFoundError("HTTP 404")
         if status in TRY_AGAIN:
             raise requests.ConnectionError(f"HTTP {status}")
-        page = "text/html" in kind and ending(self.url) not in (".html", ".htm")
-        if status >= 400 or page:
+        page = "text/html" in headers.get("Content-Type", "")  # perhaps "please log in"
+        if status >= 400 or page:  # whoever refuses us here will refuse the other shards too
             raise UserError(
                 f"{self.url} answers {'with a web page' if page else f'HTTP {status}'}: renew the "
                 "address if it was signed and has expired, or give it what it asks for; then the "
                 "same command goes on"
             )
+        skip = 0
+        if status == 206:
+            start = headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
+            if start != str(self.position):
+                raise UserError(f"{self.url} answers with byte {start}, not {self.position}")
+        else:
+            skip = self.position  # no Range here: start again and throw away what was read
+            if self.position and self.tag != headers.get("ETag"):
+                raise UserError(f"{self.url} changed while it was read")
+            self.total = int(headers["Content-Length"]) if "Content-Length" in headers else None
+        self.tag = headers.get("ETag")
+        while skip and (data := self.response.raw.read(min(skip, 1 << 20))):
+            skip -= len(data)
+        if skip:
+            raise requests.ConnectionError("ended early")
 
 
 def open_raw(name: str):
-    return Download(name) if is_url(name) else open(os.path.expanduser(name), "rb")
+    """To be read and closed."""
+    return closing(Download(name)) if is_url(name) else open(os.path.expanduser(name), "rb")
 
 
 def decompressed(raw) -> Iterator[bytes]:
@@ -394,12 +388,9 @@ def list_files(source: str, where: str = "", depth: int = 0) -> list[str]:
             listed = f" (a line of {where})" if where else ""
             raise UserError(f"no such file, folder or pattern: {part}{listed}")
         for place in places:
-            if os.path.isdir(place):
-                names += shards_below(place)
-            elif rows := listed_in(place):
-                names += [name for row in rows for name in list_files(row, place, depth + 1)]
-            else:
-                names.append(place)
+            rows = listed_in(place)
+            names += [name for row in rows for name in list_files(row, place, depth + 1)]
+            names += shards_below(place) if os.path.isdir(place) else [] if rows else [place]
     if not names:
         raise UserError(f"no shard ({', '.join(ENDINGS)}, also compressed) in {source}")
     return names
@@ -419,20 +410,18 @@ def found(name: str, where: str = "") -> list[str]:
 def shards_below(folder: str) -> list[str]:
     """Without the files that RedPajama-V2 keeps beside its documents, and without lists of them."""
     beside = (".signals.", ".duplicates.", ".minhash.")
-    return [
-        name
-        for name in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True))
-        if ending(name) in ENDINGS and os.path.isfile(name)
-        if not any(part in os.path.basename(name) for part in beside) and not listed_in(name)
-    ]
+    inside = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True))
+    shards = [name for name in inside if ending(name) in ENDINGS and os.path.isfile(name)]
+    shards = [n for n in shards if not any(part in os.path.basename(n) for part in beside)]
+    return [name for name in shards if not listed_in(name)]
 
 
 def listed_in(name: str) -> list[str]:
     """The lines of a .txt file that is a list of shards, but for comments; nothing of a text.
 
-    In a list all of the first lines name a URL, something on disk or what ends as a shard does, or
-    nearly all the latter; a text may well begin with one such line."""
-    if is_url(name) or not name.lower().endswith(".txt"):
+    Among the first lines of a list, most end as a shard does or are URLs, or all name something on
+    disk. A text may well begin with one such line."""
+    if not name.lower().endswith(".txt") or not os.path.isfile(name):
         return []
     with open(name, "rb") as file:
         head = file.read(1 << 16)

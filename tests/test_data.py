@@ -741,17 +741,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(server, shard):
             pass
 
 
-def test_a_stream_from_the_web_resumes(server, tmp_path):
-    for shard_number in range(3):
-        rows = [{"text": named(i)} for i in range(shard_number, 60, 3)]
-        body = write(tmp_path / f"{shard_number}.jsonl.zst", rows).read_bytes()
-        server.files[f"/{shard_number}.jsonl.zst"] = body
-    urls = ",".join(f"{server.url}/{i}.jsonl.zst" for i in range(3))
-    batches = list(stream(urls))
-    assert sorted(suffixes(batches)) == [f"{i:04d}" for i in range(60)]
-    assert suffixes(stream(urls, state=batches[6].state)) == suffixes(batches[7:])
-
-
 def test_memory_of_a_large_window_is_bounded(tmp_path, monkeypatch):
     """Long documents end a window early, so that it never holds more than WINDOW_BYTES."""
     monkeypatch.setattr(data, "WINDOW_BYTES", 5000)
