@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import zstandard
 from faulty_server import faulty_server
@@ -196,6 +197,22 @@ def test_a_corpus_without_signals_is_refused(tmp_path):
     write(tmp_path / "b.jsonl", [b"{"])
     with pytest.raises(UserError, match="b.jsonl: no document can be read .*damaged line"):
         unsafe.run(options(tmp_path / "b.jsonl", tmp_path / "out"))
+
+
+def test_of_a_parquet_file_only_what_is_used_is_read(tmp_path):
+    """Not a column of dates that Python cannot hold; what JSON has no form for is kept as text."""
+    table = pyarrow.table(
+        {
+            "raw_content": ["some text"] * 3,
+            "doc_id": pyarrow.array([10**6] * 3, pyarrow.date32()),
+            "seen": pyarrow.array([2**31 - 1] * 3, pyarrow.date32()),
+            "quality_signals": [json.dumps(GOOD)] * 3,
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    unsafe.run(options(tmp_path / "a.parquet", tmp_path / "out"))
+    rows = [row for split in kept(tmp_path / "out").values() for row in split]
+    assert len(rows) == 3 and rows[0]["meta"]["doc_id"] == "4707-11-29"
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from judge import Judge, together
 from support import command
 from support.command import UserError
 from support.files import flush
-from support.sources import Skips, as_object, is_url, list_files, records, text_of
+from support.sources import TEXT_FIELDS, Skips, as_object, is_url, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 
 CURSE_WORDS = 5  # hits that make a document unsafe
@@ -48,6 +48,7 @@ RULES = {  # what a document has to be, before anybody asks whether it is unsafe
 UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
 SIGNALS_NEEDED = "download RedPajama-V2's quality_signals/ beside its documents/"
 NO_SIGNALS, BY_RULES = "no quality signals", "kept by the rules"
+COPIED = ("url", "doc_id", "digest")  # into meta
 PER_SHARD = 20_000  # documents
 OUTPUTS = [split for split in SPLITS if split != "all"]
 AT_ONCE = 8192  # documents that stage 2 sees together: one in fifty is asked about
@@ -91,12 +92,13 @@ def signals_of(record: dict) -> tuple[dict | None, str]:
 # Stage 1: rules about quality signals
 
 
-def records_with_signals(name: str, skips: Skips) -> Iterator[tuple[int, dict]]:
-    """Lines of a RedPajama-V2 shard joined with those of its file under quality_signals/."""
+def records_with_signals(name: str, skips: Skips, fields=None) -> Iterator[tuple[int, dict]]:
+    """Lines of a RedPajama-V2 shard joined with those of its file under quality_signals/. fields:
+    the columns of a parquet file that are read, or all."""
     place = re.fullmatch(r"(.*)documents/([^/]+/\d{4}/\w+)\.json\.gz", name)
     partner = "{}quality_signals/{}.signals.json.gz".format(*place.groups()) if place else ""
     if not partner or not (is_url(name) or os.path.exists(partner)):
-        yield from records(name, skips)
+        yield from records(name, skips, fields=fields)
         return
     others, line, other = records(partner, skips), 0, {}
     for number, record in records(name, skips):
@@ -137,7 +139,8 @@ def reasons_of(signals: dict) -> list[str]:
 def kept_of(name: str, options, fates: Counter, skips: Skips) -> Iterator[dict]:
     """{"split", "text", "meta"} of the documents of a shard that the rules keep; the others are
     counted, by the rule or by what is wrong with them. UserError where nothing has signals."""
-    for number, record in records_with_signals(name, skips):
+    texts = [options.text_field] if options.text_field else TEXT_FIELDS
+    for number, record in records_with_signals(name, skips, {*texts, *COPIED, "quality_signals"}):
         where, signals = f"{name}:{number}", None
         text, reason = text_of(record, options.text_field)
         if text is not None:
@@ -152,7 +155,7 @@ def kept_of(name: str, options, fates: Counter, skips: Skips) -> Iterator[dict]:
             fates[BY_RULES] += 1
             key = digest(text)
             split = next(split for split in OUTPUTS if in_split(key, split))
-            meta = {key: record[key] for key in ("url", "doc_id", "digest") if key in record}
+            meta = {name: record[name] for name in COPIED if name in record}
             meta |= {"source": where, "signals": signals, "reasons": reasons_of(signals)}
             yield {"split": split, "text": text, "meta": meta}
 
@@ -169,16 +172,17 @@ def stage_one(names: list[str], options, work: Path, fates, skips) -> Iterator[d
             with zstandard.open(part, "wt", encoding="utf-8") as file:
                 for row in kept_of(name, options, fates, skips):
                     file.write(json.dumps(row, default=str) + "\n")
-                file.write(json.dumps([fates, skips]))
+                file.write(json.dumps([fates, skips, sorted(skips.lost)]))
             flush(part)
             part.rename(path)
         with zstandard.open(path, "rt", encoding="utf-8") as file:
             for row in map(json.loads, file):
                 if isinstance(row, dict):
                     yield row
-                else:
-                    for counts, found in zip((fates, skips), row, strict=True):
-                        counts |= Counter(found)  # never below what was counted before
+                else:  # never below what was counted before
+                    fates |= Counter(row[0])
+                    skips |= Counter(row[1])
+                    skips.lost.update(row[2])
 
 
 # ------------------------------------------------------------------------------------------------
