@@ -97,10 +97,11 @@ class Lane:
             self.caches[i][:, :R, :, :T] = old[:, :R, :, :T]
 
     def add(self, row: Row):
-        """To the first free slot."""
-        row.lane, row.slot, row.seen, row.begun = self, len(self.rows), 0, False
+        """To the first free slot, where the row's beginning may be left from an earlier one."""
+        row.lane, row.slot, row.begun = self, len(self.rows), False
         self.rows.append(row)
-        self.past = self.past[1:]
+        left, n = self.past.pop(0) if self.past else (row.known, 0)
+        row.seen = min(common(left, row.known), n, len(row.tokens) - 1)
 
     def remove(self, row: Row):
         """The last row moves to its slot, and what it leaves goes where that was."""
@@ -131,9 +132,8 @@ class Part:
         self.slots = slice(first, last) if last - first == len(rows) else slots
         self.T = max(row.seen for row in rows) + N
         hidden = torch.arange(self.T, device=device) > self.at[1][:, :, None]  # [R, N, T]
-        bias = torch.zeros_like(hidden, dtype=self.caches[0].dtype)
-        bias = bias.masked_fill_(hidden, -torch.inf).repeat(1, group, 1)
-        self.bias = bias[:, None]  # [R, 1, G * N, T]
+        bias = torch.zeros_like(hidden, dtype=self.caches[0].dtype).masked_fill_(hidden, -torch.inf)
+        self.bias = (bias if N == 1 else bias.repeat(1, group, 1))[:, None]  # [R, 1, G * N, T]
 
     def attend(self, layer: int, q, k, v):
         """q [H, R * N, D], k, v [Hkv, R * N, D] -> [R * N, H * D]; k and v go into the cache."""
@@ -190,9 +190,10 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.inbox or self.waiting or self.rows)
 
-    def fits(self, columns: int) -> bool:
-        """Whether a row of so many tokens, prompt and answer, can ever be computed."""
-        return width(columns) * self.column <= self.memory
+    @property
+    def longest(self) -> int:
+        """Tokens, prompt and answer, of the longest row that can ever be computed."""
+        return min(self.model.config.max_seq, self.memory // self.column)
 
     @torch.no_grad()
     def step(self) -> list[Row]:
@@ -245,7 +246,7 @@ class Engine:
         """The row to a lane; False if there is no room."""
         if len(self.rows) == self.size:
             return False
-        own = width(len(row.prompt) + len(row.uniform))
+        own = min(width(len(row.prompt) + len(row.uniform)), self.memory // self.column)
         fitting = [lane for lane in self.lanes if own <= lane.width <= 2 * own]
         lane = max(fitting, key=lambda lane: lane.width, default=None) or Lane(self.model, own)
         if (R := len(lane.rows)) == lane.slots:

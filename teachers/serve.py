@@ -202,16 +202,14 @@ def most_tokens(body: dict, prompt: int, engine) -> int:
     asked = {body[name] for name in ("max_tokens", "max_completion_tokens") if name in body}
     if len(asked) > 1:
         raise Refusal(400, "max_tokens and max_completion_tokens differ", param="max_tokens")
-    most = engine.model.config.max_seq
-    tokens = int(min(asked, default=max(most - prompt, 1)))
-    what = f"a prompt of {prompt} tokens and {tokens} more are above "
-    if prompt + tokens > most:
-        what += f"this model's maximum context length of {most}"
-        raise Refusal(400, what, "context_length_exceeded", "messages")
-    if not engine.fits(prompt + tokens):
-        what += f"what fits into the {engine.memory / 2**30:.3g} GiB for answers (--memory)"
-        raise Refusal(400, what, "out_of_memory", "max_tokens")
-    return tokens
+    tokens = int(min(asked, default=max(engine.longest - prompt, 1)))
+    if prompt + tokens > (most := engine.model.config.max_seq):
+        what, code = f"this model's maximum context length of {most}", "context_length_exceeded"
+    elif prompt + tokens > engine.longest:
+        what, code = f"the {engine.longest} that fit into this server's --memory", "out_of_memory"
+    else:
+        return tokens
+    raise Refusal(400, f"a prompt of {prompt} tokens and {tokens} more are above {what}", code)
 
 
 # --- The answer ----------------------------------------------------------------------------------
