@@ -366,16 +366,6 @@ def test_openai_client(client):
     assert client.chat.completions.create(**ask).choices
 
 
-def test_requests_at_once_get_the_answers_they_get_alone(url):
-    def ask(i):
-        how = dict(seed=i, max_tokens=30, temperature=i % 3 / 2, top_p=1 - i % 2 / 4)
-        return post(url, says(f"w{i % 5} w2", **how)).json()["choices"][0]["message"]["content"]
-
-    alone = [ask(i) for i in range(24)]
-    with ThreadPoolExecutor(24) as pool:
-        assert list(pool.map(ask, range(24))) == alone
-
-
 def test_our_client_works(url):
     with contextlib.closing(Chat(url, "any", concurrency=50)) as chat:
         how = dict(temperature=1.0, top_p=0.9, max_tokens=400)
@@ -454,42 +444,37 @@ TEXT = {"type": "text", "text": "w1"}
 
 
 @pytest.mark.parametrize(
-    "message, right",
+    "right, more",
     [
-        ({"role": "user", "content": [TEXT, TEXT]}, True),
-        ({"role": "developer", "content": "w1"}, True),
-        ({"role": "assistant", "content": "w1", "tool_calls": None, "refusal": None}, True),
-        ({"role": "user", "content": ""}, True),
-        ({"role": "user", "content": "\ud800"}, None),  # half a character: either, but an answer
-        ({"role": "user"}, False),
-        ({"content": "w1"}, False),
-        ({"role": "user", "content": None}, False),
-        ({"role": "user", "content": []}, False),
-        ({"role": "user", "content": 5}, False),
-        ({"role": "tool", "content": "w1", "tool_call_id": "a"}, False),
-        ({"role": ["user"], "content": "w1"}, False),
-        ({"role": "assistant", "content": "w1", "tool_calls": [{"id": "a"}]}, False),
-        ({"role": "user", "content": [{"type": "image_url", "text": "w1"}]}, False),
-        ({"role": "user", "content": [TEXT | {"image_url": {"url": "x"}}]}, False),
-        ({"role": "user", "content": [{"text": "w1"}]}, False),
-        ({"role": "user", "content": ["w1"]}, False),
-        ("w1", False),
+        (True, {"content": [TEXT, TEXT]}),
+        (True, {"role": "developer"}),
+        (True, {"role": "assistant", "tool_calls": None, "refusal": None}),
+        (True, {"content": ""}),
+        (False, {"content": None}),
+        (False, {"content": []}),
+        (False, {"content": 5}),
+        (False, {"content": ["w1"]}),
+        (False, {"content": [{"type": "image_url", "text": "w1"}]}),
+        (False, {"content": [TEXT | {"image_url": {"url": "x"}}]}),
+        (False, {"content": [{"text": "w1"}]}),
+        (False, {"role": None}),
+        (False, {"role": ["user"]}),
+        (False, {"role": "tool", "tool_call_id": "a"}),
+        (False, {"role": "assistant", "tool_calls": [{"id": "a"}]}),
+        (False, {"name": "somebody"}),
     ],
 )
-def test_messages(url, message, right):
+def test_messages(url, right, more):
+    message = {"role": "user", "content": "w1"} | more
     answer = post(url, {"messages": [message], "max_tokens": 1})
-    if right is None:
-        assert answer.status_code in (200, 400)
-    elif right:
+    if right:
         assert answer.status_code == 200
     else:
         assert "messages[0]" in refused(400, answer)["message"]
 
 
-def test_developer_is_system(running_server):
-    _, server = running_server
-    rows = [serve.Request(says("w1", role=role), server).prompt for role in ("system", "developer")]
-    assert rows[0] == rows[1] != serve.Request(says("w1"), server).prompt
+def test_half_a_character_is_no_failure(url):
+    assert post(url, says("\ud800", max_tokens=1)).status_code in (200, 400)
 
 
 def test_requests_that_are_none(url, monkeypatch):
@@ -564,26 +549,21 @@ def test_key_and_failures(folder, monkeypatch, caplog):
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 anything = st.recursive(
     scalars,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
-    ),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
     max_leaves=5,
 )
-message = st.fixed_dictionaries(
-    {}, optional={"role": st.sampled_from(["user", "system", "tool"]), "content": anything}
-)
+roles = st.sampled_from(["user", "system", "tool"])
+message = st.fixed_dictionaries({}, optional={"role": roles, "content": anything})
 likely = {
     "messages": st.just(ASK["messages"]) | st.lists(message | anything, max_size=3),
     "max_tokens": st.integers(-1, 12),
     "n": st.integers(0, 4),
     "temperature": st.floats(-0.1, 2.1),
-    "top_p": st.floats(-0.1, 1.1),
     "stop": st.text(max_size=2) | st.lists(st.text(max_size=2), max_size=3),
-    "seed": st.integers(),
     "stream": st.booleans(),
 }
 bodies = st.fixed_dictionaries(
-    {}, optional={name: likely.get(name, anything) for name in serve.FIELDS} | {"typo": anything}
+    {}, optional={name: likely.get(name, anything) for name in (*serve.FIELDS, "typo")}
 )
 
 
@@ -591,12 +571,9 @@ bodies = st.fixed_dictionaries(
 @given(bodies | anything)
 def test_no_body_breaks_it(url, body):
     body = {"max_tokens": 5} | body if isinstance(body, dict) else body
-    response = requests.post(
-        url + "/chat/completions",
-        data=json.dumps(body).encode(),
-        timeout=60,
-        headers={"Content-Type": "application/json"},
-    )
+    json_type = {"Content-Type": "application/json"}
+    chat = url + "/chat/completions"
+    response = requests.post(chat, data=json.dumps(body), timeout=60, headers=json_type)
     assert response.status_code in (200, 400), response.text
     assert "Traceback" not in response.text and "Error(" not in response.text
     if "text/event-stream" not in response.headers["Content-Type"]:
