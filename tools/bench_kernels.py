@@ -62,13 +62,7 @@ def seconds(run) -> float:
         from triton.testing import do_bench
 
         return do_bench(run, warmup=10, rep=60, return_mode="median") / 1000
-    run()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(once(run)[0] for _ in range(3))
 
 
 def once(run):
@@ -81,14 +75,14 @@ def once(run):
     return time.perf_counter() - start, result
 
 
-def peak_bytes(run) -> float:
-    """Most memory of the GPU held at once by a call, on top of what is held before it."""
+def peak_gb(run) -> dict[str, float]:
+    """Most memory of the GPU held at once by a call."""
     if not CUDA:
-        return float("nan")
+        run()
+        return {}
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     run()
-    return torch.cuda.max_memory_allocated() - before
+    return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 @functools.cache
@@ -243,7 +237,8 @@ def decoding(s: Sizes):
 
 
 def materialised(hidden, weight, targets):
-    logp = (hidden @ weight.T).float().log_softmax(-1)
+    logits = hidden @ weight.T
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1)
 
 
@@ -279,7 +274,7 @@ def logprob(s: Sizes, V: int):
     part, double = hidden[some].detach().requires_grad_(), weight.detach().double().requires_grad_()
     exact_h = part.detach().double().requires_grad_()
     ours = linear_logprob(part, weight, targets[some])
-    true = materialised_double(exact_h, double, targets[some])
+    true = materialised(exact_h, double, targets[some])
     found = torch.autograd.grad(ours.sum(), (part, weight))
     grads = torch.autograd.grad(true.sum(), (exact_h, double))
     errors = [worst(a, b) for a, b in zip((ours, *found), (true, *grads), strict=True)]
@@ -287,90 +282,79 @@ def logprob(s: Sizes, V: int):
     # 2. Both ways; the work is that of three products, without what a path computes again.
     flop, peers = 6 * s.tokens * s.dim * V, logprob_peers()
     runs = {peer: both(function) for peer, function in peers.items()}
-    gradients = (hidden.numel() + weight.numel()) * weight.element_size()  # every peer holds them
     with torch.no_grad():
         forward = {"ours": lambda: linear_logprob(hidden, weight, targets)}
         yield from measure(f"logprob V={V} forward", forward, flop / 3, "TFLOP/s", errors[0])
     for row in measure(f"logprob V={V} both ways", runs, flop, "TFLOP/s", max(errors[1:])):
-        if row["side"] in runs:
-            row["peak_mb"] = (peak_bytes(runs[row["side"]]) - gradients) / 1e6
-        yield row
-
-
-def materialised_double(hidden, weight, targets):
-    return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        yield row | (peak_gb(runs[row["side"]]) if row["side"] in runs else {})
 
 
 # ---- A whole step ------------------------------------------------------------------------------
 
 
-def policy_step(s: Sizes, vocabulary: int, B: int):
-    """The policy's part of a step: K rollouts of B prefixes, then DPO on the first two of each."""
-    config = Config(
-        batch_size=B, candidates="rollouts", rollouts=s.K, chunk=s.N, max_seq=s.P + s.N,
-        micro_batch_tokens=8192 if CUDA else 512, gpus=1, baseline=False,
-    )  # fmt: skip
+def policy_step(s: Sizes, V: int, B: int):
+    """The policy's part of a step on B prefixes: K rollouts of each, then DPO on two of them."""
     with torch.device(DEVICE):
-        policy, reference = (Llama(preset(s.model, vocabulary)) for _ in range(2))
+        policy, reference = (Llama(preset(s.model, V)) for _ in range(2))
     for p in policy.parameters():
         p.data = torch.randn_like(p) * 0.02 if p.dim() > 1 else torch.ones_like(p)
     reference.load_state_dict(policy.state_dict())
-    optimizer = make_optimizer(policy, config)
-    prefix = torch.randint(vocabulary, (B, s.P), device=DEVICE)
+    prefix = torch.randint(V, (B, s.P), device=DEVICE)
     pad = torch.zeros(B, dtype=torch.int32, device=DEVICE)
-    how = dict(eos=-1, seed=0, index=torch.arange(B))
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-
-    def rollouts():
-        return sample_rollouts(policy, prefix, pad, s.K, s.N, **how)
-
-    def learn(rows: slice):
-        given = prefix[rows], pad[rows], drawn.tokens[rows, :2]
-        logp = policy.logprobs(*given).sum(dim=2)
-        with torch.no_grad():
-            anchor = reference.logprobs(*given).sum(dim=2)
-        (dpo_loss(logp, anchor, 0.1).sum() / B).backward()
-
-    size = max(1, config.micro_batch_tokens // (s.P + 2 * s.N))
-    parts = [slice(i, i + size) for i in range(0, B, size)]
     with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
-        once(rollouts)  # compiles
-        took, drawn = once(rollouts)
-        sampling = torch.cuda.max_memory_allocated() if CUDA else 0
-        with torch.no_grad():
-            again = policy.logprobs(prefix[:2], pad[:2], drawn.tokens[:2], drawn.lengths[:2])
-        apart = (again - drawn.logprobs[:2]).abs()
-        yield dict(
-            what=f"{s.K} rollouts of {B} prefixes", seconds=took,
-            tokens_per_second=B * s.K * s.N / took, logprob_differs_at_most=apart.max().item(),
-            logprob_differs_on_average=apart.mean().item(),
-        )  # fmt: skip
-        with torch.no_grad():
-            cached = PrefixCache(policy, prefix, pad, s.K, s.N)
-            token = prefix[:, : s.K].contiguous()
-            cached.step(token)
-            steps = {"a decoding step": cached.replay or cached.compute}
-            steps |= {"without CUDA graph": cached.compute}
-            for what, run in steps.items():
-                yield dict(what=what, milliseconds=seconds(run) * 1e3)
-        del cached, steps
-    took = 0.0
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    for turn in range(2):  # the first one compiles and makes the optimiser's moments
-        for part in parts:
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
-                took += once(functools.partial(learn, part))[0] if turn else learn(part) or 0.0
-        moved, _ = once(optimizer.step)
+        yield from sampling(s, policy, prefix, pad)
+        yield from learning(s, policy, reference, prefix, pad)
+
+
+@torch.no_grad()
+def sampling(s: Sizes, policy, prefix, pad):
+    how = dict(eos=-1, seed=0, index=torch.arange(len(prefix)))
+    draw = functools.partial(sample_rollouts, policy, prefix, pad, s.K, s.N, **how)
+    held = peak_gb(draw)  # and compiles
+    took, drawn = once(draw)
+    some = slice(0, 2)
+    again = policy.logprobs(prefix[some], pad[some], drawn.tokens[some])
+    apart = (again - drawn.logprobs[some]).abs()
+    yield dict(
+        what=f"{s.K} rollouts of {len(prefix)} prefixes", seconds=took,
+        tokens_per_second=drawn.tokens.numel() / took, **held,
+        logprob_differs_at_most=apart.max().item(), logprob_differs_on_average=apart.mean().item(),
+    )  # fmt: skip
+    cached = PrefixCache(policy, prefix, pad, s.K, s.N)
+    cached.step(prefix[:, : s.K])
+    if cached.replay:
+        yield dict(what="a decoding step, CUDA graph", milliseconds=seconds(cached.replay) * 1e3)
+    yield dict(what="a decoding step, eager", milliseconds=seconds(cached.compute) * 1e3)
+
+
+def learning(s: Sizes, policy, reference, prefix, pad):
+    config = Config(
+        batch_size=len(prefix), candidates="rollouts", rollouts=s.K, chunk=s.N, max_seq=s.P + s.N,
+        micro_batch_tokens=8192 if CUDA else 512, gpus=1, baseline=False,
+    )  # fmt: skip
+    optimizer = make_optimizer(policy, config)
+    pairs = torch.randint(policy.config.vocab_size, (len(prefix), 2, s.N), device=DEVICE)
+    rows = max(1, config.micro_batch_tokens // (s.P + 2 * s.N))
+
+    def learn():
+        for part in torch.arange(len(prefix)).split(rows):
+            given = prefix[part], pad[part], pairs[part]
+            with torch.no_grad():
+                anchor = reference.logprobs(*given).sum(dim=2)
+            logp = policy.logprobs(*given).sum(dim=2)
+            (dpo_loss(logp, anchor, 0.1).sum() / len(prefix)).backward()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    held = sum(memory(config, policy.config, CUDA).values())
-    row = dict(what=f"update on {B} pairs", learning_seconds=took, optimiser_seconds=moved)
-    if CUDA:
-        learning = torch.cuda.max_memory_allocated()
-        row |= dict(sampling_gb=sampling / 1e9, learning_gb=learning / 1e9, forecast_gb=held / 1e9)
-        row |= dict(forecast_over_peak=held / max(sampling, learning))
-    yield row
+
+    learn()  # compiles, and makes the optimiser's moments
+    held = peak_gb(learn)
+    if held:  # the forecast adds up what sampling and learning hold in turn
+        forecast = sum(memory(config, policy.config, bf16=True).values()) / 1e9
+        held |= {"forecast_gb": forecast, "forecast_over_peak": forecast / held["peak_gb"]}
+    yield dict(what=f"update on {len(prefix)} pairs", seconds=once(learn)[0], **held)
+    policy.compiled = CUDA
+    learn()
+    yield dict(what="the same, compile=True", seconds=once(learn)[0])
 
 
 # ---- The order ---------------------------------------------------------------------------------
