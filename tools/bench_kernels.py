@@ -122,13 +122,14 @@ def measure(what: str, peers: dict, work: float, unit: str, error: float) -> Ite
 
 def flex_attention(pad, P, N, T):
     """FlexAttention with the same mask, compiled: the general tool for this geometry."""
+    from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b, h, i, j):
         own = (i - P) // max(N, 1) == (j - P) // max(N, 1)
         return (j >= pad[b]) & (j <= i) & ((j < P) | own)
 
-    torch._functorch.config.donated_buffer = False  # its backward pass is timed again and again
+    functorch.donated_buffer = False  # its backward pass is timed again and again
     mask = create_block_mask(visible, len(pad), None, T, T, device=pad.device)
     return functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
