@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia")
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-WORDS = ["forward 128", "plain 128", "backward_key 128"]
+WORDS = ["forward 128", "backward_key 128"]
 EXTRA = {
     "sm_80": ["backward_query 128", "decode", "logprob backward"],
-    "gfx942": ["forward 64", "plain 64"],
+    "sm_90": ["backward_query 128", "logprob forward"],
+    "gfx942": ["forward 64"],
 }
 
 
@@ -33,10 +34,9 @@ def test_configurations(arch):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    rows = {row["kernel"]: row for row in map(json.loads, run.stdout.splitlines())}
-    for name, row in rows.items():
-        if name.startswith("plain"):
-            continue
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) >= len(words or WORDS)
+    for row in rows:
         assert row["stack"] == 0 and row["spills"] == 0, row
         assert row["shared"] <= SHARED[arch], row
         assert row["matrix"] > 0 and row["loops"], row
@@ -45,12 +45,3 @@ def test_configurations(arch):
             assert row["copies"] > 0, row
         if row["expected"]:
             assert row["loops"][0][0] == row["expected"], row
-    for D in (64, 128):  # the plain causal kernel at the same tiles
-        if f"plain {D}" not in rows:
-            continue
-        ours, plain = (rows[f"{kernel} {D}"] for kernel in ("forward", "plain"))
-        (matrix, other), (plain_matrix, plain_other) = ours["loops"][0], plain["loops"][0]
-        assert matrix == plain_matrix and ours["occupancy"] >= plain["occupancy"]
-        # For gfx942 Triton 3.7 and 3.8 take a few registers and instructions more.
-        slack = 1.0 if arch != "gfx942" or triton.__version__.startswith("3.9") else 1.06
-        assert other <= slack * plain_other and ours["registers"] <= slack * plain["registers"]

@@ -1,24 +1,24 @@
 """What every shipped configuration compiles to, read off the machine code; needs no GPU.
 
-    python -m kernels.report                       # every target, a Markdown table
-    python -m kernels.report sm_90 entropy --json  # one target, names with a word, JSON lines
+    python -m tools.kernel_report                       every target, a Markdown table
+    python -m tools.kernel_report sm_90 decode --json   one target, names with a word, JSON lines
 
 Each kernel is compiled for bfloat16 as a training run would specialise it (pointers and strides are
 multiples of 16).  Registers and stack come from cuobjdump, instructions from nvdisasm, both of
 which Triton brings along; for AMD from the assembly.  `loops` gives (matrix, other) instructions of
-every innermost loop with a matrix product, the mask-free one first.  Beside our forward kernel
-stands a plain causal attention, FlashAttention as Triton's tutorial teaches it, at the same tiles.
+every innermost loop with a matrix product, the mask-free one first.
 """
 
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from kernels import attention, jit, logprob, tl
+from kernels import attention, logprob
+from support import command
+from support.files import markdown
 
 # Shared memory of a block in bytes.  sm_80's configurations also serve sm_86, sm_89 and sm_120,
 # which have less of it than an A100 (166,912).
@@ -28,75 +28,18 @@ MATRIX = re.compile(r"HMMA|HGMMA|UTCHMMA|v_mfma")
 ASYNC = re.compile(r"LDGSTS|UTMALDG")
 
 
-# ---- The column to beat: plain causal attention ------------------------------------------------
-
-
-@jit
-def _plain_loop(
-    acc, total, top, q, k_at, v_at, kt, vt, i, low, high, scale,
-    MASKED: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    for j in range(low, high, BN):
-        s = tl.dot(q, tl.load(k_at))
-        if MASKED:
-            s = tl.where(i[:, None] >= j + tl.arange(0, BN)[None, :], s, -1e30)
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - new[:, None])
-        fade = tl.exp2(top - new)
-        total = total * fade + tl.sum(p, 1)
-        v = tl.load(v_at)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
-        top = new
-        k_at += BN * kt
-        v_at += BN * vt
-    return acc, total, top
-
-
-@jit
-def _plain(
-    Q, K, V, Out, Lse, qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, scale,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0) * BM
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    i, j, d = start + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-    q = tl.load(Q + b * qb + h * qh + i[:, None] * qt + d[None, :])
-    k_at = K + b * kb + h * kh + j[None, :] * kt + d[:, None]
-    v_at = V + b * vb + h * vh + j[:, None] * vt + d[None, :]
-    acc = tl.zeros([BM, D], tl.float32)
-    total, top = tl.zeros([BM], tl.float32), tl.full([BM], -1e30, tl.float32)
-    acc, total, top = _plain_loop(
-        acc, total, top, q, k_at, v_at, kt, vt, i, 0, start, scale, False, BN
-    )
-    k_at += start * kt
-    v_at += start * vt
-    acc, total, top = _plain_loop(
-        acc, total, top, q, k_at, v_at, kt, vt, i, start, start + BM, scale, True, BN
-    )
-    o_at = Out + b * ob + h * oh + i[:, None] * ot + d[None, :]
-    tl.store(o_at, (acc / total[:, None]).to(Out.dtype.element_ty))
-    tl.store(Lse + (b * H + h) * T + i, top + tl.log2(total))
-
-
 # ---- Every shipped configuration ---------------------------------------------------------------
 
 
 def shipped(arch):
-    """(name, function, constants, warps, stages, FLOP per byte loaded by the inner loop)."""
-    listed = attention.CONFIGS[arch].items()
-    for kernel, D, (BM, BN, warps, stages) in (
-        (k, D, c) for k, by in listed for D, c in by.items()
-    ):
-        function = getattr(attention, "_" + kernel)
-        flop_per_byte = {"backward_query": 1.5 * BM, "backward_key": 2 * BN}.get(kernel, BM)
-        tile = dict(D=D, BM=BM, BN=BN)
-        yield f"{kernel} {D}", function, tile, warps, stages, flop_per_byte
-        if kernel == "forward":
-            yield f"plain {D}", _plain, tile, warps, stages, BM
+    """(name, function, constants, warps, stages)."""
+    for kernel, sizes in attention.CONFIGS[arch].items():
+        for D, (BM, BN, warps, stages) in sizes.items():
+            tile = dict(D=D, BM=BM, BN=BN)
+            yield f"{kernel} {D}", getattr(attention, "_" + kernel), tile, warps, stages
     for kernel, (BT, BV, BK, warps, stages) in logprob.CONFIGS[arch].items():
-        function = getattr(logprob, "_logprob_" + kernel)
         tile = dict(BT=BT, BV=BV, BK=BK, EVEN=True)
-        yield f"logprob {kernel}", function, tile, warps, stages, BT * BV / (BT + BV)
+        yield f"logprob {kernel}", getattr(logprob, "_logprob_" + kernel), tile, warps, stages
 
 
 def expected_matrix(name, arch, tile, warps):
@@ -219,7 +162,7 @@ def read_hip(compiled):
 
 
 def report(arch, words=()):
-    for name, function, tile, warps, stages, flop_per_byte in shipped(arch):
+    for name, function, tile, warps, stages in shipped(arch):
         if words and not any(word in name for word in words):
             continue
         compiled = compile_kernel(arch, function, tile, warps, stages)
@@ -235,11 +178,10 @@ def report(arch, words=()):
         yield dict(
             arch=arch, kernel=name, tile=shape, warps=warps, stages=stages, shared=shared, **read,
             expected=expected_matrix(name, arch, tile, warps), occupancy=round(occupancy, 3),
-            flop_per_byte=flop_per_byte,
         )  # fmt: skip
 
 
-def main(arguments):
+def main(arguments: list[str]):
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes the default
     archs = [a for a in arguments if a in SHARED] or list(SHARED)
     words = [a for a in arguments if a not in SHARED and a != "--json"]
@@ -249,12 +191,13 @@ def main(arguments):
             print(json.dumps(row), flush=True)
         return
     columns = "arch kernel tile warps stages registers stack spills shared matrix copies loops"
-    columns = [*columns.split(), "occupancy", "flop_per_byte"]
-    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    columns = [*columns.split(), "occupancy"]
+    table = [columns]
     for row in rows:
         row["loops"] = ", ".join(f"{m} + {other}" for m, other in row["loops"])
-        print("| " + " | ".join(str(row[c]) for c in columns) + " |", flush=True)
+        table.append([row[c] for c in columns])
+    print(markdown(table))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command.run(main)
