@@ -16,6 +16,7 @@ A each below 25     the value of every seed; `above 90` and `from 40 to 60` like
 A B C rising        the means fall at most once, and the last is above the first
 """
 
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -69,20 +70,24 @@ class Study(dict):
         return [record[column] for _, record in sorted(self[row].items())]
 
 
-def above(a: list[float], b: list[float]) -> bool:
+def gap(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """(mean, least, spread) of a less b over seeds."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     spread = stdev(differences) if len(differences) > 1 else 0.0
-    return min(differences) > 0 and mean(differences) > spread
+    return mean(differences), min(differences), spread
+
+
+def above(a: list[float], b: list[float]) -> bool:
+    middle, least, spread = gap(a, b)
+    return least > 0 and middle > spread
 
 
 def compared(a: list[float], b: list[float], digits: int) -> str:
     """Means, their difference and its spread; the least seed's where only that forbids "above"."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    spread = stdev(differences) if len(differences) > 1 else 0.0
-    text = f"{mean(a):.{digits}f} against {mean(b):.{digits}f} ({mean(differences):+.{digits}f}"
-    if min(differences) <= 0 and mean(differences) > spread:
-        text += f", least {min(differences):+.{digits}f}"
-    return f"{text}, spread {spread:.{digits}f})"
+    middle, least, spread = gap(a, b)
+    forbids = f", least {least:+.{digits}f}" if least <= 0 and middle > spread else ""
+    figures = f"{middle:+.{digits}f}{forbids}, spread {spread:.{digits}f}"
+    return f"{mean(a):.{digits}f} against {mean(b):.{digits}f} ({figures})"
 
 
 def check(study: Study, table: str, condition: str) -> tuple[bool, str]:
@@ -95,52 +100,43 @@ def check(study: Study, table: str, condition: str) -> tuple[bool, str]:
         return study.values_of(row if ":" in row else f"{table}:{row}", its or column)
 
     a, digits = of(first), 2 if column == "nll" else 1
+    middle, each = mean(a), f"{mean(a):.1f} ({', '.join(f'{value:.1f}' for value in a)}"
     match rest:
         case ["above", *other]:
             return above(a, of(*other)), compared(a, of(*other), digits)
         case ["not", "below", *other]:
             return not above(of(*other), a), compared(a, of(*other), digits)
         case ["at", "most", share, "of", other]:
-            b = mean(of(other))
-            return mean(a) <= float(
-                share
-            ) * b, f"{mean(a):+.1f} (asked: at most {share} of {b:+.1f})"
+            limit, asked = (
+                float(share) * mean(of(other)),
+                f"at most {share} of {mean(of(other)):+.1f}",
+            )
+            return middle <= limit, f"{middle:+.1f} (asked: {asked})"
         case ["over", share, "of", other]:
-            whole = mean(of(other))
-            kept = 100 * mean(a) / whole if whole else float("nan")
-            limit = 100 * float(share)
-            return kept > limit, f"{kept:.0f} % (asked: over {limit:.0f} %)"
+            whole, asked = mean(of(other)), 100 * float(share)
+            kept = 100 * middle / whole if whole else float("nan")
+            return kept > asked, f"{kept:.0f} % (asked: over {asked:.0f} %)"
         case ["within", share, "of", other]:
-            b = mean(of(other))
-            holds = abs(mean(a)) < float(share) * b
-            return holds, f"{mean(a):+.1f} (asked: within {share} of {b:+.1f}, either way)"
-        case ["each", *limits]:
-            each = ", ".join(f"{value:.1f}" for value in a)
-            asked = f"asked: {' '.join(limits)} in each seed"
-            return all(within(v, limits) for v in a), f"{mean(a):.1f} ({each}; {asked})"
+            limit, asked = (
+                float(share) * mean(of(other)),
+                f"within {share} of {mean(of(other)):+.1f}",
+            )
+            return abs(middle) < limit, f"{middle:+.1f} (asked: {asked}, either way)"
+        case ["each", "below", limit]:
+            return max(a) < float(limit), f"{each}; asked: below {limit} in each seed)"
+        case ["each", "above", limit]:
+            return min(a) > float(limit), f"{each}; asked: above {limit} in each seed)"
+        case ["each", "from", low, "to", high]:
+            holds = float(low) <= min(a) and max(a) <= float(high)
+            return holds, f"{each}; asked: from {low} to {high} in each seed)"
         case [*others, "rising"]:
-            return rising([a, *map(of, others)])
+            rows = [a, *map(of, others)]
+            means = [mean(values) for values in rows]
+            falls, ends = sum(y < x for x, y in pairwise(means)), above(rows[-1], rows[0])
+            text = f"{', '.join(f'{m:.1f}' for m in means)} (falls: {falls}, asked: at most 1"
+            text += "" if ends else "; the last is not above the first"
+            return ends and falls <= 1, f"{text})"
     raise ValueError(f"findings.txt: {condition!r} is no condition")
-
-
-def within(value: float, limits: list[str]) -> bool:
-    """limits: ["below", "25"], ["above", "90"] or ["from", "40", "to", "60"]."""
-    match limits:
-        case ["below", limit]:
-            return value < float(limit)
-        case ["above", limit]:
-            return value > float(limit)
-        case ["from", low, "to", high]:
-            return float(low) <= value <= float(high)
-    raise ValueError(f"findings.txt: {' '.join(limits)!r} is no limit")
-
-
-def rising(rows: list[list[float]]) -> tuple[bool, str]:
-    means = [mean(values) for values in rows]
-    falls = sum(b < a for a, b in zip(means, means[1:], strict=False))
-    ends = above(rows[-1], rows[0])
-    text = f"{', '.join(f'{m:.1f}' for m in means)} (falls: {falls}, asked: at most 1"
-    return ends and falls <= 1, text + ("" if ends else "; the last is not above the first") + ")"
 
 
 def verdict(finding: Finding, study: Study) -> tuple[str, str]:

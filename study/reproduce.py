@@ -6,9 +6,10 @@
 
 In: configs/TABLE.py:ROW followed by configs/miniature.py (table 2: miniature_scratch.py), one scale
 for all rows. Out: OUT/runs/SETTINGS/seedS (run folders of train.py with evaluation.json),
-OUT/TABLE.json and .md. A run folder is named by its settings, so a row that several tables share
-is trained once. Finished runs are kept and interrupted ones go on. Every policy is compared with
-its seed's base by a judge without error, whoever judged the training.
+OUT/TABLE.md. A run folder is named by its settings, so a row that several tables share is trained
+once. Finished runs are kept and interrupted ones go on. Every policy is compared with its seed's
+base by a judge without error, whoever judged the training. A row takes 1 to 10 minutes of one core
+for each seed; a seed's base, once for all rows, 5 to 12.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import time
 from difflib import get_close_matches
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 
@@ -56,14 +58,10 @@ class Row:
         return f"{self.table}:{self.name}"
 
     @property
-    def from_scratch(self) -> bool:
-        return self.table == "table2"
-
-    @property
     def settings(self) -> list[str]:
         """Arguments of train.py, the same for every seed."""
-        files = f"{self.table}.py:{self.name}", f"miniature{'_scratch' * self.from_scratch}.py"
-        return [str(ROOT / "configs" / file) for file in files]
+        scale = "miniature_scratch.py" if self.table == "table2" else "miniature.py"
+        return [str(ROOT / "configs" / file) for file in (f"{self.table}.py:{self.name}", scale)]
 
 
 @cache
@@ -84,16 +82,12 @@ def folder(out: Path, row: Row, seed: int) -> Path:
     return out / "runs" / "_".join([*what, key]) / f"seed{seed}"
 
 
-def base(out: Path, seed: int) -> Path:
-    return out / "bases" / f"seed{seed}"
-
-
 # ---- Running ------------------------------------------------------------------------------------
 
 
 def next_step(out: Path, row: Row, seed: int) -> tuple[Path, list[str]] | None:
     """(folder, command): the base, the training or the evaluation; None: the run is finished."""
-    run, start = folder(out, row, seed), base(out, seed)
+    run, start = folder(out, row, seed), out / "bases" / f"seed{seed}"
     if (run / "evaluation.json").exists():
         return None
     if not (start / "summary.json").exists():  # the base is what matters, the method one step
@@ -102,69 +96,53 @@ def next_step(out: Path, row: Row, seed: int) -> tuple[Path, list[str]] | None:
         return start, python("train", config, *flags)
     if not (run / "summary.json").exists():
         flags = [f"--out_dir={run}", f"--seed={seed}", "--eval_prefixes=0"]
-        if not row.from_scratch:
+        if row.table != "table2":
             flags.append(f"--init_from={start / 'base' / 'ckpt'}")
         return run, python("train", *row.settings, *flags)
     compared = ("--baseline", start / "base" / "ckpt", "--out", run / "evaluation.json")
     return run, python("evaluation.evaluate", run / "ckpt", *compared)
 
 
-def start_process(where: Path, arguments: list[str]) -> subprocess.Popen:
-    """One thread, deaf to our Ctrl-C; its output goes to a file beside the folder."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with where.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-
-
 def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
-    """Bring all runs to their end, in this order, `at_once` at a time. -> what failed."""
-    unique: dict[Path, tuple[Row, int]] = {}
-    for job in jobs:
-        unique.setdefault(folder(out, *job), job)
-    waiting = list(unique.values())
-    running: dict[Path, tuple[subprocess.Popen, float]] = {}  # by folder; since when
-    failed = []
+    """Bring all runs to their end, in this order, `at_once` at a time, with a thread each and the
+    output in a file beside the folder. -> what failed; nothing is built on it."""
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    running: dict[Path, subprocess.Popen] = {}  # by folder
+    failed: list[Path] = []
     try:
-        while waiting or running:
-            for where, (process, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[where]
-                what = where.relative_to(out)
-                print(f"{what}: {time.time() - began:.0f} s, {len(waiting)} to go", flush=True)
-                if process.returncode:  # nor what builds on it
-                    failed.append(f"{what} failed, see {where.with_suffix('.log')}")
-                    needs = {job: (folder(out, *job), base(out, job[1])) for job in waiting}
-                    waiting = [job for job in waiting if where not in needs[job]]
-            for job in list(waiting):
-                if len(running) == at_once:
-                    break
-                step = next_step(out, *job)
-                if step is None:
-                    waiting.remove(job)
-                elif step[0] not in running:
-                    running[step[0]] = start_process(*step), time.time()
+        while True:
+            for where in [where for where in running if running[where].poll() is not None]:
+                code = running.pop(where).returncode
+                failed += [where] if code else []
+                print(f"{where.relative_to(out)}: {'failed' if code else 'done'}", flush=True)
+            # What is there says what comes next; runs that share a folder or a base share a step.
+            steps = dict(step for job in jobs if (step := next_step(out, *job)))
+            steps = {where: command for where, command in steps.items() if where not in failed}
+            if not steps and not running:
+                return [f"{x.relative_to(out)} failed, see {x.with_suffix('.log')}" for x in failed]
+            for where in [where for where in steps if where not in running]:
+                if len(running) < at_once:
+                    where.parent.mkdir(parents=True, exist_ok=True)
+                    with where.with_suffix(".log").open("ab") as log:  # deaf to our Ctrl-C
+                        how = dict(cwd=ROOT, env=one_thread, stdout=log, stderr=log)
+                        running[where] = subprocess.Popen(
+                            steps[where], start_new_session=True, **how
+                        )
             time.sleep(0.2)
     finally:  # interrupted: the runs save themselves
-        for process, _ in running.values():
+        for process in running.values():
             process.terminate()
-        for process, _ in running.values():
+        for process in running.values():
             process.wait()
-    return failed
 
 
 # ---- What came out ------------------------------------------------------------------------------
 
 
 def record(run: Path) -> dict:
-    """The figures of a finished run, in % (win rates against the seed's base) and nats.
-
-    Also those of the base as base.NAME, and of the training: the rollouts' share of the chosen in
-    each step (`curve`, 0 to 1), in the first and last quarter (%), questions a prefix.
-    """
+    """The figures of a finished run, in % (win rates against the seed's base) and nats; the base's
+    as base.NAME; the rollouts' share of the chosen in each step (`curve`, 0 to 1), and in the first
+    and last quarter of the training (%)."""
     policies = read_json(run / "evaluation.json")["policies"]
     out: dict = {}
     for policy, prefix in (("base", "base."), ("checkpoint", "")):
@@ -174,73 +152,49 @@ def record(run: Path) -> dict:
             each = {kind: scale * cell[name] for kind, cell in kinds.items()}
             out |= {f"{prefix}{name}_{kind}": value for kind, value in each.items()}
             out[prefix + name] = mean(each.values())
-    log = list(read_jsonl(run / "log.jsonl"))
-    batch = read_json(run / "config.json")["batch_size"]
-    out["curve"] = [line.get("chosen.rollout", 0.0) for line in log]
-    quarter = max(1, len(log) // 4)
+    out["curve"] = [line.get("chosen.rollout", 0.0) for line in read_jsonl(run / "log.jsonl")]
+    quarter = max(1, len(out["curve"]) // 4)
     out["chosen.first"] = 100 * mean(out["curve"][:quarter])
     out["chosen.last"] = 100 * mean(out["curve"][-quarter:])
-    out["questions"] = mean(line.get("judge.calls", 0) for line in log) / batch
     return out
 
 
-def records(out: Path, row: Row, seeds: list[int]) -> dict[int, dict]:
-    """{seed: record} of a row's finished runs."""
-    runs = {seed: folder(out, row, seed) for seed in seeds}
-    return {s: record(run) for s, run in runs.items() if (run / "evaluation.json").exists()}
-
-
-def table(out: Path, name: str, seeds: list[int]) -> list[dict]:
-    """[{label, row, paper: {column: figure}, ours: {column: {seed: figure}}}]"""
-    found = {row: records(out, row, seeds) for row in rows_of(name)}
+def table(out: Path, name: str, seeds: list[int]) -> dict[Row, dict[int, dict]]:
+    """{row: {seed: record}} of the finished runs; the base is the first row if the paper has it."""
+    found: dict[Row, dict[int, dict]] = {}
+    for row in rows_of(name):
+        runs = {seed: folder(out, row, seed) for seed in seeds}
+        done = {seed: run for seed, run in runs.items() if (run / "evaluation.json").exists()}
+        found[row] = {seed: record(run) for seed, run in done.items()}
     if name in BASE:  # its figures stand in the runs that were compared with it
-        compared = {seed: r for runs in found.values() for seed, r in runs.items()}
-        found = {Row(name, "", "base", BASE[name]): compared, **found}
-    lines = []
-    for row, runs in found.items():
-        prefix = "" if row.name else "base."
-        ours = {c: {seed: r[prefix + c] for seed, r in sorted(runs.items())} for c in COLUMNS}
-        paper = dict(zip(COLUMNS, row.paper, strict=False))
-        lines.append({"label": row.label, "row": row.name, "paper": paper, "ours": ours})
-    return lines
+        compared = {seed: r for runs in found.values() for seed, r in sorted(runs.items())}
+        ours = {seed: {c: r[f"base.{c}"] for c in COLUMNS} for seed, r in compared.items()}
+        found = {Row(name, "", "base", BASE[name]): ours} | found
+    return found
 
 
-def as_markdown(lines: list[dict]) -> str:
+def as_markdown(found: dict[Row, dict[int, dict]]) -> str:
     """Mean (each seed), and the paper's figure in brackets."""
-    rows = [["", *COLUMNS.values()]]
-    for line in lines:
-        cells = [line["label"]]
-        for column in COLUMNS:
-            digits, paper = 2 if column == "nll" else 1, line["paper"].get(column)
-            values = line["ours"][column].values()
+    lines = [["", *COLUMNS.values()]]
+    for row, runs in found.items():
+        cells = [row.label]
+        for column, paper in zip_longest(COLUMNS, row.paper):
+            digits, values = 2 if column == "nll" else 1, [r[column] for r in runs.values()]
             each = ", ".join(f"{value:.{digits}f}" for value in values)
             cell = f"**{mean(values):.{digits}f}** ({each})" if values else "-"
             cells.append(cell + (f" [{paper}]" if paper is not None else ""))
-        rows.append(cells)
-    return markdown(rows)
+        lines.append(cells)
+    return markdown(lines)
 
 
-def write_table(out: Path, name: str, seeds: list[int]) -> str:
-    lines = table(out, name, seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
-    text = f"{name}: ours, mean (each seed) [the paper's]\n\n{as_markdown(lines)}\n"
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
-    return text
-
-
-HOW_TO_RUN = """run what is missing: python -m study.reproduce table6 [rollouts ...], or all
-a row takes 1 to 10 minutes of one core for each seed; a seed's base, once for all rows, 5 to 12"""
-
-
-def listing(out: Path, seeds: list[int]) -> str:
-    lines = []
+def show(out: Path, seeds: list[int]):
+    """What is finished of every row."""
     for name in TABLES:
-        lines.append(name)
+        print(name)
         for row in rows_of(name):
             finished = sum((folder(out, row, s) / "evaluation.json").exists() for s in seeds)
-            lines.append(f"  {finished}/{len(seeds)}  {row.label:<42} {row.key}")
-    return "\n".join([*lines, "", HOW_TO_RUN])
+            print(f"  {finished}/{len(seeds)}  {row.label:<42} {row.key}")
+    print("\nrun what is missing: python -m study.reproduce table6 [rollouts ...], or all")
 
 
 def flags(doc: str) -> argparse.ArgumentParser:
@@ -267,12 +221,14 @@ def main(arguments: list[str]):
         raise UserError(f"no table {name}: the nearest is {near}, all of them are 'all'")
     wanted = list(TABLES) if "all" in args.tables else args.tables
     if args.list or not wanted:
-        print(listing(out, args.seeds))
-        return
+        return show(out, args.seeds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = work(out, [(r, s) for t in wanted for r in rows_of(t) for s in args.seeds], args.jobs)
     for name in wanted:
-        print("\n" + write_table(out, name, args.seeds))
+        text = f"{name}: ours, mean (each seed) [the paper's]\n\n"
+        text += as_markdown(table(out, name, args.seeds)) + "\n"
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        print("\n" + text)
     if failed:
         raise UserError("; ".join(failed))
 
