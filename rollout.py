@@ -16,6 +16,7 @@ the answers of 48 tokens had another token somewhere. Greedy decoding differs on
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -186,17 +187,29 @@ def sample_rollouts(
     logprobs = torch.zeros(B, K, N, device=device)
     running = torch.ones(B, K, dtype=torch.bool, device=device)
     lengths = prefix.new_zeros(B, K)
+    for t, (token, logp) in enumerate(decode(model, prefix, pad, u, temperature, top_p)):
+        token = tokens[:, :, t] = torch.where(running, token, ends[0])  # [B, K]
+        logprobs[:, :, t] = logp.masked_fill(~running, 0.0)
+        lengths += running  # the token that ends a rollout counts
+        running &= ~torch.isin(token, ends)
+        if not running.any():
+            break
+    return Rollouts(tokens, lengths, logprobs)
+
+
+@torch.no_grad()
+def decode(model: Llama, prefix, pad, u, temperature: float, top_p: float) -> Iterator[tuple]:
+    """The sampler token by token: (token int64 [B, K], its log p float32 [B, K]), N times at most.
+
+    u [B, K, N]: the uniform number behind each token. Whoever has read enough just stops.
+    """
+    K, N = u.shape[1:]
     with packed_weights(model):
         cached = PrefixCache(model, prefix, pad, K, N)
         logits = cached.first.repeat_interleave(K, dim=0)  # [B * K, V]
         for t in range(N):
             token, logp = sample(logits, u[:, :, t].reshape(-1), temperature, top_p)  # [B * K]
-            token = torch.where(running, token.view(B, K), ends[0])
-            tokens[:, :, t] = token
-            logprobs[:, :, t] = logp.view(B, K).masked_fill(~running, 0.0)
-            lengths += running  # the token that ends a rollout counts
-            running &= ~torch.isin(token, ends)
-            if t == N - 1 or not running.any():
-                break
-            logits = cached.step(token).flatten(0, 1)  # [B * K, V]
-    return Rollouts(tokens, lengths, logprobs)
+            token = token.view(-1, K)
+            yield token, logp.view(-1, K)
+            if t < N - 1:
+                logits = cached.step(token).flatten(0, 1)  # [B * K, V]

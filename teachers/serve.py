@@ -35,12 +35,11 @@ import time
 import torch
 from aiohttp import web
 
-from kernels.packed import packed_weights
 from rollout import uniforms
 from support import command
 from support.command import UserError
 from support.hub import local_folder
-from teachers.engine import Row, load_engine
+from teachers.engine import Work, load_engine
 from teachers.template import Template
 
 MAX_BODY = 4 << 20  # bytes of a request
@@ -163,7 +162,7 @@ def messages_of(found: list) -> list[dict]:
 
 
 class Request:
-    """A checked request, and its answers as Rows."""
+    """A checked request, and its answers as Work for the engine."""
 
     def __init__(self, body: dict, server: "Server"):
         body = checked(body, FIELDS)
@@ -178,38 +177,42 @@ class Request:
             self.prompt = server.template.encode(messages)
         except UserError as error:
             raise Refusal(400, str(error), param="messages") from None
-        n, tokens = int(body.get("n", 1)), most_tokens(body, len(self.prompt), server.engine)
+        n = int(body.get("n", 1))
+        tokens = most_tokens(body, len(self.prompt), server.engine, n)
         if n * tokens > MAX_TOKENS:
             raise Refusal(400, f"{n} answers of {tokens} tokens are above {MAX_TOKENS} in all")
         seed, stop = int(body.get("seed", secrets.randbits(63))), body.get("stop", [])
-        u = uniforms(seed, torch.tensor([0]), n, tokens)[0].numpy()  # [n, tokens]
+        u = uniforms(seed, torch.tensor([0]), n, tokens)[0]  # [n, tokens]
         temperature = float(body.get("temperature", 1))
         how = dict(
             temperature=temperature if temperature >= 1e-4 else 0.0,  # greedy
             top_p=max(float(body.get("top_p", 1)), 1e-6),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
-        self.rows = [Row(tuple(self.prompt), u[k], **how) for k in range(n)]
+        self.work = Work(self.prompt, u, **how)
+        if server.engine.needs([self.work]) > server.engine.room:
+            what = f"{n} answers of {tokens} tokens do not fit into this server's --memory"
+            raise Refusal(400, what, "out_of_memory")
 
     def counts(self) -> dict:
         """Tokens read and written."""
-        read, written = len(self.prompt), sum(row.sampled for row in self.rows)
+        read, written = len(self.prompt), sum(a.sampled for a in self.work.answers)
         return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
-def most_tokens(body: dict, prompt: int, engine) -> int:
+def most_tokens(body: dict, prompt: int, engine, n: int) -> int:
     """Of one answer: as asked for, else whatever there is room for behind the prompt's tokens."""
     asked = {body[name] for name in ("max_tokens", "max_completion_tokens") if name in body}
     if len(asked) > 1:
         raise Refusal(400, "max_tokens and max_completion_tokens differ", param="max_tokens")
-    tokens = int(min(asked, default=max(engine.longest - prompt, 1)))
-    if prompt + tokens > (most := engine.model.config.max_seq):
-        what, code = f"this model's maximum context length of {most}", "context_length_exceeded"
-    elif prompt + tokens > engine.longest:
-        what, code = f"the {engine.longest} that fit into this server's --memory", "out_of_memory"
-    else:
-        return tokens
-    raise Refusal(400, f"a prompt of {prompt} tokens and {tokens} more are above {what}", code)
+    longest = engine.model.config.max_seq
+    room = min(longest - prompt, (engine.room - prompt) // n)
+    tokens = int(min(asked, default=max(room, 1)))
+    if prompt + tokens > longest:
+        what = f"a prompt of {prompt} tokens and {tokens} more are above"
+        what = f"{what} this model's maximum context length of {longest}"
+        raise Refusal(400, what, "context_length_exceeded")
+    return tokens
 
 
 # --- The answer ----------------------------------------------------------------------------------
@@ -222,7 +225,8 @@ class Server:
         self.engine, self.tokenizer = load_engine(folder, size, device, memory)
         self.template = Template(local_folder(folder, weights=False), self.tokenizer)
         self.name, self.began = folder, int(time.time())
-        self.requests, self.wake = {}, asyncio.Event()  # by row; what wakes the engine
+        self.requests: dict = {}  # by their work
+        self.wake = asyncio.Event()
 
     async def work(self):
         """Steps of the engine, in a thread of their own, as long as somebody waits."""
@@ -230,60 +234,66 @@ class Server:
             self.wake.clear()
             while self.engine.busy:
                 try:
-                    rows = await asyncio.to_thread(self.engine.step)
+                    works = await asyncio.to_thread(self.engine.step)
                 except Exception:
                     logging.exception("a step of the model failed")
+                    works = [*self.engine.batch, *self.engine.waiting]
                     self.engine.clear()
-                    rows = list(self.requests)
-                    for row in rows:
-                        row.finish = row.finish or "error"
-                for row in rows:
-                    request = self.requests.get(row)
-                    if request and (row.finish or request.stream):
+                    self.engine.waiting.clear()
+                    for answer in (answer for work in works for answer in work.answers):
+                        answer.finish = answer.finish or "error"
+                for work in works:
+                    request = self.requests.get(work)
+                    if request and (request.stream or work.done()):
                         request.news.set()
 
     @contextlib.contextmanager
     def working_on(self, request: Request):
-        """Its rows are in the engine until the answer is there or nobody wants it any more."""
-        rows = [*self.requests, *request.rows]
-        if len(rows) > MAX_ANSWERS or sum(len(row.uniform) for row in rows) > MAX_TOKENS:
+        """It is in the engine until the answer is there or nobody wants it any more."""
+        works = [*self.requests, request.work]
+        answers, tokens = (sum(f(w.uniform) for w in works) for f in (len, torch.numel))
+        if answers > MAX_ANSWERS or tokens > MAX_TOKENS:
             raise Refusal(429, "too many answers are being waited for, try again", "overloaded")
-        self.requests |= dict.fromkeys(request.rows, request)
-        self.engine.add(request.rows)
+        self.requests[request.work] = request
+        self.engine.waiting.append(request.work)
         self.wake.set()
         try:
             yield
         finally:
-            for row in request.rows:
-                row.gone = True
-                del self.requests[row]
+            request.work.gone = True
+            del self.requests[request.work]
 
     async def progress(self, request: Request):
-        """Until some row has gone on."""
+        """Until some answer has gone on."""
         await request.news.wait()
         request.news.clear()
-        if any(row.finish == "error" for row in request.rows):
+        if any(answer.finish == "error" for answer in request.work.answers):
             raise Refusal(500, "the model failed; the server's log says why", "internal_error")
 
     async def complete(self, request: Request) -> dict:
         with self.working_on(request):
-            while not all(row.finish for row in request.rows):
+            while not request.work.done():
                 await self.progress(request)
         choices = []
-        for i, row in enumerate(request.rows):
-            message = {"role": "assistant", "content": row.text, "refusal": None}
-            choices.append(dict(index=i, message=message, logprobs=None, finish_reason=row.finish))
+        for i, answer in enumerate(request.work.answers):
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            choices.append(
+                dict(index=i, message=message, logprobs=None, finish_reason=answer.finish)
+            )
         return self.envelope(request, choices) | {"usage": request.counts()}
 
     async def stream(self, request: Request, send):
         """Chunks for `send`: whatever text of a row is certain, and the rest with its end."""
-        told = dict.fromkeys(range(len(request.rows)), 0)  # characters of each unfinished row
+        told = dict.fromkeys(
+            range(len(request.work.answers)), 0
+        )  # characters of each unfinished row
         no_usage = {"usage": None} if request.usage else {}
         with self.working_on(request):
             while told:
                 await self.progress(request)
                 for i, before in list(told.items()):
-                    finish, text = request.rows[i].finish, request.rows[i].text  # in this order
+                    answer = request.work.answers[i]
+                    finish, text = answer.finish, answer.text  # in this order
                     if len(text) == before and not finish:
                         continue
                     delta = {"content": text[before:]} | ({} if before else {"role": "assistant"})
@@ -406,10 +416,9 @@ async def serve(folder: str, host: str, port: int, batch: int, memory, device: s
     await web.TCPSite(runner, host, port, backlog=2048).start()
     host, port = runner.addresses[0][:2]
     print(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1", flush=True)
-    with packed_weights(server.engine.model):
-        working = asyncio.create_task(server.work())
-        while parent is None or os.getppid() == parent:
-            await asyncio.sleep(0.5)
+    working = asyncio.create_task(server.work())
+    while parent is None or os.getppid() == parent:
+        await asyncio.sleep(0.5)
     working.cancel()
     await runner.cleanup()
 

@@ -21,7 +21,7 @@ from rollout import sample_rollouts, uniforms
 from support.command import UserError
 from support.tokenizer import WORLD_PATTERN, RankTokenizer, load_tokenizer
 from teachers import serve
-from teachers.engine import Engine, Part, Row
+from teachers.engine import Engine, Work
 from teachers.template import Template, plain
 from tools import sample
 
@@ -117,121 +117,54 @@ ASK = says("w1 w2 and w3", model="any", seed=5)
 # --- The engine ----------------------------------------------------------------------------------
 
 
-def rows_of(count, size, **how):
-    """Rows whose prompts share heads of several lengths, and some of which are equal."""
-    rng = torch.Generator().manual_seed(0)
-    heads = torch.randint(256, (3, 70), generator=rng).tolist()
-    rows = []
-    for i in range(count):
-        whole = heads[i % 3][: 16 + 5 * i % 55] + heads[i % 2][: i % 9 + 1]
-        u = uniforms(i, torch.tensor([0]), 1, size)[0, 0].numpy()
-        rows.append(Row(tuple(whole), u[: 1 + (7 * i) % size], **how))
-    return rows
-
-
-@pytest.mark.parametrize(
-    "memory, how",
-    [
-        (None, {}),
-        (None, {"temperature": 0.0}),
-        (200_000, {"temperature": 0.9, "top_p": 0.9}),  # lanes grow, and give back what is idle
-        (60_000, {}),  # two or three rows at a time
-    ],
-)
-def test_answers_equal_the_samplers_whatever_the_batch(folder, memory, how):
-    model, eos = load_model(folder), load_tokenizer(folder).eos
-    rows = rows_of(16, 60, **how)
-    engine = Engine(model, {eos}, lambda ids: "", size=7, memory=memory)
-    engine.chunk = 7  # prompts are read in pieces
-    for i, row in enumerate(rows):  # they join at different moments, and some leave early
-        engine.add([row])
-        if i % 3 == 0:
-            engine.step()
+def run(engine, works) -> list[int]:
+    """How many requests each batch had."""
+    sizes, before = [], []
+    engine.waiting.extend(works)
     while engine.busy:
-        engine.step()
-        assert engine.spare() >= 0 and len(engine.rows) <= 7
-    for i, row in enumerate(rows):
-        prompt, pad = torch.tensor([row.prompt]), torch.zeros(1, dtype=torch.int64)
-        n, index = len(row.uniform), torch.tensor([0])
-        alone = sample_rollouts(model, prompt, pad, 1, n, eos=eos, seed=i, index=index, **how)
-        tokens = alone.tokens[0, 0, : alone.lengths[0, 0]].tolist()
-        ids = row.tokens[len(row.prompt) :]
-        assert tokens == ids + [eos] * (row.sampled - len(ids))
-    assert {row.finish for row in rows} == {"stop", "length"}
+        batch = engine.step()
+        if batch is not before:
+            sizes.append(len(batch))
+        before = batch
+    return sizes
 
 
-@pytest.fixture
-def parts(monkeypatch):
-    """(rows, tokens of each) of every part of every step."""
-    shapes, init = [], Part.__init__
-
-    def counted(part, rows, N, group):
-        shapes.append((len(rows), N))
-        init(part, rows, N, group)
-
-    monkeypatch.setattr(Part, "__init__", counted)
-    return shapes
-
-
-def test_prompts_that_begin_alike_are_computed_once(folder, parts):
-    engine = Engine(load_model(folder), set(), lambda ids: "", size=64)
-    head = tuple(range(128))
-    engine.add([Row((*head, *[i % 4] * 5), [0.5]) for i in range(32)])
-    while engine.busy:
-        engine.step()
-    # once the whole of one, the rest of three others, and each one's last token
-    assert sum(R * N for R, N in parts) == 133 + 3 * 5 + 28
-    engine.add([Row((*head, 2, 2), [0.5])])  # known from before
-    engine.step()
-    assert parts[-1] == (1, 1)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9}])
+def test_answers_equal_the_samplers_whatever_the_batch(folder, how):
+    model, ends = load_model(folder), (load_tokenizer(folder).eos, *range(100, 140))
+    rng, works = torch.Generator().manual_seed(0), []
+    for i in range(12):
+        prompt = torch.randint(256, (3 + 7 * i % 40,), generator=rng).tolist()
+        n, tokens = 1 + i % 2, 1 + 17 * i % 40
+        u = uniforms(i, torch.tensor([0]), n, tokens)[0]
+        works.append(Work(prompt, u, **how))
+    assert run(Engine(model, ends, str, 7, 1 << 30), works) == [6, 3, 3]  # n = 1, then n = 2
+    for i, work in enumerate(works):
+        prompt, pad, index = torch.tensor([work.prompt]), torch.zeros(1).int(), torch.tensor([0])
+        n, tokens = work.uniform.shape
+        alone = sample_rollouts(model, prompt, pad, n, tokens, eos=ends, seed=i, index=index, **how)
+        for k, answer in enumerate(work.answers):
+            assert answer.sampled == alone.lengths[0, k]
+            assert answer.ids == alone.tokens[0, k, : len(answer.ids)].tolist()
+    assert {answer.finish for work in works for answer in work.answers} == {"stop", "length"}
 
 
-def test_a_long_prompt_and_many_answers_hold_nobody_up(folder, parts):
-    """Counted in steps, each of which reads a bounded number of tokens."""
+def test_a_batch_is_bounded_by_size_and_memory_and_takes_only_its_kind(folder):
     model = load_model(folder)
-    engine = Engine(model, set(), lambda ids: "", size=8)
-    engine.chunk = 32
-    many = [Row((1, 2, 3), [0.5] * 100) for _ in range(128)]
-    engine.add(many)
-    engine.step()
-    assert len(engine.rows) == 8
-    one = Row((4, 5), [0.5])
-    engine.add([one])
-    engine.step()
-    assert one.finish and len(engine.rows) == 7
-    engine.add([long := Row(tuple(range(256)) * 3, [0.5])])
-    engine.add([short := Row((6,) * 20, [0.5])])
-    before = [row.sampled for row in many]
-    steps = 0
-    while not long.finish:
-        engine.step()
-        steps += 1
-        if steps == 2:
-            assert short.finish
-    assert steps <= 768 // 16
-    assert sum(row.sampled == b + steps for row, b in zip(many, before, strict=True)) >= 6
-    assert max(N for _, N in parts) <= 32
-    # the row that made room is taken up again where it was, and says the same as if it had not
-    while engine.busy:
-        engine.step()
-    assert len({tuple(row.tokens) for row in many}) == 1
+    number = 2 * 2 * 2 * 8 * 4  # bytes of a token: keys and values, layers, heads, numbers
+    half = torch.full((1, 10), 0.5)
 
+    def works(*lengths, **how):
+        return [Work([1] * length, half, **how) for length in lengths]
 
-def test_caches_are_admitted_by_memory(folder):
-    model = load_model(folder)
-    column = Engine(model, set(), None).column
-    assert column == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, numbers, bytes
-    engine = Engine(model, set(), lambda ids: "", size=16, memory=column * 1600)
-    assert engine.longest == 1024 and Engine(model, set(), None, memory=column * 99).longest == 99
-    engine.add([Row((1,) * 900, [0.5] * 100)])  # the width of the 15 others is theirs alone
-    for i in range(15):
-        engine.add([Row((i,) * 20, [0.5] * 20)])
-    most = 0
-    while engine.busy:
-        engine.step()
-        assert engine.spare() >= 0
-        most = max(most, len(engine.rows))
-    assert most == 1 + (1600 - 1024) // 64
+    engine = Engine(model, (), str, 4, 100 * number)
+    assert run(engine, works(10, 10, 10, 10, 10, 10)) == [4, 2]  # four of 20 tokens fit
+    assert run(engine, works(10, 40, 10, 40)) == [2, 2]  # beside a long one, one is all
+    mixed = [*works(5), *works(5, temperature=0.5), *works(5)]
+    assert run(engine, mixed) == [2, 1]
+    gone = works(5, 5)
+    gone[0].gone = True
+    assert run(engine, gone) == [1] and not gone[0].answers[0].ids
 
 
 # --- What it says --------------------------------------------------------------------------------
@@ -528,7 +461,7 @@ def test_what_can_never_fit_is_refused(folder):
         long = refused(400, post(url, ASK | {"max_tokens": 500}))
         assert long["code"] == "out_of_memory" and "--memory" in long["message"]
         assert post(url, ASK | {"max_tokens": 20, "n": 9}).status_code == 200
-        assert post(url, ASK).json()["usage"]["total_tokens"] <= server.engine.longest < 500
+        assert post(url, ASK).json()["usage"]["total_tokens"] <= server.engine.room < 500
 
 
 def test_key_and_failures(folder, monkeypatch, caplog):
@@ -536,7 +469,7 @@ def test_key_and_failures(folder, monkeypatch, caplog):
         assert post(url, ASK).status_code == 401
         assert post(url, ASK, headers={"Authorization": "Bearer é".encode()}).status_code == 401
         right = {"Authorization": "Bearer sesame", "Host": "named.example"}
-        monkeypatch.setattr(server.engine, "forward", lambda parts: 1 / 0)
+        monkeypatch.setattr(server.engine, "admit", lambda: 1 / 0)
         broken = post(url, ASK | {"max_tokens": 9}, headers=right)
         assert broken.status_code == 500 and "Zero" not in broken.text
         assert "ZeroDivisionError" in caplog.text
