@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ class Stream:
             raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
         self.skipped = Skips()
         self.files = isinstance(source, str)
-        self.source = Files(source, self.skipped, text_field, seed) if self.files else source
+        self.source: Any = Files(source, self.skipped, text_field, seed) if self.files else source
         self.name = source if self.files else type(source).__name__
         self.tokenizer, self.chunk, self.max_seq = tokenizer, chunk, max_seq
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -177,7 +178,7 @@ class Stream:
 
     def batches(self) -> Iterator[Batch]:
         """What iterating yields, without the thread."""
-        rows, slots, state = [], 0, self.state
+        rows, slots = [], 0
         for number, sample, state in self.samples():
             if sample is not OTHERS:
                 rows.append((number, *sample))
@@ -214,7 +215,7 @@ class Stream:
                 self.give_up()
             epoch, window, used, begin = epoch + 1, 0, 0, None
 
-    def windows(self, start: dict | None) -> Iterator[tuple[list[str], dict]]:
+    def windows(self, start: dict | None) -> Iterator[tuple[list[str], Any]]:
         """Texts that are shuffled together, and the position after them, to the end of an epoch."""
         texts, size, end = [], 0, start
         for text, end in self.source.documents(start):

@@ -17,9 +17,10 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -89,8 +90,10 @@ class Download:
     asks for the length with HEAD, which signed addresses refuse, and does not resume.)"""
 
     def __init__(self, url: str):
-        self.url, self.position, self.total, self.tag = url, 0, None, None
-        self.response, self.failures = None, 0
+        self.url, self.position, self.failures = url, 0, 0
+        self.total: int | None = None  # bytes
+        self.tag: str | None = None
+        self.response: Any = None
 
     def close(self) -> None:
         if self.response is not None:
@@ -161,6 +164,7 @@ def decompressed(raw) -> Iterator[bytes]:
     """The content of a gzip, zstd or plain file, told apart by its first bytes. (zstandard's own
     reader takes a file that was cut off for a whole one.)"""
     data = raw.read(4)
+    fresh: Callable
     if data[:2] == b"\x1f\x8b":
         fresh = functools.partial(zlib.decompressobj, 31)
     elif data == b"\x28\xb5\x2f\xfd" or data[1:] == b"\x2a\x4d\x18":  # a frame, a skippable one

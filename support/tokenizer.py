@@ -33,10 +33,20 @@ LLAMA3_PATTERN = (
 )
 WORLD_PATTERN = r" ?\S+|\s"  # words as they stand between spaces
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # where no file names the token
-CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
-CONFIGS += ("generation_config.json",)  # the first that names a token counts
-SIBLINGS = (*CONFIGS[:2], "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-SIBLINGS += ("chat_template.jinja",)  # files that belong to a tokenizer.json
+CONFIGS = (  # the first that names a token counts
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+)
+SIBLINGS = (  # files that belong to a tokenizer.json
+    *CONFIGS[:2],
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 LONG_SPACE = 900_000  # characters; tiktoken gives up at about a million in one run
 LARGEST_FILE = 256 << 20  # bytes of a tokenizer's file; the largest in use have about 35 MB
 LARGEST_ID = 2**24  # no model has an embedding of that many rows
@@ -59,11 +69,17 @@ class Tokenizer:
         """Write what transformers, vLLM and llama.cpp read."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.write_vocabulary(Path(folder))
-        names = {"eos_token": self.eos_name, "bos_token": self.bos_name}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        config["clean_up_tokenization_spaces"] = False
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": self.eos_name,
+            "bos_token": self.bos_name,
+        }
         if not (file := Path(folder, "tokenizer_config.json")).exists():
             file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def write_vocabulary(self, folder: Path) -> None:
+        raise NotImplementedError
 
 
 def as_list(ids) -> list[int]:
@@ -125,7 +141,7 @@ class RankTokenizer(Tokenizer):
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        library.decoder = decoders.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = decoders.ByteLevel()
         # the library counts ids up, so those without a token get one
         names = {i: name for name, i in self.specials.items()}
         for i in range(len(vocab), self.vocab_size):
