@@ -190,10 +190,11 @@ def softmax_attention(q, k, v, mask=None):
     """q [B, H, M, D] on k, v [B, H, T, D] -> [B, H, M, D], and the log-sum-exp [B, H, M]."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(exact) @ k.to(exact).mT * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse
+    return ((scores - lse.unsqueeze(-1)).exp() @ v.to(exact)).to(q.dtype), lse
 
 
 # ---- Triton ------------------------------------------------------------------------------------
