@@ -72,11 +72,8 @@ class Config:
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
     grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
-    grpo_std: bool = key(True, "GRPO: divide advantages by the group's deviation; Dr. GRPO: False")
-    grpo_length: bool = key(True, "GRPO: mean over a rollout's own length; Dr. GRPO: over chunk")
     nll_prefix: bool = key(False, "nll, rf_nll: the prefix's tokens count too")
     nll_weight: float = key(0.0, "DPO: plus this times the NLL per token of the chosen")
-    length_norm: bool = key(False, "DPO: log-probabilities per token instead of summed")
 
     learning_rate: float = key(5e-4, "peak, cosine to min_lr", "Optimiser")
     min_lr: float = key(0.1, "final learning rate as a share of the peak")
@@ -206,7 +203,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         given = saved | {name: value for name, value in given.items() if name != "init_from"}
     config = check(Config(**given))
     if "--print_config" in argv:
-        print(as_file(config))
+        print(json.dumps(dataclasses.asdict(config), indent=2))
         sys.exit(0)
     return config, resume
 
@@ -256,12 +253,16 @@ def expand(text: str) -> str:
     return ",".join(os.path.expanduser(part) for part in text.split(","))
 
 
+# Keys of older versions, with the values that are what is done now.
+GONE = {"task": "pretrain", "grpo_std": True, "grpo_length": True, "length_norm": False}
+
+
 def read_saved(path: Path) -> dict:
     """The settings of a run folder's config.json; keys that are no more are left out."""
     try:
         saved, values = dict(json.loads(path.read_text(encoding="utf-8"))), {}
-        if saved.get("task", "pretrain") != "pretrain":
-            raise UserError(f"{path} is of an older version, whose teachers cannot go on here")
+        if other := [name for name, value in GONE.items() if saved.get(name, value) != value]:
+            raise UserError(f"{path} sets {other[0]}, which is no more: the run cannot go on here")
         known = {f.name for f in dataclasses.fields(Config)}
         apply(values, {k: v for k, v in saved.items() if k in known}, str(path))
     except (ValueError, TypeError) as e:
@@ -279,16 +280,6 @@ def differences(config: Config, path: Path) -> list[str]:
         if before != now and f.name not in NEUTRAL and not moved:
             out.append(f"{f.name} ({before!r}, now {now!r})")
     return out
-
-
-def as_file(config: Config) -> str:
-    """Every key with its resolved value, as a config file; marked where it is not the default."""
-    lines = []
-    for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        mark = "" if value == f.default else f"  # default {f.default!r}"
-        lines.append(f"{f.name} = {value!r}{mark}")
-    return "\n".join(lines)
 
 
 def need(condition, message: str):
@@ -415,7 +406,7 @@ def phases(config: Config) -> dict[str, Config]:
 def help_text() -> str:
     lines = [
         "usage: python train.py [config.py[:row] ...] [--key=value ...]",
-        "       --print_config shows what these resolve to, as a config file",
+        "       --print_config shows what these resolve to",
     ]
     for f in dataclasses.fields(Config):
         if f.metadata["group"]:

@@ -39,37 +39,31 @@ def nll_loss(logp, lengths):
     return -(logp * counts).sum(dim=1)
 
 
-def advantages(reward, divide_by_std: bool = True):
+def advantages(reward):
     """GRPO (Shao et al. 2024): a rollout's reward against its group's mean, over their deviation.
 
     reward float [B, C], nan = absent: no part in the mean, advantage 0. A group whose rewards are
-    all equal gives zeros. divide_by_std=False is Dr. GRPO (Liu et al. 2025). -> float [B, C]
+    all equal gives zeros. -> float [B, C]
     """
     centred = reward - reward.nanmean(dim=1, keepdim=True)
-    if divide_by_std:
-        centred = centred / (centred.square().nanmean(dim=1, keepdim=True).sqrt() + 1e-6)
-    return centred.nan_to_num(0.0)
+    deviation = centred.square().nanmean(dim=1, keepdim=True).sqrt()
+    return (centred / (deviation + 1e-6)).nan_to_num(0.0)
 
 
-def grpo_loss(
-    logp, old, advantage, lengths, clip: float, divide_by_length=True, reference=None, kl=0.0
-):
+def grpo_loss(logp, old, advantage, lengths, clip: float, reference=None, kl=0.0):
     """Clipped policy gradient on every rollout of a prefix (Shao et al. 2024, equation 3).
 
     logp, old float [B, C, N]: under the policy now and when it sampled; advantage [B, C]; lengths
-    int [B, C]. divide_by_length=False divides by N instead of each rollout's length (Dr. GRPO).
-    reference [B, C, N]: adds kl times their equation 4, an estimate of KL(policy || reference) that
+    int [B, C]. reference [B, C, N]: adds kl times their equation 4, an estimate of KL(policy || reference) that
     is unbiased on the policy's own samples and never negative.
     -> loss [B], the mean over the C rollouts.
     """
-    N = logp.shape[2]
-    ratio = (logp - old).exp()
+    ratio = (logp - old).exp()  # [B, C, N]
     gain = torch.minimum(
         ratio * advantage[..., None], ratio.clamp(1 - clip, 1 + clip) * advantage[..., None]
     )
     if reference is not None:
         moved = reference - logp
         gain = gain - kl * (moved.exp() - moved - 1)
-    counts = torch.arange(N, device=logp.device) < lengths[..., None]
-    per_token = lengths.clamp(min=1) if divide_by_length else N
-    return -((gain * counts).sum(dim=2) / per_token).mean(dim=1)
+    counts = torch.arange(logp.shape[2], device=logp.device) < lengths[..., None]  # [B, C, N]
+    return -((gain * counts).sum(dim=2) / lengths.clamp(min=1)).mean(dim=1)

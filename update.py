@@ -84,9 +84,9 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
         return preference(logp, anchor, lengths, config)
     if config.objective == "grpo":
         old = pool.old[rows[:, None], columns].to(device)  # [R, C, N]
-        gain = advantages(reward[rows], config.grpo_std).float().to(device)
-        how = dict(divide_by_length=config.grpo_length, kl=config.grpo_kl, reference=anchor)
-        return grpo_loss(logp, old, gain, lengths, config.grpo_clip, **how).sum(), {}
+        gain = advantages(reward[rows]).float().to(device)  # [R, C]
+        loss = grpo_loss(logp, old, gain, lengths, config.grpo_clip, anchor, config.grpo_kl)
+        return loss.sum(), {}
     return nll_loss(logp[:, 0], layout[3][:, 0]).sum(), {}
 
 
@@ -94,8 +94,6 @@ def preference(logp, anchor, lengths, config: Config):
     """DPO on pairs (chosen, rejected): log-probabilities of policy and reference [R, 2, N], lengths
     [R, 2] -> as `losses`."""
     policy_sum, reference_sum = logp.sum(dim=2), anchor.sum(dim=2)  # [R, 2]
-    if config.length_norm:
-        policy_sum, reference_sum = policy_sum / lengths, reference_sum / lengths
     loss = dpo_loss(policy_sum, reference_sum, config.beta)
     if config.nll_weight:
         loss = loss + config.nll_weight * nll_loss(logp[:, 0], lengths[:, 0]) / lengths[:, 0]

@@ -66,15 +66,10 @@ def test_a_monitor_that_is_not_there_is_told_before_the_run(monkeypatch):
     configuration.parse(["--track="])
 
 
-def test_bar_and_printed_config(capsys, tmp_path):
+def test_bar_and_printed_config(capsys):
     bar = "loss 0.500, reward 1.25, rollout 75%, judge failed 25%, 4,096 tokens/s"
     assert numbers_that_matter(LINE) == bar
     with pytest.raises(SystemExit):
         configuration.parse(["--chunk=16", "--print_config"])
     printed = capsys.readouterr().out
-    assert "chunk = 16  # default 32" in printed
-    file = tmp_path / "mine.py"
-    file.write_text(printed)
-    assert json.dumps(vars(configuration.parse([str(file)])[0])) == json.dumps(
-        vars(Config(chunk=16))
-    )
+    assert json.loads(printed) == vars(Config(chunk=16))

@@ -71,10 +71,8 @@ def test_nll_counts_only_the_length():
 
 def test_advantages_by_hand():
     reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, NAN, 1.0, NAN]])
-    full, centred = advantages(reward), advantages(reward, divide_by_std=False)
     expected = torch.tensor([[1.0, -1, -1, 1], [0, 0, 0, 0], [1, 0, -1, 0]])
-    assert torch.allclose(full, expected, atol=1e-4)
-    assert centred[0].tolist() == [0.5, -0.5, -0.5, 0.5] and centred[2].tolist() == [1, 0, -1, 0]
+    assert torch.allclose(advantages(reward), expected, atol=1e-4)
 
 
 def test_grpo_by_hand():
@@ -88,8 +86,6 @@ def test_grpo_by_hand():
     loss.sum().backward()
     # clipped ratios have no gradient, nor has what lies beyond the length
     assert logp.grad.flatten().tolist() == pytest.approx([0.0, -1 / 4, 0.0, 0.0])
-    by_chunk = grpo_loss(logp.detach(), old, advantage, lengths, clip=0.2, divide_by_length=False)
-    assert by_chunk.item() == pytest.approx(-((1.2 + 1.0) / 2 - 0.8 / 2) / 2, abs=1e-6)
 
 
 def test_equal_rewards_contribute_nothing():
