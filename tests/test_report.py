@@ -7,11 +7,12 @@ import shutil
 import subprocess
 
 import pytest
+from matplotlib.figure import Figure
 
 from chat import Chat
 from config import Config
 from judge import open_judge
-from support.command import UserError, python
+from support.command import UserError
 from tools import plot, report
 from world.teacher import start_teacher
 
@@ -81,8 +82,6 @@ def test_in_a_browser(run):
 
 
 def test_bars_are_means_over_what_was_judged():
-    from matplotlib.figure import Figure
-
     safe = {"copied": 1.0, "words": None, "n": {"copied": 30, "words": 0}}
     unsafe = {"copied": 0.0, "words": 0.5, "n": {"copied": 10, "words": 4}}
     ax = Figure().add_subplot()
@@ -101,10 +100,11 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="young is not the folder of a run"):
         plot.plot_run(young)
     (young / "environment.json").write_text("{}")
-    drawn, draw = [], plot.draw_curve
-    monkeypatch.setattr(plot, "draw_curve", lambda ax, *rest: drawn.append(rest) or draw(ax, *rest))
+    drawn = []
+    monkeypatch.setattr(plot, "draw_curves", lambda ax, curves, **_: drawn.extend(curves))
     assert "0 of " in report.write_report(young, 2).read_text(encoding="utf-8")
-    assert [(len(log), key, name) for log, key, name in drawn] == [(2, "loss", "base")]
+    assert [(name, len(log), key) for name, log, key in drawn if log] == [("base", 2, "loss")]
+    monkeypatch.undo()
     other = shutil.copytree(run, tmp_path / run.name)
     assert plot.plot_runs([young, run, other]) == young / "compared.png"
 
@@ -112,12 +112,7 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
 def test_what_is_no_run_is_one_line(run, tmp_path):
     """Of a log without settings there is a picture, and no page."""
     shutil.copy(run / "log.jsonl", tmp_path)
-    for module, folder, code in (
-        ("tools.plot", tmp_path, 0),
-        ("tools.report", tmp_path, 1),
-        ("tools.plot", tmp_path / "none", 1),
-        ("tools.report", tmp_path / "none", 1),
-    ):
-        done = subprocess.run(python(module, folder), capture_output=True, text=True)
-        assert done.returncode == code and str(folder) in (done.stderr if code else done.stdout)
-        assert re.fullmatch("error: .*\n" if code else "", done.stderr)
+    plot.main([str(tmp_path)])
+    for main, folder in ((report.main, ""), (plot.main, "none"), (report.main, "none")):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / folder))}.*$"):
+            main([str(tmp_path / folder)])

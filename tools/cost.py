@@ -8,10 +8,12 @@ activations are 16 numbers of width d and 4 of width d_ff per token and layer, t
 aside.
 """
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 
-from config import Config, names, needs_reference
+from config import Config, names, needs_reference, parse_rewards
 from judge import FIELD, load_prompts
 from model import Llama, ModelConfig, preset, read_config
 from schedules import schedule
@@ -27,25 +29,22 @@ def pool_size(config: Config) -> int:
 
 def comparisons(config: Config) -> int:
     """Quality questions about one prefix, samples aside: what the schedule asks for."""
-    plan = schedule(config.comparisons, pool_size(config), 0, np.random.default_rng(0))
-    asked, outcomes = 0, None
-    while True:
-        try:
-            pairs = plan.send(outcomes)
-        except StopIteration:
-            return asked
-        asked, outcomes = asked + len(pairs), [1.0] * len(pairs)
+    plan, asked = schedule(config.comparisons, pool_size(config), 0, np.random.default_rng(0)), 0
+    with suppress(StopIteration):
+        pairs = next(plan)
+        while True:
+            asked += len(pairs)
+            pairs = plan.send([1.0] * len(pairs))
+    return asked
 
 
 def questions(config: Config) -> dict[str, int]:
     """Questions a step by kind; malformed answers, asked again, come on top."""
     B, C, out = config.batch_size, pool_size(config), {}
-    for kind in (name.partition(":")[0] for name in names(config.rewards)):
+    for kind in parse_rewards(config.rewards):
         each = comparisons(config) if kind == "quality" else C  # the one that is judged in pairs
         out[kind] = B * each * config.judge_samples
-    if "rewrite" in names(config.candidates):
-        out["rewrite"] = B
-    return out
+    return out | ({"rewrite": B} if "rewrite" in names(config.candidates) else {})
 
 
 def tokens(config: Config) -> tuple[int, int]:
@@ -100,31 +99,29 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     stay beside them; the sampler's cache for this process's prefixes; activations of one
     micro-batch. shard=True spreads the first two, keeps the baseline in the computer's memory and
     samples from a whole copy of the weights."""
-    size, count = (2 if bf16 else 4), parameters(shape)
+    size, count, sampled = (2 if bf16 else 4), parameters(shape), "rollouts" in config.candidates
     N, P = config.chunk, config.max_seq - config.chunk
-    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size
-    row = P + learned(config) * N
-    prefixes = -(-config.batch_size // config.gpus)
+    row, prefixes = P + learned(config) * N, -(-config.batch_size // config.gpus)
     rows = min(prefixes, max(1, config.micro_batch_tokens // row))
-    per_token = shape.n_layer * (16 * shape.d_model + 4 * shape.d_ff) * size
+    per_layer = (16 * shape.d_model + 4 * shape.d_ff) * size
+    per_token = shape.n_layer * per_layer
     if config.recompute:  # the input of every layer, and one layer in full
-        per_token = per_token // shape.n_layer + shape.n_layer * shape.d_model * size
+        per_token = per_layer + shape.n_layer * shape.d_model * size
+    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size  # a token
     spread = config.shard and config.gpus > 1
     share = config.gpus if spread else 1
+    copies = 2 if needs_reference(config) else 1
     out = {
-        "weights, gradients, optimiser": 16.0 * count / share,
-        "initial policy (the reference)": 4.0 * count / share,
+        "weights, gradients, optimiser": 16 * count / share,
+        "initial policy (the reference)": 4 * count / share,
+        "next-token baseline, for the evaluation": 4 * count * (config.baseline and not spread),
+        # autocast keeps them for the length of a forward pass
+        "their copies in bfloat16": 2 * count * copies * (bf16 and not spread),
+        "activations of a micro-batch": rows * row * per_token,
+        "whole weights while sampling": 4 * count * (spread and sampled),
+        "cache of prefixes and rollouts": prefixes * cache * (P + config.rollouts * N) * sampled,
     }
-    if config.baseline and not spread:
-        out["next-token baseline, for the evaluation"] = 4.0 * count
-    if bf16 and not spread:  # autocast keeps them for the length of a forward pass
-        out["their copies in bfloat16"] = 2.0 * count * (2 if needs_reference(config) else 1)
-    out["activations of a micro-batch"] = float(rows * row * per_token)
-    if "rollouts" in names(config.candidates):
-        if spread:
-            out["whole weights while sampling"] = 4.0 * count
-        out["cache of prefixes and rollouts"] = float(prefixes * cache * (P + config.rollouts * N))
-    return out
+    return {name: float(held) for name, held in out.items() if held}
 
 
 def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
@@ -135,39 +132,35 @@ def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
     policy_seconds = sum(work.values()) / (config.gpus * config.gpu_tflops * 1e12)
     step = (max if config.overlap else sum)((policy_seconds, judge_seconds))
     price = total * (read * config.price_in + written * config.price_out) / 1e6
-
-    def lines(title: str, rows: dict, unit: str, scale: float) -> list[str]:
-        return [title, *(f"  {name:<40} {v / scale:>14,.2f} {unit}" for name, v in rows.items())]
-
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in asked.items())
+    held["sum"] = sum(held.values())
     page = [
         f"{parameters(shape) / 1e6:,.1f}M parameters, {config.batch_size} prefixes a step, "
         f"{pool_size(config)} candidates each, {total:,} steps",
-        f"questions a step: {sum(asked.values()):,} "
-        f"({', '.join(f'{kind} {count:,}' for kind, count in asked.items())}), "
+        f"questions a step: {sum(asked.values()):,} ({kinds}), "
         f"{total * sum(asked.values()):,} in all",
         f"teacher tokens a step: {read:,} read, {written:,} written, "
         f"{total * (read + written) / 1e9:,.2f} billion in all",
-        *lines("policy, a step", work, "TFLOP", 1e12),
-        *lines("memory of one GPU", held | {"sum": sum(held.values())}, "GB", 1e9),
+        "policy, a step",
+        *(f"  {name:<40} {value / 1e12:>14,.2f} TFLOP" for name, value in work.items()),
+        "memory of one GPU",
+        *(f"  {name:<40} {value / 1e9:>14,.2f} GB" for name, value in held.items()),
         f"seconds a step: policy {policy_seconds:,.2f} ({config.gpus} GPUs at "
         f"{config.gpu_tflops:g} TFLOP/s), judge {judge_seconds:,.2f} (writing "
         f"{config.judge_tokens_per_second:,.0f} tokens/s, reading ten times that), "
         f"together {step:,.2f} with overlap={config.overlap}; {total * step / 3600:,.1f} hours",
+        f"price {price:,.0f} at {config.price_in:g} / {config.price_out:g} a million tokens read / "
+        "written",
     ]
-    if price:
-        prices = f"{config.price_in:g} / {config.price_out:g}"
-        page.append(f"price {price:,.0f} at {prices} a million tokens read / written")
-    return "\n".join(page)
+    return "\n".join(page if price else page[:-1])
 
 
 def dry_run(config: Config) -> str:
     """The estimate for a config, whose policy need not be there yet."""
-    if config.init_from == "scratch":
-        vocabulary = 32000
-        if config.tokenizer != "auto" or config.data == "world":
-            name = "world" if config.tokenizer == "auto" else config.tokenizer
-            vocabulary = load_tokenizer(name).vocab_size
-        shape = preset(config.model, vocabulary)
-    else:
+    if config.init_from != "scratch":
         shape = read_config(config.init_from)
+    else:  # without a tokenizer of its own, the size of Llama's
+        own = "world" if config.data == "world" else ""
+        name = own if config.tokenizer == "auto" else config.tokenizer
+        shape = preset(config.model, load_tokenizer(name).vocab_size if name else 32000)
     return estimate(config, shape, bf16=config.dtype == "bfloat16" or torch.cuda.is_available())

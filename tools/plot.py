@@ -5,7 +5,7 @@
 
 In: run folders' log.jsonl and summary.json, finished or not. The training's picture shows the
 reward, the share of each source among the chosen, and the evaluation (the loss where nothing is
-judged, of the base and the baseline before the method begins).
+judged, before the method begins that of base and baseline).
 """
 
 import argparse
@@ -28,20 +28,15 @@ COMPARED = {
 }
 
 
-def figure_of(path: Path, panels: Sequence[Callable], rows: int = 1, **grid) -> Path:
+def figure_of(path: Path, panels: Sequence[Callable], rows: int = 1) -> Path:
     """Draw each panel(ax) into a grid of so many rows, and give the picture's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # only now: a run draws at its end
 
     columns = -(-len(panels) // rows)
-    grid |= {"figsize": (4.7 * columns, 3.9 * rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **grid)
-    for ax, panel in zip(axes.flat, panels, strict=True):
+    figure = Figure(figsize=(4.7 * columns, 3.9 * rows), layout="constrained")
+    for ax, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
         panel(ax)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
@@ -73,19 +68,15 @@ def read_summary(run: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def draw_curve(ax, log: list[dict], key: str, label: str):
-    """A number of the log over the steps, smoothed, and faintly as it is."""
-    points = [(line["step"] + 1, line[key]) for line in log if line.get(key) is not None]
-    if points:
-        steps, values = zip(*points, strict=True)
-        (curve,) = ax.plot(steps, smooth(list(values)), label=label)
-        ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
-
-
-def draw_curves(ax, curves: list[tuple[list[dict], str, str]], **axes):
-    """curves: a log, a key and a label each."""
-    for curve in curves:
-        draw_curve(ax, *curve)
+def draw_curves(ax, curves: list[tuple[str, list[dict], str]], **axes):
+    """Numbers of logs over the steps, smoothed, and faintly as they are; curves: a label, a log and
+    a key of its lines each."""
+    for label, log, key in curves:
+        points = [(line["step"] + 1, line[key]) for line in log if line.get(key) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            (curve,) = ax.plot(steps, smooth(list(values)), label=label)
+            ax.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
     ax.set(xlabel="step", **axes)
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
@@ -111,56 +102,43 @@ def plot_run(run: Path) -> Path:
     """Draw RUN/training.png and give its path."""
     log, summary = read_log(run), read_summary(run)
     keys = sorted({key for line in log for key in line})
-    chosen = [key for key in keys if key.startswith("chosen.")]
     rewards = [key for key in keys if key.startswith("reward.") and key != "reward.rollout"]
-    shares = [key for key in rewards if key.count(".") > 1]  # of a teacher's run
-
-    def curves(names: list[str], **axes):
-        mine = [(log, name, name.partition(".")[2]) for name in names]
-        return partial(draw_curves, curves=mine, **axes)
-
-    if shares:  # the paper's figures 5 to 7
-        kinds = [key for key in rewards if key not in shares]
-        first = curves(kinds, ylabel="reward by kind of prompt")
-        second = curves(shares, ylabel="share", ylim=(0, 1))
-    else:
-        sources = [key.replace("chosen.", "reward.") for key in chosen]
-        first = curves(sources, ylabel="reward (sum over kinds)")
-        second = curves(chosen, ylabel="share of the chosen", ylim=(0, 1))
-    if not rewards:
-        first = partial(draw_curves, curves=losses(run, log), ylabel="loss")
-    how = {"policies": summary.get("policies", {}), "suites": summary.get("suites", [])}
-    panels = [first, second, partial(draw_evaluation, **how)]
+    chosen = [key for key in keys if key.startswith("chosen.")]
+    upper, lower, titles = chosen, chosen, ("reward (sum over kinds)", "share of the chosen")
+    if shares := [key for key in rewards if key.count(".") > 1]:  # a teacher's: figures 5 to 7
+        upper, lower = [key for key in rewards if key not in shares], shares
+        titles = ("reward by kind of prompt", "share")
+    above = [(key.partition(".")[2], log, key.replace("chosen.", "reward.")) for key in upper]
+    below = [(key.partition(".")[2], log, key) for key in lower]
+    if not rewards:  # nothing is judged, or nothing yet: base and baseline come first
+        before = {n: list(read_jsonl(run / n / "log.jsonl")) for n in ("base", "baseline")}
+        logs, titles = {run.name: log} if log else before, ("loss", titles[1])
+        above = [(name, lines, "loss") for name, lines in logs.items()]
+    policies, suites = summary.get("policies", {}), summary.get("suites", [])
+    panels = [
+        partial(draw_curves, curves=above, ylabel=titles[0]),
+        partial(draw_curves, curves=below, ylabel=titles[1], ylim=(0, 1)),
+        partial(draw_evaluation, policies=policies, suites=suites),
+    ]
     return figure_of(run / "training.png", panels)
 
 
-def losses(run: Path, log: list[dict]) -> list[tuple[list[dict], str, str]]:
-    """The loss of a run, before its method begins those of its base and its baseline."""
-    if log:
-        return [(log, "loss", NAMES.get(run.name, run.name))]
-    before = [run / name for name in ("base", "baseline") if (run / name / "log.jsonl").exists()]
-    return [(read_log(path), "loss", NAMES[path.name]) for path in before]
-
-
 def plot_runs(runs: list[Path]) -> Path:
-    """Draw the curves of several runs over each other, and how each one's last phase was judged."""
-    logs = {str(run): read_log(run) for run in runs}
+    """Draw the curves of several runs over each other, and how each one's method was judged."""
+    logs, found = {run: read_log(run) for run in runs}, {run: read_summary(run) for run in runs}
     panels = []
     for key, ylabel in COMPARED.items():
-        curves = [(log, key, name) for name, log in logs.items()]
+        curves = [(str(run), log, key) for run, log in logs.items()]
         panels.append(partial(draw_curves, curves=curves, ylabel=ylabel))
-    found = {str(run): summary for run in runs if (summary := read_summary(run)).get("policies")}
-    policies = {name: summary["policies"].get("method", {}) for name, summary in found.items()}
-    suites = list(dict.fromkeys(s for summary in found.values() for s in summary["suites"]))
-    panels.append(partial(draw_evaluation, policies=policies, suites=suites))
+    done = {str(run): summary for run, summary in found.items() if summary.get("policies")}
+    methods = {name: summary["policies"].get("method", {}) for name, summary in done.items()}
+    suites = list(dict.fromkeys(suite for s in done.values() for suite in s["suites"]))
+    panels.append(partial(draw_evaluation, policies=methods, suites=suites))
     return figure_of(runs[0] / "compared.png", panels, rows=2)
 
 
 def main(arguments: list[str]):
-    flag = argparse.ArgumentParser(
-        description="Draws RUN/training.png of one run, its curves and evaluation; of several "
-        "FIRST_RUN/compared.png, their curves over each other."
-    )
+    flag = argparse.ArgumentParser(description="Pictures of a run, or of several over each other")
     flag.add_argument("runs", nargs="+", type=Path, help="folders of runs, finished or not")
     runs = flag.parse_args(arguments).runs
     print(plot_run(*runs) if len(runs) == 1 else plot_runs(runs))

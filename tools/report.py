@@ -20,6 +20,8 @@ import re
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from config import Config
 from evaluation.results import table
 from support import command
@@ -30,58 +32,45 @@ from tools.replay import pools_by_step, recorded_judge
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
 
 
-def spread(items: list, count: int) -> list:
-    """`count` of the items, evenly, the first and the last among them."""
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
-
-
-def verdict_of(seen: dict, text: str) -> dict:
-    """One verdict as the page shows it, from the point of view of a candidate with this text."""
-    against = None
-    if len(seen["candidates"]) == 2:
-        place = seen["candidates"].index(text)
-        against = f"it was {'AB'[place]}, against: {seen['candidates'][1 - place]}"
-    answer = seen["answer"]
-    if answer is not None and len(answer) > VERDICT_CHARACTERS:
-        answer = "[...] " + answer[-VERDICT_CHARACTERS:]
-    verdict = {"kind": seen["kind"], "verdict": seen["verdict"]}
-    return {**verdict, "against": against, "answer": answer}
-
-
 def pool_of(step: int, pool: list, judge) -> dict:
     """A recorded pool with the recorded answers about each of its candidates, the best first."""
     key, prefix, reference, texts, sources, rewards = pool
     scores = judge.score(step, [prefix], [reference], [texts], sources, [key]).result()
-    given = [r is not None and math.isfinite(r) for r in rewards]
     # rounded as in update.py: sums that differ by rounding alone are a tie
-    rewards = [round(r, 9) if there else None for r, there in zip(rewards, given, strict=True)]
-    known = [r for r in rewards if r is not None]
-    ends = (max(known), min(known)) if known and max(known) > min(known) else (math.nan, math.nan)
-    candidates = [
-        {
-            "source": source,
-            "text": text,
-            "reward": reward,
-            "best": reward == ends[0],
-            "worst": reward == ends[1],
-            "verdicts": [verdict_of(v, text) for v in scores.examples if text in v["candidates"]],
-        }
-        for text, source, reward in zip(texts, sources, rewards, strict=True)
-    ]
+    rewards = [round(r, 9) if r is not None and math.isfinite(r) else None for r in rewards]
+    known = {r for r in rewards if r is not None}
+    best, worst = (max(known), min(known)) if len(known) > 1 else (math.nan, math.nan)
+    candidates = []
+    for text, source, reward in zip(texts, sources, rewards, strict=True):
+        seen = [verdict_of(v, text) for v in scores.examples if text in v["candidates"]]
+        ends = {"best": reward == best, "worst": reward == worst, "verdicts": seen}
+        candidates.append({"source": source, "text": text, "reward": reward, **ends})
     candidates.sort(key=lambda c: (c["reward"] is None, -(c["reward"] or 0)))
     return {"step": step + 1, "key": key, "prefix": prefix, "candidates": candidates}
 
 
+def verdict_of(seen: dict, text: str) -> dict:
+    """One verdict as the page shows it, from the point of view of a candidate with this text."""
+    against, answer = None, seen["answer"]
+    if len(seen["candidates"]) == 2:
+        place = seen["candidates"].index(text)
+        against = f"it was {'AB'[place]}, against: {seen['candidates'][1 - place]}"
+    if answer is not None and len(answer) > VERDICT_CHARACTERS:
+        answer = "[...] " + answer[-VERDICT_CHARACTERS:]
+    told = {"kind": seen["kind"], "verdict": seen["verdict"]}
+    return told | {"against": against, "answer": answer}
+
+
 def pools_of(run: Path, count: int) -> list[dict]:
-    """So many of the pools that the run's processes have kept, in the order of steps."""
+    """So many of the pools that the run's processes have kept, in the order of steps: evenly, the
+    first and the last among them."""
     if not any(files_of(run / "judgments.sqlite")):
         return []
     with recorded_judge(run) as judge:
         store = judge.chat.store
-        keys = {row for rows in store.rows("SELECT step, key FROM pools") for row in rows}
-        wanted = set(spread(sorted(keys), count))
+        keys = sorted({row for rows in store.rows("SELECT step, key FROM pools") for row in rows})
+        places = np.linspace(0, len(keys) - 1, min(max(count, 0), len(keys))).round().astype(int)
+        wanted = {keys[place] for place in places}
         return [
             pool_of(step, pool, judge)
             for step, pools in pools_by_step(store)
@@ -90,19 +79,11 @@ def pools_of(run: Path, count: int) -> list[dict]:
         ]
 
 
-def settings_of(config: dict) -> str:
-    width = max(map(len, config))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in config.items())
-
-
 def page(run: Path, pools: list[dict]) -> str:
     steps, config = len(read_log(run)), vars(Config()) | read_json(run / "config.json")
-    judge = config["judge_model"]
-    if judge == Config.judge_model:  # no name of its own: its place says more
-        judge = config["judge_url"]
     about = (
         f"{steps:,} of {config['max_steps']:,} steps, policy from {config['init_from']}, "
-        f"data {config['data']}, judge {judge}"
+        f"data {config['data']}, judge {config['judge_model']} at {config['judge_url']}"
     )
     title = f"{run.resolve().name}: {config['objective']}, {config['candidates']}"
     summary = read_summary(run)
@@ -119,14 +100,13 @@ def page(run: Path, pools: list[dict]) -> str:
         "about": escape(about),
         "picture": base64.b64encode(plot_run(run).read_bytes()).decode(),
         "evaluation": escape(table(summary)) if "policies" in summary else "",
-        "settings": escape(settings_of(config)),
+        "settings": escape("\n".join(f"{key:<24}{value}" for key, value in config.items())),
         "data": data,
     }
     return re.sub(r"\{(\w+)\}", lambda m: parts[m[1]], frame)
 
 
 def write_report(run: Path, count: int) -> Path:
-    """Write RUN/report.html and give its path."""
     path = run / "report.html"
     path.write_text(page(run, pools_of(run, count)), encoding="utf-8")
     return path
