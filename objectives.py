@@ -54,8 +54,8 @@ def grpo_loss(logp, old, advantage, lengths, clip: float, reference=None, kl=0.0
     """Clipped policy gradient on every rollout of a prefix (Shao et al. 2024, equation 3).
 
     logp, old float [B, C, N]: under the policy now and when it sampled; advantage [B, C]; lengths
-    int [B, C]. reference [B, C, N]: adds kl times their equation 4, an estimate of KL(policy || reference) that
-    is unbiased on the policy's own samples and never negative.
+    int [B, C]. reference [B, C, N]: adds kl times their equation 4, an estimate of
+    KL(policy || reference) that is unbiased on the policy's own samples and never negative.
     -> loss [B], the mean over the C rollouts.
     """
     ratio = (logp - old).exp()  # [B, C, N]
