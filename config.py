@@ -383,7 +383,9 @@ def needs_reference(config: Config) -> bool:
 
 def phases(config: Config) -> dict[str, Config]:
     """The run's phases by name: base (from scratch only), baseline (optional), and the method."""
-    next_token = dict(objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0)
+    next_token: dict = dict(
+        objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0
+    )
     next_token["temperature"] = 1.0  # that of the rollouts is the method's
     out = {}
     if config.init_from == "scratch" and config.base_steps:

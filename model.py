@@ -14,6 +14,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -355,7 +356,7 @@ def assemble(config: ModelConfig, state: dict) -> Llama:
     return model
 
 
-def in_one_piece(policy: Llama, device="cpu", keep: bool = True) -> Llama | None:
+def in_one_piece(policy: Llama, device="cpu", keep: bool = True) -> Any:
     """The policy itself where it is not spread over processes, else a whole copy on the device.
 
     All processes take part; those that do not `keep` it get None and hold one tensor at a time.

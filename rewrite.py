@@ -103,9 +103,11 @@ class Teachers:
 
     def open(self, url: str, model: str, record: str = "judgments.sqlite") -> Chat:
         c, url = self.config, self.world if url == "world" else url
-        how = dict(concurrency=c.concurrency, timeout=c.timeout, give_up_after=c.give_up_after)
+        how: dict = dict(concurrency=c.concurrency, timeout=c.timeout)
         cache = path_of(self.run / record, rank())
-        return self.stack.enter_context(Chat(url, model, cache=cache, **how))
+        return self.stack.enter_context(
+            Chat(url, model, cache=cache, give_up_after=c.give_up_after, **how)
+        )
 
     def score(self, step: int, pool) -> Future:
         """Future of judge.Scores of a candidates.Pool."""

@@ -5,6 +5,7 @@ SIGINT or SIGTERM is heard by `check` and `wait`, the second SIGINT ends the pro
 """
 
 import contextlib
+import io
 import os
 import signal
 import sqlite3
@@ -48,7 +49,8 @@ def run(main: Callable[[list[str]], object]):
 def exit_code(main: Callable[[list[str]], object]) -> int:
     """main(arguments of the command line), its foreseen ends as one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # no text of a corpus may end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no text of a corpus may end the run
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -45,7 +45,7 @@ class Wandb:
         if step == 0 or not kept.exists():
             kept.write_text(uuid.uuid4().hex)
         if library == "wandb":
-            own = dict(id=kept.read_text(), resume="allow", dir=str(run), name=str(run))
+            own: dict = dict(id=kept.read_text(), resume="allow", dir=str(run), name=str(run))
             own["settings"] = self.library.Settings(silent=True, init_timeout=30)
         else:
             own = dict(name=f"{run} {kept.read_text()[:8]}", embed=False)

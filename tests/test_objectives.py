@@ -118,9 +118,7 @@ def test_grpo_gradient_with_a_shared_prefix_is_that_of_separate_rows():
 
     def gradient(logp):
         model.zero_grad()
-        grpo_loss(
-            logp.view(B, C, N), old, gain, lengths, 0.2, old - 0.5, 0.1
-        ).sum().backward()
+        grpo_loss(logp.view(B, C, N), old, gain, lengths, 0.2, old - 0.5, 0.1).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     shared = gradient(model.logprobs(prefix, pad, rollouts, lengths))
