@@ -15,7 +15,7 @@ lint: .venv/ready-for-tests
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
