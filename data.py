@@ -1,6 +1,6 @@
 """Documents in, prefixes and suffixes out.
 
-    python -m tools.inspect PATH            # what is there: fields, lengths, samples, a histogram
+    python -m tools.inspect PATH            # what is there: fields, lengths, samples
     python -m tools.filter PATH --out DIR   # keeps RedPajama's unsafe documents
 
 A document is its tokens and an end of text, cut into chunks of N tokens. One chunk boundary, drawn

@@ -1,10 +1,10 @@
 """One page of results with pictures, from the run folders of reproduce.py: RESULTS.md.
 
-    python -m study.results [--demo RUN]     the page, and docs/results_*.png
+    python -m study.results     the page, and docs/results_*.png
 
-In: results.md, the page's words; OUT's finished runs (what is missing is said to be missing); a run
-of the demo for the gallery. Out: results.md with the verdicts on the paper's findings, tables 1, 2
-and 6 beside the paper's figures, and the same prefixes continued by three policies.
+In: results.md, the page's words; OUT's finished runs (what is missing is said to be missing). Out:
+results.md with the verdicts on the paper's findings, and tables 1, 2 and 6 beside the paper's
+figures.
 """
 
 import re
@@ -14,15 +14,12 @@ from functools import partial
 from math import nan
 from pathlib import Path
 
-from evaluation.results import NAMES
-from evaluation.sets import held_out_sets
 from study.findings import WORDS, Study, load, verdict
 from study.reproduce import COLUMNS, TABLES, Row, as_markdown, flags, table
 from support import command
-from support.command import ROOT, UserError
+from support.command import ROOT
 from support.files import markdown
-from support.tokenizer import load_tokenizer
-from tools.plot import figure_of, read_json, read_summary, smooth
+from tools.plot import figure_of, read_json, smooth
 
 Runs = dict[Row, dict[int, dict]]  # records by row and seed, of reproduce.py
 
@@ -114,27 +111,9 @@ def verdicts(section: str, study: Study) -> str:
     return markdown(rows)
 
 
-def gallery(demo: Path, count: int = 2) -> str:
-    """The first prefixes of each kind and how the demo's three policies go on; none are picked."""
-    summary = read_summary(demo)
-    if not summary.get("continuations"):
-        raise UserError(f"{demo} is no finished run for the gallery: `make demo` makes one")
-    config = read_json(demo / "config.json")
-    sizes = {"chunk": config["chunk"], "max_seq": config["max_seq"]}
-    tokenizer, blocks = load_tokenizer(str(demo / "ckpt")), []
-    sets = held_out_sets("world", tokenizer, count=config["eval_prefixes"], **sizes)
-    for kind, held in sets.items():
-        for i in range(count):
-            lines = [f"{kind} prefix".ljust(21) + held.prefixes[i]]
-            for policy, texts in summary["continuations"].items():
-                lines.append(NAMES[policy].ljust(21) + texts[kind][i])
-            blocks.append("\n".join(lines))
-    return "```text\n" + "\n\n".join(blocks) + "\n```"
-
-
-def page(tables: dict[str, Runs], study: Study, examples: str) -> str:
+def page(tables: dict[str, Runs], study: Study) -> str:
     """results.md, filled in."""
-    parts = {"seeds": str(len(study.seeds)), "gallery": examples}
+    parts = {"seeds": str(len(study.seeds))}
     parts |= {section: verdicts(section, study) for section in WORDS}
     parts |= {name: as_markdown(found) for name, found in tables.items()}
     frame = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
@@ -142,10 +121,8 @@ def page(tables: dict[str, Runs], study: Study, examples: str) -> str:
 
 
 def main(arguments: list[str]):
-    flag = flags(__doc__)
-    flag.add_argument("--demo", type=Path, default=Path("out/world"), help="(default: %(default)s)")
-    args = flag.parse_args(arguments)
-    examples, out = gallery(args.demo), args.out.absolute()
+    args = flags(__doc__).parse_args(arguments)
+    out = args.out.absolute()
     tables = {name: table(out, name, args.seeds) for name in TABLES}
     study = Study({row.key: runs for found in tables.values() for row, runs in found.items()})
     study.seeds = tuple(args.seeds)
@@ -155,7 +132,7 @@ def main(arguments: list[str]):
         study.setdefault("circle:teachers", {})[int(seed)] = percent
     for name, panels in PICTURES.items():
         figure_of(ROOT / "docs" / name, [partial(panel, tables=tables) for panel in panels])
-    (ROOT / "RESULTS.md").write_text(page(tables, study, examples), encoding="utf-8")
+    (ROOT / "RESULTS.md").write_text(page(tables, study), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def test_page_without_and_with_runs(study):
     for panels in results.PICTURES.values():
         for panel in panels:
             panel(Figure().subplots(), tables)
-    text = results.page(tables, study, "examples")
-    assert text.count("\n| 16 | DPO with the rewrite") == 1 and "\nexamples\n" in text
+    text = results.page(tables, study)
+    assert text.count("\n| 16 | DPO with the rewrite") == 1
     assert "| self-improving, safety | " in text and not re.search(r"\{\w+\}", text)
 
 

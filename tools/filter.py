@@ -5,13 +5,13 @@
         --tokenizer path/to/policy
 
 In:  shards of RedPajama-V2; its quality signals lie beside them or in each record
-Out: OUT/{train,teacher,validation,test}/00000.jsonl.zst of {"text", "meta"}; meta says why each
-     document was kept; and a table of how many documents each rule removed
+Out: OUT/{train,teacher,validation,test}/00000.jsonl.zst, a file a shard, of {"text", "meta"}; meta
+     says why each document was kept; and a table of how many documents each rule removed
 
 Stage 1 is a set of rules about quality signals. Stage 2, for validation and test only, keeps
 samples whose prefix the judge calls unsafe in every one of its seeded judgments. OUT/.filter holds
-what stage 1 keeps of each shard until all is done, OUT/judgments.sqlite every verdict: the same
-command goes on where it was stopped, and ends with the same bytes.
+what is kept of the shards so far, OUT/judgments.sqlite every verdict: the same command goes on
+where it was stopped, and ends with the same bytes.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import zstandard
@@ -33,11 +32,18 @@ from data import SPLITS, digest, in_split, sample_of
 from judge import Judge, together
 from support import command
 from support.command import UserError
-from support.files import flush
+from support.files import read_jsonl, write_bytes, write_text
 from support.sources import TEXT_FIELDS, Skips, as_object, is_url, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 
 CURSE_WORDS = 5  # hits that make a document unsafe
+SIGNALS = {  # numbers of a document: our name, RedPajama-V2's
+    "words": "rps_doc_word_count",
+    "mean_word_length": "rps_doc_mean_word_length",
+    "symbols_per_word": "rps_doc_symbol_to_word_ratio",
+    "top_2gram": "rps_doc_frac_chars_top_2gram",
+    "curse_words": "rps_doc_ldnoobw_words",
+}
 RULES = {  # what a document has to be, before anybody asks whether it is unsafe
     "50 to 100,000 words": lambda s: 50 <= s["words"] <= 100_000,
     "mean word length 3 to 10": lambda s: 3 <= s["mean_word_length"] <= 10,
@@ -47,49 +53,27 @@ RULES = {  # what a document has to be, before anybody asks whether it is unsafe
 }
 UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
 SIGNALS_NEEDED = "download RedPajama-V2's quality_signals/ beside its documents/"
-NO_SIGNALS, BY_RULES = "no quality signals", "kept by the rules"
+NO_SIGNALS = "no quality signals"
 COPIED = ("url", "doc_id", "digest")  # into meta
-PER_SHARD = 20_000  # documents
 OUTPUTS = [split for split in SPLITS if split != "all"]
-AT_ONCE = 8192  # documents that stage 2 sees together: one in fifty is asked about
-
-# ------------------------------------------------------------------------------------------------
-# Quality signals
 
 
-def published_signals(quality: dict) -> dict:
-    """What the rules need, out of RedPajama-V2's {name: [[start, end, value or null], ...]}."""
-
-    def number(name: str) -> float:
-        return float(quality[name][0][2] or 0)
-
-    bullets = sum(value or 0 for *_, value in quality["rps_lines_start_with_bulletpoint"])
-    return {
-        "words": number("rps_doc_word_count"),
-        "mean_word_length": number("rps_doc_mean_word_length"),
-        "symbols_per_word": number("rps_doc_symbol_to_word_ratio"),
-        "bullet_lines": bullets / max(1, number("ccnet_nlines")),
-        "top_2gram": number("rps_doc_frac_chars_top_2gram"),
-        "curse_words": number("rps_doc_ldnoobw_words"),
-        "blocklist": quality["rps_doc_ut1_blacklist"][0][2],  # a category, 0 among them
-    }
-
-
-def signals_of(record: dict) -> tuple[dict | None, str]:
-    """(signals, "") or (None, why there are none)."""
+def published_signals(record: dict) -> tuple[dict | None, str]:
+    """(what the rules need, "") of RedPajama-V2's {name: [[start, end, value or null], ...]}, or
+    (None, why there is none)."""
     quality = as_object(record.get("quality_signals"))
     if not quality:
         return None, NO_SIGNALS
     try:
-        return published_signals(quality), ""
+        found = {ours: float(quality[theirs][0][2] or 0) for ours, theirs in SIGNALS.items()}
+        lines = float(quality["ccnet_nlines"][0][2] or 0)
+        bullets = sum(value or 0 for *_, value in quality["rps_lines_start_with_bulletpoint"])
+        category = quality["rps_doc_ut1_blacklist"][0][2]  # 0 is a category like any other
     except KeyError as error:
         return None, f"quality signals lack {error}"
     except (AttributeError, IndexError, OverflowError, TypeError, ValueError):
         return None, "damaged quality signals"
-
-
-# ------------------------------------------------------------------------------------------------
-# Stage 1: rules about quality signals
+    return found | {"bullet_lines": bullets / max(1, lines), "blocklist": category}, ""
 
 
 def records_with_signals(name: str, skips: Skips, fields=None) -> Iterator[tuple[int, dict]]:
@@ -104,36 +88,28 @@ def records_with_signals(name: str, skips: Skips, fields=None) -> Iterator[tuple
     for number, record in records(name, skips):
         while line < number:
             line, other = next(others, (math.inf, {}))
+        url = as_object(other.get("metadata")).get("url")
         if line > number:
             skips.note(NO_SIGNALS, f"{name}:{number}")
-        elif not same_document(record, other):
+        elif url not in (None, record.get("url", url)):
             skips.note("quality signals of another document", f"{name}:{number}")
         else:
             yield number, record | {"quality_signals": other.get("quality_signals")}
 
 
-def same_document(record: dict, signals: dict) -> bool:
-    url = as_object(signals.get("metadata")).get("url")
-    return url is None or "url" not in record or record["url"] == url
+def reasons_of(signals: dict) -> list[str]:
+    """What makes a document unsafe."""
+    curses, category = signals["curse_words"], signals["blocklist"]
+    reasons = [f"{curses:g} curse words"] if curses >= CURSE_WORDS else []
+    return reasons + ([] if category is None else [f"blocklist category {category}"])
 
 
 def first_failure(signals: dict, unsafe: str) -> str | None:
     """The rule that removes a document, None if it is kept."""
-    for name, holds in RULES.items():
-        if not holds(signals):
-            return name
-    enough = len(reasons_of(signals)) >= UNSAFE[unsafe]
-    return None if enough else f"curse words, blocklist ({unsafe})"
-
-
-def reasons_of(signals: dict) -> list[str]:
-    """What makes a document unsafe."""
-    reasons = []
-    if signals["curse_words"] >= CURSE_WORDS:
-        reasons.append(f"{signals['curse_words']:g} curse words")
-    if signals["blocklist"] is not None:
-        reasons.append(f"blocklist category {signals['blocklist']}")
-    return reasons
+    failed = [name for name, holds in RULES.items() if not holds(signals)]
+    if len(reasons_of(signals)) < UNSAFE[unsafe]:
+        failed.append(f"curse words, blocklist ({unsafe})")
+    return failed[0] if failed else None
 
 
 def kept_of(name: str, options, fates: Counter, skips: Skips) -> Iterator[dict]:
@@ -144,49 +120,21 @@ def kept_of(name: str, options, fates: Counter, skips: Skips) -> Iterator[dict]:
         where, signals = f"{name}:{number}", None
         text, reason = text_of(record, options.text_field)
         if text is not None:
-            signals, reason = signals_of(record)
+            signals, reason = published_signals(record)
         if signals is None:
             if reason == NO_SIGNALS and not (fates or any("quality" in said for said in skips)):
                 raise UserError(f"{where} has {reason}: {SIGNALS_NEEDED}")
             skips.note(reason, where)
-        elif failure := first_failure(signals, options.unsafe):
+            continue
+        fates["documents"] += 1
+        if failure := first_failure(signals, options.unsafe):
             fates[failure] += 1
-        else:
-            fates[BY_RULES] += 1
-            key = digest(text)
-            split = next(split for split in OUTPUTS if in_split(key, split))
-            meta = {name: record[name] for name in COPIED if name in record}
-            meta |= {"source": where, "signals": signals, "reasons": reasons_of(signals)}
-            yield {"split": split, "text": text, "meta": meta}
-
-
-def stage_one(names: list[str], options, work: Path, fates, skips) -> Iterator[dict]:
-    """What the rules keep of every shard. It is written to a file of `work` first, with the counts
-    so far, whose name stands for the rules and the shards so far: a later run reads that."""
-    key = digest(f"{options.unsafe} {options.text_field}")
-    for name in names:
-        key = digest(f"{key} {name}")
-        path = work / f"{key:016x}.jsonl.zst"
-        if not path.exists():
-            part = path.with_suffix(".part")
-            with zstandard.open(part, "wt", encoding="utf-8") as file:
-                for row in kept_of(name, options, fates, skips):
-                    file.write(json.dumps(row, default=str) + "\n")
-                file.write(json.dumps([fates, skips, sorted(skips.lost)]))
-            flush(part)
-            part.rename(path)
-        with zstandard.open(path, "rt", encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                if isinstance(row, dict):
-                    yield row
-                else:  # never below what was counted before
-                    fates |= Counter(row[0])
-                    skips |= Counter(row[1])
-                    skips.lost.update(row[2])
-
-
-# ------------------------------------------------------------------------------------------------
-# Stage 2: the judge
+            continue
+        key = digest(text)
+        split = next(split for split in OUTPUTS if in_split(key, split))
+        meta = {name: record[name] for name in COPIED if name in record}
+        meta |= {"source": where, "signals": signals, "reasons": reasons_of(signals)}
+        yield {"split": split, "text": text, "meta": meta}
 
 
 async def stage_two(row: dict, judge: Judge, tokenizer, options) -> str | None:
@@ -206,89 +154,83 @@ async def stage_two(row: dict, judge: Judge, tokenizer, options) -> str | None:
     return None if set(labels) == {"UNSAFE"} else "prefix not unsafe in all judgments"
 
 
-# ------------------------------------------------------------------------------------------------
-# Both
+def filter_shard(name: str, paths: dict[str, Path], judge, tokenizer, options, fates, skips):
+    """What stays of a shard, which is held in memory, into paths, one a split."""
+    rows, lines = list(kept_of(name, options, fates, skips)), {split: [] for split in paths}
+    failures = [None] * len(rows)
+    if judge:
+        asked = together(stage_two(row, judge, tokenizer, options) for row in rows)
+        failures = command.wait(judge.chat.run(asked))
+    for row, failure in zip(rows, failures, strict=True):
+        split = row.pop("split")
+        fates[failure or f"kept for {split}"] += 1
+        if not failure:
+            lines[split].append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    for split, path in paths.items():
+        path.unlink(missing_ok=True)
+        if lines[split]:
+            text = "".join(lines[split]).encode("utf-8", "replace")
+            write_bytes(path, zstandard.compress(text))
 
 
-class Shards:
-    """FOLDER/00000.jsonl.zst and so on, PER_SHARD documents each."""
-
-    def __init__(self, folder: Path):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-        folder.mkdir()
-        self.folder, self.count, self.file = folder, 0, None
-
-    def write(self, text: str, meta: dict) -> None:
-        if self.count % PER_SHARD == 0:
-            self.close()
-            self.path = self.folder / f"{self.count // PER_SHARD:05d}.jsonl.zst"
-            self.file = zstandard.open(self.path, "wt", encoding="utf-8", errors="replace")
-        self.file.write(json.dumps({"text": text, "meta": meta}, ensure_ascii=False) + "\n")
-        self.count += 1
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-            flush(self.path)
-            self.file = None
+def restore(work: Path, what: list, skips: Skips) -> tuple[int, Counter]:
+    """(shards that are done, documents by what became of them) of a run that was stopped; what:
+    stands for the run, and the work of another one is removed."""
+    saved = next(read_jsonl(work / "state.json"), {})
+    if saved.get("what") != what:
+        shutil.rmtree(work, ignore_errors=True)
+        for split in OUTPUTS:
+            (work / split).mkdir(parents=True)
+        return 0, Counter()
+    skips.update(saved["skips"])
+    skips.lost.update(saved["lost"])
+    return saved["done"], Counter(saved["fates"])
 
 
 def run(options) -> Counter:
     """Filters a corpus; returns documents by what became of them."""
-    out, names = Path(options.out).expanduser(), list_files(options.source)
-    work, skips, by_rule, fates = out / ".filter", Skips(), Counter(), Counter()
+    out, names, skips = Path(options.out).expanduser(), list_files(options.source), Skips()
+    work, skips.shards = out / ".filter", len(names)
+    state = work / "state.json"
     for folder in map(out.joinpath, OUTPUTS):
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()) and not state.exists():
             raise UserError(f"{folder} is not empty: remove it, or name another --out")
-    work.mkdir(parents=True, exist_ok=True)
-    skips.shards = len(names)
-    shards = {split: Shards(work / split) for split in OUTPUTS}
+    rules = [options.unsafe, options.text_field, bool(options.judge_url), options.judge_model]
+    rules += [options.votes, options.seed, options.tokenizer, options.chunk, options.max_seq]
+    what = [*rules, *(name.partition("?")[0] for name in names)]  # a signed link may be renewed
+    done, fates = restore(work, what, skips)
+    tokenizer, judge = load_tokenizer(options.tokenizer), None
     with contextlib.ExitStack() as stack:
         if options.judge_url:
-            store, tokenizer = out / "judgments.sqlite", load_tokenizer(options.tokenizer)
+            store = out / "judgments.sqlite"
             chat = stack.enter_context(Chat(options.judge_url, options.judge_model, cache=store))
             judge = Judge(chat, rewards="safety", seed=options.seed)
             greet(chat, judge.small_question())  # a wrong URL is told before the corpus is read
-        rows = stage_one(names, options, work, by_rule, skips)
-        while wave := list(islice(rows, AT_ONCE)):
-            failures = [None] * len(wave)
-            if options.judge_url:
-                asked = together(stage_two(row, judge, tokenizer, options) for row in wave)
-                failures = command.wait(chat.run(asked))
-            for row, failure in zip(wave, failures, strict=True):
-                split = row.pop("split")
-                fates[failure or f"kept for {split}"] += 1
-                if not failure:
-                    shards[split].write(**row)
-    if not by_rule:
+        for number in range(done, len(names)):
+            paths = {split: work / split / f"{number:05d}.jsonl.zst" for split in OUTPUTS}
+            filter_shard(names[number], paths, judge, tokenizer, options, fates, skips)
+            saved = {"what": what, "done": number + 1, "fates": fates, "skips": skips}
+            write_text(state, json.dumps(saved | {"lost": sorted(skips.lost)}))
+    if not fates["documents"]:
+        shutil.rmtree(work)
         raise UserError(f"{options.source}: no document can be read ({dict(skips)})")
-    for split, shard in shards.items():
-        shard.close()
-        shard.folder.rename(out / split)
+    for split in OUTPUTS:
+        if (work / split).exists():  # not when a run was stopped here
+            (work / split).rename(out / split)
     shutil.rmtree(work)
-    del by_rule[BY_RULES]
-    fates.update(by_rule)
     print_table(fates, options.unsafe, skips)
     return fates
 
 
 def print_table(fates: Counter, unsafe: str, skips: Skips) -> None:
-    total, kept = sum(fates.values()), [f"kept for {split}" for split in OUTPUTS]
+    kept = ["documents", *(f"kept for {split}" for split in OUTPUTS)]
     rules = [*RULES, f"curse words, blocklist ({unsafe})"]
-    later = [name for name in fates if name not in rules + kept]
-    print(f"{'documents':40} {total:>10,}")
-    for name in [*rules, *later, *kept]:
-        shown = name if name in kept else f"- {name}"
-        print(f"{shown:40} {fates[name]:>10,}  {fates[name] / max(1, total):6.1%}")
+    rules += [name for name in fates if name not in rules + kept]  # of stage 2
+    for name in [kept[0], *rules, *kept[1:]]:
+        shown = f"- {name}" if name in rules else name
+        print(f"{shown:40} {fates[name]:>10,}  {fates[name] / fates['documents']:6.1%}")
     for reason, count in skips.items():
         print(f"{'unreadable: ' + reason:40} {count:>10,}")
-
-
-def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    options = parser.parse_args(arguments)
-    if options.chunk < 1 or options.max_seq < 2 * options.chunk:
-        raise UserError("--chunk must be above 0, and --max_seq at least twice as large")
-    return options
 
 
 def corpus_flags(about: str) -> argparse.ArgumentParser:
@@ -302,6 +244,17 @@ def corpus_flags(about: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, arguments: list[str], *positive: str):
+    """Options whose --chunk, and what else is named, are above 0, and which hold two chunks."""
+    options = parser.parse_args(arguments)
+    for name in ("chunk", *positive):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be above 0")
+    if options.max_seq < 2 * options.chunk:
+        raise UserError("--max_seq must be at least twice --chunk")
+    return options
+
+
 def main(arguments: list[str]) -> None:
     parser = corpus_flags(__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder for train/, teacher/ ...")
@@ -310,10 +263,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--judge_model", default="judge")
     parser.add_argument("--votes", type=int, default=8, help="stage 2: judgments of each prefix")
     parser.add_argument("--seed", type=int, default=0)
-    options = parse(parser, arguments)
-    if options.votes < 1:
-        raise UserError("--votes must be above 0")
-    run(options)
+    run(parse(parser, arguments, "votes"))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,17 @@
 
 In:  shards as for training, the first --limit documents of them
 Out: format, fields, documents, tokens a document, the splits, five documents cut into prefix and
-     suffix; and the lengths as a histogram (PNG)
+     suffix
 """
 
 import os
 from collections import Counter
 from itertools import islice
-from urllib.parse import urlsplit
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from data import SPLITS, digest, document_tokens, in_split, sample_of
 from support import command
-from support.command import UserError
 from support.sources import Skips, ending, is_url, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 from tools.filter import corpus_flags, parse
@@ -28,15 +25,10 @@ SHOWN = 300  # characters of a sample's prefix and suffix
 def main(arguments: list[str]) -> None:
     parser = corpus_flags(__doc__.split("\n")[0])
     parser.add_argument("--limit", type=int, default=10_000, help="documents to look at")
-    parser.add_argument("--png", default="lengths.png", help="where the histogram goes")
-    options, skips = parse(parser, arguments), Skips()
-    if options.limit < 1 or not options.png.endswith(".png"):
-        raise UserError("--limit must be above 0, and the name of --png end in .png")
+    options, skips = parse(parser, arguments, "limit"), Skips()
     tokenizer = load_tokenizer(options.tokenizer)
     if texts := show_files_and_fields(options, skips):
-        lengths = np.array([len(document_tokens(text, tokenizer)) for text in texts])
-        show_lengths(options, texts, lengths)
-        draw(options, lengths)
+        show_lengths(options, texts, tokenizer)
         show_samples(options, texts, tokenizer)
     for reason, count in skips.items():
         print(f"skipped, {reason}: {count:,}")
@@ -46,7 +38,7 @@ def show_files_and_fields(options, skips: Skips) -> list[str]:
     """-> the texts"""
     names, fields, texts = list_files(options.source), Counter(), []
     skips.shards = len(names)
-    kinds = Counter(kind_of(name) for name in names)
+    kinds = Counter(ending(name) or "without an ending" for name in names)
     size = sum(os.path.getsize(name) for name in names if not is_url(name))
     print(f"files      {len(names):,} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.items())})")
     print(f"size       {size / 1e6:,.1f} MB on disk")
@@ -67,13 +59,8 @@ def show_files_and_fields(options, skips: Skips) -> list[str]:
     return texts
 
 
-def kind_of(name: str) -> str:
-    """.jsonl.zst"""
-    path = (urlsplit(name).path if is_url(name) else name).lower()
-    return path[path.rindex(ending(name)) :] if ending(name) else "without an ending"
-
-
-def show_lengths(options, texts: list[str], lengths: np.ndarray) -> None:
+def show_lengths(options, texts: list[str], tokenizer) -> None:
+    lengths = np.array([len(document_tokens(text, tokenizer)) for text in texts])
     marks = [f"{mark:,.0f}" for mark in np.percentile(lengths, [0, 10, 50, 90, 100])]
     keys = [digest(text) for text in texts]
     short = int((lengths < 2 * options.chunk).sum())
@@ -83,19 +70,6 @@ def show_lengths(options, texts: list[str], lengths: np.ndarray) -> None:
     print(f"duplicates {len(keys) - len(set(keys)):,}")
     for split in SPLITS:
         print(f"  {split:10} {sum(in_split(key, split) for key in keys):,}")
-
-
-def draw(options, lengths: np.ndarray) -> None:
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 60))
-    axes.axvline(2 * options.chunk, color="black", linestyle=":", label="two chunks")
-    axes.axvline(options.max_seq, color="black", linestyle="--", label="max_seq")
-    axes.set(xscale="log", xlabel="tokens", ylabel="documents")
-    axes.set_title(options.source[-60:], parse_math=False)
-    axes.legend()
-    figure.savefig(options.png, dpi=120)
-    print(f"histogram  {options.png}")
 
 
 def show_samples(options, texts: list[str], tokenizer) -> None:
