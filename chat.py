@@ -19,12 +19,8 @@ httpx) spends about ten times the CPU per call, CPU that training wants.
 """
 
 import asyncio
-import collections
-import concurrent.futures
 import contextlib
-import email.utils
 import hashlib
-import ipaddress
 import itertools
 import json
 import logging
@@ -34,6 +30,8 @@ import re
 import socket
 import threading
 import time
+from collections import Counter, deque
+from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,7 +40,7 @@ from requests.utils import get_environ_proxies, select_proxy
 
 from support.command import Stopped, UserError, wait
 from support.replies import WHOLE, Answer, Failure, error_in, of_content, read_reply
-from support.store import open_store
+from support.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +51,10 @@ SPREAD = 0.005  # seconds between two requests that leave after a pause, at firs
 SILENT: set[str] = set()  # base URLs whose silence was told, by whichever client of the process
 RECENT = 1000  # of the latest so many questions, from 20 on, half may be refused
 
+# A question that was refused has a row, too: its text is NULL, its finish the kind of refusal.
 ANSWERS = """answers (key BLOB PRIMARY KEY, text TEXT, finish TEXT, prompt_tokens INTEGER,
     completion_tokens INTEGER)"""
-REFUSED = "refused (key BLOB PRIMARY KEY, kind TEXT)"
 SELECT = "SELECT text, finish, prompt_tokens, completion_tokens FROM answers WHERE key = ?"
-NOTE = "INSERT OR REPLACE INTO refused VALUES (?, ?)"
 INSERT = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)"
 
 
@@ -66,29 +63,23 @@ class TeacherGone(Stopped):
 
 
 class Refused(Exception):
-    """The server will not answer this question, because of what is in it."""
-
-    def __init__(self, kind: str, told: str):
-        super().__init__(kind, told)
-        self.kind, self.told = kind, told
+    """(kind, told): the server will not answer this question, because of what is in it."""
 
 
 class Endpoint:
     """A server's address, and when the next request may leave for it.
 
     Rate limited: all requests pause, then leave one by one, `gap` seconds apart. Every answer
-    narrows the gap by one percent; a pause widens it if more than a fifth of the latest requests
-    was refused, by as much as would have let the accepted ones through. Failing SET_ASIDE times in
-    a row: one probe every `aside` seconds, longer and longer, until one succeeds. Failures of
-    requests that left before the latest pause start no new one.
+    narrows the gap by 2 %, every pause widens it by half, so that about one request in twenty is
+    refused. Failing SET_ASIDE times in a row: one probe every `aside` seconds, longer and longer,
+    until one succeeds. Failures of requests that left before the latest pause start no new one.
     """
 
     def __init__(self, url: str):
         if "@" in url or "?" in url:
             raise UserError("a key goes into OPENAI_API_KEY, not into the teacher's URL")
         try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            good = urlsplit(url).port != 0 and re.match(r"https?://[^/:]", url)
         except ValueError:  # a port that is no number, half a bracket
             good = False
         if not good:
@@ -102,36 +93,25 @@ class Endpoint:
         self.failures = 0  # in a row
         self.turn = 0.0  # when the next request may leave
         self.gap = 0.0  # seconds between two departures
-        self.refused = 0.0  # share of the latest fifty or so that met a rate limit
         self.aside = 0.0  # seconds between two probes; 0 = in use
         self.paused_at = 0.0
-
-    def load(self) -> int:
-        return (self.in_flight + 1) * (self.failures + 1)
-
-    def depart(self, now: float) -> None:
-        self.turn = now + max(self.gap, self.aside)
 
     def answered(self, now: float) -> None:
         if self.aside:  # it is back: let the waiting requests come, but not all at once
             self.aside, self.gap, self.turn = 0.0, SPREAD, now
         self.failures, self.failing_since = 0, 0.0
-        self.refused *= 0.98
-        self.gap = 0.99 * self.gap if self.gap > 1e-4 else 0.0
+        self.gap = 0.98 * self.gap if self.gap > 1e-4 else 0.0
 
     def failed(self, failure: Failure, sent: float, now: float) -> None:
         self.failing_since = self.failing_since or now
-        limited = failure.kind == "429" or failure.retry_after is not None
-        if limited:
-            self.refused += 0.02 * (1.0 - self.refused)
-            self.turn = max(self.turn, now + (failure.retry_after or 0.0))
+        pause = failure.retry_after or 0.0
+        self.turn = max(self.turn, now + pause)
         if sent < self.paused_at:
             return
         self.failures += 1
-        if limited:
-            pause = failure.retry_after or random.uniform(0.03, 0.06) * 2 ** min(self.failures, 9)
-            widen = 1.0 / (1.0 - min(self.refused, 0.5)) if self.refused > 0.2 else 1.0
-            self.gap = min(1.0, widen * (self.gap or SPREAD))
+        if failure.kind == "429" or failure.retry_after is not None:
+            pause = pause or random.uniform(0.03, 0.06) * 2 ** min(self.failures, 9)
+            self.gap = min(1.0, 1.5 * self.gap or SPREAD)
         elif self.failures >= SET_ASIDE:
             pause = self.aside = 2.0 ** min(self.failures - SET_ASIDE, 6)
         else:
@@ -142,71 +122,52 @@ class Endpoint:
 def proxy_of(url: str) -> str | None:
     """The proxy that http_proxy, https_proxy, all_proxy and no_proxy name, read as for the data;
     none for this machine itself."""
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return None
-    if host == "localhost" or host.endswith(".localhost"):
+    if re.fullmatch(r"(.+\.)?localhost|127(\.\d+){3}|::1", urlsplit(url).hostname or ""):
         return None
     proxy = select_proxy(url, get_environ_proxies(url))
-    if proxy and "://" not in proxy:
-        proxy = f"http://{proxy}"
+    proxy = proxy if not proxy or "://" in proxy else f"http://{proxy}"
     if proxy and not proxy.startswith(("http://", "https://")):
-        scheme = proxy.partition(":")[0]
-        raise UserError(f"a {scheme} proxy for {url}: set http_proxy or https_proxy to an HTTP one")
+        raise UserError(f"{proxy.partition(':')[0]} proxy for {url}: set one that speaks HTTP")
     return proxy
 
 
 def retry_after(headers) -> float | None:
-    """Seconds to wait by the Retry-After header: a number of seconds or an HTTP date."""
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return min(seconds, 3600.0) if seconds > 0 else 0.0
+    """Seconds to wait by the Retry-After header; None where it gives no number."""
+    with contextlib.suppress(TypeError, ValueError):
+        seconds = float(headers.get("Retry-After"))
+        return min(seconds, 3600.0) if seconds >= 0 else None
+    return None
 
 
 def in_words(error: Exception) -> str:
     """What has happened to a connection, for a reader who knows no library."""
     cause = getattr(error, "os_error", None) or error
     number = re.search(r"Errno (\d+)", str(cause))
+    told = os.strerror(int(number[1])).lower() if number else type(error).__name__
     if isinstance(cause, socket.gaierror) or "DNS" in type(error).__name__:
         told = "no such host"
     elif isinstance(error, aiohttp.ClientSSLError):
         told = f"no secure connection ({' '.join(str(cause).split())[:200]})"
-    elif isinstance(error, aiohttp.ServerDisconnectedError):
-        told = "it closes the connection without an answer"
-    elif isinstance(error, aiohttp.ClientPayloadError):
-        told = "it breaks its answers off"
-    else:
-        told = os.strerror(int(number[1])).lower() if number else type(error).__name__
+    elif isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        told = "it closes the connection before the end of an answer"
     proxied = aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError
     return f"its proxy: {getattr(error, 'status', told)}" if isinstance(error, proxied) else told
 
 
 async def read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """At most about `limit` bytes of the body; a connection left half read is closed by aiohttp."""
-    chunks, size = [], 0
-    async for chunk in response.content.iter_any():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            break
-    return b"".join(chunks)
+    """At most `limit` bytes of the body; a connection left half read is closed by aiohttp."""
+    try:
+        return await response.content.readexactly(limit)
+    except asyncio.IncompleteReadError as short:
+        return short.partial
 
 
-class Chat:
+class Chat(contextlib.AbstractContextManager):
     """A client for one model on one or several endpoints, with its own thread and event loop."""
 
     def __init__(
         self,
-        urls: str | list[str],
+        urls: str,  # several: commas
         model: str,
         *,
         concurrency: int = 1024,  # requests in flight, over all endpoints
@@ -215,13 +176,11 @@ class Chat:
         give_up_after: float = 600.0,  # seconds without any answer until TeacherGone
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
-        urls = urls.split(",") if isinstance(urls, str) else urls
-        self.urls = [url.strip() for url in urls]
+        self.urls = [url.strip() for url in urls.split(",")]
         self._endpoints = [Endpoint(url) for url in self.urls]
-        self.store = open_store(Path(cache)) if cache else None
+        self.store = Store(Path(cache)) if cache else None
         if self.store:
             self.store.create(ANSWERS)
-            self.store.create(REFUSED)
         self._model, self._retries, self._give_up_after = model, retries, give_up_after
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 20.0))
@@ -230,22 +189,22 @@ class Chat:
         self._heard = 0.0  # when the last answer arrived (or the first question was asked)
         self._trouble = ""  # the last failure, for TeacherGone's message
         self._asking: dict[bytes, asyncio.Task] = {}
-        self._counts = collections.Counter()
-        self._failed = collections.Counter()
-        self._latency = collections.deque(maxlen=2000)  # seconds, of the latest answers
-        self._recent = collections.deque(maxlen=RECENT)  # of the latest questions: was it refused?
+        self._counts: Counter = Counter()
+        self._failed: Counter = Counter()
+        self._latency: deque = deque(maxlen=2000)  # seconds, of the latest answers
+        self._recent: deque = deque(maxlen=RECENT)  # of the latest questions: was it refused?
         self.refusal = ""  # the latest refused question, in the server's words
         self._limit = b'"max_tokens"'  # what the server calls the limit of an answer
 
         self._closing = asyncio.Event()
-        started = concurrent.futures.Future()
+        started: Future = Future()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._serve(started)), name="chat", daemon=True
         )
         self._thread.start()
         self._loop = started.result()
 
-    async def _serve(self, started: concurrent.futures.Future) -> None:
+    async def _serve(self, started: Future) -> None:
         """The background thread's life: a session that is open until `close` is called."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._key:
@@ -259,20 +218,16 @@ class Chat:
         ) as self._session:
             started.set_result(asyncio.get_running_loop())
             await self._closing.wait()
-            tasks = list(self._asking.values())
-            for task in tasks:
+            for task in (tasks := list(self._asking.values())):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if self.store:
             self.store.close()
 
-    def __enter__(self) -> "Chat":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
-    def run(self, coroutine) -> concurrent.futures.Future:
+    def run(self, coroutine) -> Future:
         """Starts a coroutine on the background thread; call it from any other thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -297,44 +252,38 @@ class Chat:
         self, prompt: str, *, seed: int, temperature: float, top_p: float, max_tokens: int
     ) -> Answer:
         """The answer to one question, from the cache if this very question was asked before."""
-        request = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-            "seed": seed,
-        }
+        how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+        request = dict(model=self._model, messages=[dict(role="user", content=prompt)], **how)
         body = json.dumps(request).encode()
         key = hashlib.sha256(body).digest()
         if key in self._asking:  # the same question is in flight: share its answer
             self._counts["cached"] += 1
             return (await asyncio.shield(self._asking[key]))._replace(cached=True)
-        row = self.store.find(SELECT, (key,)) if self.store else None
+        row = self.store.find(SELECT, key) if self.store else None
         if row and row[1].lower() in WHOLE:  # earlier versions kept broken answers, too
             self._counts["cached"] += 1
-            return Answer._make((*row, True, False))
+            return Answer(*row, cached=True)
         if not self._asking:
             self._heard = time.monotonic()
-        task = self._asking[key] = asyncio.create_task(self._answer(key, body))
+        # A refusal that an earlier process met is no news.
+        task = self._asking[key] = asyncio.create_task(self._answer(key, body, news=row is None))
         task.add_done_callback(lambda _: self._asking.pop(key))
         # What it raises is heard by its caller, or by nobody where the caller has given up.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)  # a caller that gives up must not waste the answer
 
-    async def _answer(self, key: bytes, body: bytes) -> Answer:
+    async def _answer(self, key: bytes, body: bytes, news: bool) -> Answer:
         """Attempts until one succeeds, the question is dropped, or the teacher is lost."""
         began = time.monotonic()
         for attempt in itertools.count():
-            async with self._slots:
-                endpoint = await self._turn()
-                try:
-                    answer = await self._attempt(endpoint, body)
-                    break
-                except Refused as refused:
-                    return await self._refused(key, refused)
-                except Failure as failure:
-                    kind = failure.kind
+            try:
+                async with self._slots:
+                    answer = await self._attempt(await self._turn(), body)
+                break
+            except Refused as refused:
+                return await self._refused(key, *refused.args, news)
+            except Failure as failure:
+                kind = failure.kind
             if attempt >= self._retries and self._heard > began:
                 self._counts["dropped"] += 1
                 return Answer(None, kind, 0, 0)
@@ -345,29 +294,28 @@ class Chat:
             self._counts["retries"] += 1
         self._recent.append(False)
         if answer.text is None:
-            self._count(answer.finish, f"an answer of {endpoint.base} ended by {answer.finish!r}")
+            self._count(answer.finish, f"an answer of {self.urls[0]} ended by {answer.finish!r}")
         elif self.store:
             await self.store.add(INSERT, (key, *answer[:4]))
         return answer
 
-    async def _refused(self, key: bytes, refused: Refused) -> Answer:
+    async def _refused(self, key: bytes, kind: str, told: str, news: bool) -> Answer:
         """An absent answer. UserError where refusals are the rule: then it is not the question.
 
-        Those that an earlier process met are no news: a run that goes on asks them once more, one
-        after another, for all other questions of that step are in its store.
+        A run that goes on asks what was refused once more, one question after another, for all
+        others of that step are in its store; so those are not counted again.
         """
-        self._count(refused.kind, refused.told)
-        self.refusal = refused.told
-        known = self.store and self.store.find("SELECT 1 FROM refused WHERE key = ?", (key,))
-        if not known:
+        self._count(kind, told)
+        self.refusal = told
+        if news:
             self._recent.append(True)
             if self.store:
-                await self.store.add(NOTE, (key, refused.kind))
+                await self.store.add(INSERT, (key, None, kind, 0, 0))
         # Refusals come back sooner than answers: those in flight count as answered.
         bad, asked = sum(self._recent), len(self._recent)
         if asked >= 20 and 2 * bad > asked + sum(e.in_flight for e in self._endpoints):
-            raise UserError(f"{bad} of the last {asked} questions were refused: {refused.told}")
-        return Answer(None, refused.kind, 0, 0, refused=True)
+            raise UserError(f"{bad} of the last {asked} questions were refused: {told}")
+        return Answer(None, kind, 0, 0, refused=True)
 
     def _count(self, kind: str, told: str) -> None:
         """An absent answer; the first of a kind is told, but for those that every judge gives."""
@@ -384,18 +332,21 @@ class Chat:
 
     async def _turn(self) -> Endpoint:
         """Waits until a request may leave, and says for where: the least-loaded open endpoint."""
+
+        def load(e: Endpoint):
+            return max(0.0, e.turn - time.monotonic()), (e.in_flight + 1) * (e.failures + 1)
+
         self._waiting += 1
         try:
-            while True:
-                now = time.monotonic()
-                endpoint = min(self._endpoints, key=lambda e: (max(0.0, e.turn - now), e.load()))
-                if endpoint.turn <= now:
-                    endpoint.depart(now)
-                    return endpoint
+            while (
+                left := (endpoint := min(self._endpoints, key=load)).turn - time.monotonic()
+            ) > 0:
                 spread = random.random() * endpoint.gap * self._waiting
-                await asyncio.sleep(min(endpoint.turn - now + spread, 1.0, self._patience()))
+                await asyncio.sleep(min(left + spread, 1.0, self._patience()))
         finally:
             self._waiting -= 1
+        endpoint.turn = time.monotonic() + max(endpoint.gap, endpoint.aside)
+        return endpoint
 
     async def _attempt(self, endpoint: Endpoint, body: bytes) -> Answer:
         """One request. Failure for what may pass, Refused for what is about this question alone,
@@ -411,14 +362,13 @@ class Chat:
                 proxy=endpoint.proxy,
             ) as response:
                 answer = await self._receive(response, endpoint.url)
-        except asyncio.TimeoutError:
-            failure = Failure("timeout", f"it takes longer than {self._timeout.total:g} s")
-        except aiohttp.ClientPayloadError as error:
-            failure = Failure("half_closed", in_words(error))
-        except (aiohttp.ClientError, OSError) as error:
-            failure = Failure("connection", in_words(error))
         except Failure as error:
             failure = error
+        except asyncio.TimeoutError:
+            failure = Failure("timeout", f"it takes longer than {self._timeout.total:g} s")
+        except (aiohttp.ClientError, OSError) as error:
+            half = isinstance(error, aiohttp.ClientPayloadError)
+            failure = Failure("half_closed" if half else "connection", in_words(error))
         except Refused:
             self._well(endpoint)
             raise
@@ -440,40 +390,32 @@ class Chat:
         """The endpoint has answered."""
         self._heard = time.monotonic()
         endpoint.answered(self._heard)
-        if endpoint.told:
-            endpoint.told = False
-            if endpoint.base in SILENT:
-                SILENT.remove(endpoint.base)
-                log.warning("%s answers again", endpoint.base)
+        if endpoint.told and endpoint.base in SILENT:
+            SILENT.remove(endpoint.base)
+            log.warning("%s answers again", endpoint.base)
+        endpoint.told = False
 
     def _tell(self, endpoint: Endpoint, failure: Failure) -> None:
         """One line for an endpoint that has begun to fail, however often it is asked, and by how
         many clients of this process."""
         since = time.monotonic() - endpoint.failing_since
-        patience = 30.0 if endpoint.aside == 0.0 and failure.retry_after else 1.0
-        if endpoint.told or (since < patience and endpoint.failures < SET_ASIDE):
+        if endpoint.told or not endpoint.aside and since < (30.0 if failure.retry_after else 1.0):
             return
         endpoint.told = True
         if endpoint.base not in SILENT:
             SILENT.add(endpoint.base)
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + self._patience()))
-            others = " by any" if len(self._endpoints) > 1 else ""
-            log.warning(
-                "%s does not answer: %s; waiting until %s for an answer%s",
-                endpoint.base,
-                failure.why,
-                until,
-                others,
-            )
+            whom = "an answer by any" if len(self.urls) > 1 else "an answer"
+            told = "%s does not answer: %s; waiting until %s for %s"
+            log.warning(told, endpoint.base, failure.why, until, whom)
 
     async def _receive(self, response: aiohttp.ClientResponse, url: str) -> Answer:
         """Reads a reply, of bounded size, and tells answers, failures and refusals apart."""
-        status = response.status
-        if status != 200:
-            self._turned_down(status, await read(response, 4096), url, response.headers)
+        if response.status != 200:
+            self._turned_down(response.status, await read(response, 4096), url, response.headers)
         if "json" not in response.content_type:
             raise Failure("content_type", f"it answers with {response.content_type}, not JSON")
-        content = await read(response, MAX_BODY)
+        content = await read(response, MAX_BODY + 1)
         if len(content) > MAX_BODY:
             raise Failure("too_large", f"it answers with more than {MAX_BODY >> 20} MB")
         try:
@@ -481,12 +423,15 @@ class Chat:
         except (ValueError, RecursionError):
             raise Failure("invalid_json", "it answers with broken JSON") from None
         if error := error_in(reply):
-            self._turned_down(error, content, url, response.headers)
+            self._turned_down(error, content[:4096], url, response.headers)
         return read_reply(reply)
 
     def _turned_down(self, status: int, content: bytes, url: str, headers):
         """Raises what an error's status and body mean."""
-        told, whole = self._clean(content[:4096]), content[:4096].decode(errors="replace")
+        whole = content.decode(errors="replace")
+        # One short printable line, without the key that it may repeat.
+        told = whole.replace(self._key, "[key]") if self._key else whole
+        told = " ".join("".join(c if c.isprintable() else " " for c in told).split())[:500]
         if re.search("use .?max_completion_tokens", whole, re.I):  # OpenAI's reasoning models
             self._limit = b'"max_completion_tokens"'
             raise Failure("max_tokens", "it wants max_completion_tokens")
@@ -497,13 +442,6 @@ class Chat:
             raise Refused(kind, f"{url} answered {status}: {told}")
         hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
         raise UserError(f"{url} answered {status}: {told}{hint}")
-
-    def _clean(self, content: bytes) -> str:
-        """An error body as one short printable line, without the key that it may repeat."""
-        text = content.decode(errors="replace")
-        if self._key:
-            text = text.replace(self._key, "[key]")
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
 
 
 def greet(chat: Chat, question: str) -> None:
@@ -518,21 +456,17 @@ class Traffic:
     """What several chats did, for the log; the first of them is the judge's."""
 
     def __init__(self, chats: list[Chat]):
-        self.chats, self.seen = chats, collections.Counter()
+        self.chats, self.seen = chats, Counter()
 
     def since_last(self) -> dict[str, tuple[float, int]]:
         """Since the last call, as {name: (sum, count)}: requests, tokens, failures by kind, and
         the median and 99th percentile of recent answers in seconds."""
-        stats = [chat.stats() for chat in self.chats]
-        now = collections.Counter()
+        stats, now = [chat.stats() for chat in self.chats], Counter()
         for each in stats:
-            now["requests"] += each["calls"]
-            now["tokens_in"] += each["tokens_in"]
-            now["tokens_out"] += each["tokens_out"]
+            now.update(requests=each["calls"])
+            now.update({name: each[name] for name in ("tokens_in", "tokens_out")})
             now.update({f"failed.{kind}": n for kind, n in each["failed"].items()})
         out = {f"judge.{name}": (float(now[name] - self.seen[name]), 0) for name in now}
         self.seen = now
         out["judge.tokens"] = (out["judge.tokens_in"][0] + out["judge.tokens_out"][0], 0)
-        for name in ("latency_p50", "latency_p99"):
-            out[f"judge.{name}"] = (stats[0][name], 1)
-        return out
+        return out | {f"judge.{p}": (stats[0][p], 1) for p in ("latency_p50", "latency_p99")}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, names, parse_rewards
+from config import Config, parse_rewards
 from schedules import schedule
 from support.command import UserError
 from verdicts import VERDICTS, parse
@@ -105,7 +105,7 @@ class Scores:
 
 
 @dataclass
-class Pool:
+class Group:
     """One prefix, the distinct texts that continue it, and what was asked about them."""
 
     prefix: str
@@ -118,34 +118,23 @@ class Pool:
 
 
 class Judge:
-    """Rewards: kinds with optional weights ("quality,safety:2"). comparisons: "all", "pivot",
-    "race", or R opponents a candidate (schedules.py). samples: how often each question is asked;
-    pairs alternate their order. retries: how often an answer without a readable verdict is asked
-    again, with a fresh seed, before the verdict is absent. store: the chat's, that keeps pools."""
+    """What a teacher thinks of texts, asked through `chat` as the config's keys say.
 
-    def __init__(
-        self,
-        chat,
-        *,
-        rewards=("quality", "safety"),
-        comparisons="all",
-        samples=1,
-        temperature=1.0,
-        top_p=1.0,
-        max_tokens=512,
-        prompts="prompts",
-        retries=3,
-        seed=0,
-        store=None,
-    ):
-        self.chat, self.comparisons, self.samples = chat, comparisons, samples
-        self.weights, self.prompts = parse_rewards(rewards), load_prompts(prompts)
-        self.sampling = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-        self.retries, self.seed, self.store = retries, seed, store
+    A race, or pairs that are asked several times, alternate their order. An answer without a
+    readable verdict is asked again up to judge_retries times, with a fresh seed, before the verdict
+    is absent. store: the chat's, where pools are to be kept for tools/replay.py.
+    """
+
+    def __init__(self, chat, config: Config | None = None, store=None):
+        self.chat, self.config, self.store = chat, config or Config(), store
+        c = self.config
+        self.weights, self.prompts = parse_rewards(c.rewards), load_prompts(c.prompts)
+        self.sampling = dict(temperature=c.judge_temperature, top_p=c.judge_top_p)
+        self.sampling["max_tokens"] = c.judge_max_tokens
         if store:
             store.create(POOLS)
         self.open = asyncio.Semaphore(OPEN)
-        self.tally = Counter()  # of questions asked one by one, through `verdict`
+        self.tally: Counter = Counter()  # of questions asked one by one, through `verdict`
 
     def small_question(self):
         """One that any judge can answer, for `chat.greet`."""
@@ -158,8 +147,8 @@ class Judge:
 
     async def _score(self, step, prefixes, references, candidates, sources, index):
         rows = list(zip(prefixes, references, candidates, index, strict=True))
-        pools = [new_pool(*row, sources) for row in rows]
-        worth = await together(self._pool(pool) for pool in pools)  # kind -> text -> value
+        groups = [new_group(*row, sources) for row in rows]
+        worth = await together(self._group(group) for group in groups)  # kind -> text -> value
         by_kind = {
             kind: np.array(
                 [
@@ -173,38 +162,32 @@ class Judge:
         if self.store:
             kept = await asyncio.to_thread(pack_pools, step, sources, rows, reward)
             await self.store.add("INSERT OR REPLACE INTO pools VALUES (?, ?, ?)", *kept)
-        tally = sum((pool.tally for pool in pools), Counter())
+        tally = sum((group.tally for group in groups), Counter())
         counts = (tally["calls"], tally["failed"], tally["absent"])
-        first = pools[0].verdicts if pools else []
+        first = groups[0].verdicts if groups else []
         examples = sorted(first, key=lambda seen: (seen["kind"], seen["candidates"]))
         return Scores(reward, by_kind, *counts, examples)
 
-    async def _pool(self, pool):
+    async def _group(self, group):
         """kind -> text -> value between 0 and 1, nan without a verdict."""
         kinds = [kind for kind in self.weights if kind != "quality"]
-        pointwise = asyncio.ensure_future(together(self._pointwise(kind, pool) for kind in kinds))
-        if "quality" in self.weights:
-            kinds = ["quality", *kinds]
-            quality, others = await together([self._compare(pool, pointwise), pointwise])
-            worth = [quality, *others]
-        else:
-            worth = await pointwise
-        return {
-            kind: dict(zip(pool.texts, values, strict=True))
-            for kind, values in zip(kinds, worth, strict=True)
-        }
+        alone = asyncio.ensure_future(together(self._alone(kind, group) for kind in kinds))
+        asked = [self._compare(group, alone)] if "quality" in self.weights else []
+        *quality, others = await together([*asked, alone])
+        worth = zip(["quality"] * len(quality) + kinds, [*quality, *others], strict=True)
+        return {kind: dict(zip(group.texts, values, strict=True)) for kind, values in worth}
 
-    async def _pointwise(self, kind, pool):
-        return await together(self._of_pool(kind, pool, [i]) for i in range(len(pool.texts)))
+    async def _alone(self, kind, group):
+        return await together(self._of_group(kind, group, [i]) for i in range(len(group.texts)))
 
-    async def _compare(self, pool, pointwise):
+    async def _compare(self, group, alone):
         """Asks the schedule's rounds and returns its scores. A race waits for the other rewards."""
-        bonus = np.zeros(len(pool.texts))
-        if str(self.comparisons).startswith("race") and len(self.weights) > 1:
+        bonus, comparisons = np.zeros(len(group.texts)), self.config.comparisons
+        if comparisons.startswith("race") and len(self.weights) > 1:
             weights = [weight for kind, weight in self.weights.items() if kind != "quality"]
-            bonus = weights @ np.array(await pointwise) / self.weights["quality"]
-        rng = np.random.default_rng([self.seed, pool.key])
-        rounds = schedule(self.comparisons, len(pool.texts), pool.pivot, rng, bonus)
+            bonus = weights @ np.array(await alone) / self.weights["quality"]
+        rng = np.random.default_rng([self.config.seed, group.key])
+        rounds = schedule(comparisons, len(group.texts), group.pivot, rng, bonus)
         outcomes, times = None, Counter()  # how often a pair was asked in this order before
         while True:
             try:
@@ -213,16 +196,16 @@ class Judge:
                 return done.value
             asked = []
             for pair in pairs:
-                asked.append(self._of_pool("quality", pool, pair, times[pair]))
+                asked.append(self._of_group("quality", group, pair, times[pair]))
                 times[pair] += 1
             outcomes = await together(asked)
 
-    async def _of_pool(self, kind, pool, shown, repeat=0):
-        """The value of the first (or only) text of a pool shown; repeat: for how many-th time."""
-        texts = [pool.texts[i] for i in shown]
-        how = dict(tally=pool.tally, prefix=pool.prefix, reference=pool.reference)
-        numbers = dict(samples=self.samples, first=repeat * self.samples)
-        return await self.worth(kind, *texts, **numbers, seen=pool.verdicts, **how)
+    async def _of_group(self, kind, group, shown, repeat=0):
+        """The value of the first (or only) text of a group shown; repeat: for how many-th time."""
+        texts, samples = [group.texts[i] for i in shown], self.config.judge_samples
+        numbers = dict(samples=samples, first=repeat * samples, seen=group.verdicts)
+        how = dict(tally=group.tally, prefix=group.prefix, reference=group.reference)
+        return await self.worth(kind, *texts, **numbers, **how)
 
     async def worth(self, kind, *shown, samples=1, both_orders=False, first=0, seen=None, **how):
         """What the judge thinks of a text, or of the first of a pair, between 0 and 1: the mean
@@ -256,8 +239,8 @@ class Judge:
         how = self.sampling if temperature is None else self.sampling | {"temperature": temperature}
         async with self.open:
             question = render(self.prompts[prompt or kind], **texts)
-            for attempt in range(1 + self.retries):
-                seed = question_seed(self.seed, question, sample, attempt)
+            for attempt in range(1 + self.config.judge_retries):
+                seed = question_seed(self.config.seed, question, sample, attempt)
                 answer = await self.chat.ask(question, seed=seed, **how)
                 tally["calls"] += 1
                 if label := parse(kind, answer.text):
@@ -267,26 +250,6 @@ class Judge:
                     break
         tally["absent"] += 1
         return None, answer.text
-
-
-def open_judge(chat, config: Config, store=None):
-    """The judge of a config, asked through `chat`; store: `chat.store`, where pools are to be kept.
-
-    UserError where config.prompts is no folder, or a prompt in it does not show what ours shows.
-    """
-    return Judge(
-        chat,
-        rewards=names(config.rewards),
-        comparisons=config.comparisons,
-        samples=config.judge_samples,
-        temperature=config.judge_temperature,
-        top_p=config.judge_top_p,
-        max_tokens=config.judge_max_tokens,
-        prompts=config.prompts,
-        retries=config.judge_retries,
-        seed=config.seed,
-        store=store,
-    )
 
 
 def first_wins(step: int, pool) -> Future:
@@ -299,13 +262,13 @@ def first_wins(step: int, pool) -> Future:
     return scores
 
 
-def new_pool(prefix, reference, candidates, key, sources):
+def new_group(prefix, reference, candidates, key, sources):
     """Equal texts are judged once and share their score; one without a word is 0 in every kind
     without asking, for it must never pay to say nothing."""
     texts = list(dict.fromkeys(text for text in candidates if text and text.strip()))
     suffix = dict(zip(sources, candidates, strict=True)).get("suffix")
     pivot = texts.index(suffix) if suffix in texts else 0
-    return Pool(prefix, reference, texts, pivot, key)
+    return Group(prefix, reference, texts, pivot, key)
 
 
 async def together(coroutines):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chat import Chat, Traffic, greet
 from config import Config
-from judge import SPECIAL, defuse, load_prompts, open_judge, question_seed, render, together
+from judge import SPECIAL, Judge, defuse, load_prompts, question_seed, render, together
 from support.distributed import agreement, rank
 from support.store import path_of
 
@@ -38,14 +38,15 @@ REMARK = re.compile(
 
 
 class Rewriter:
-    """retries: how often a refusal, an empty or a cut answer is asked again, with a fresh seed."""
+    """Asks through `chat` as the config's keys say. A refusal, an empty or a cut answer is asked
+    again `retries` times, with a fresh seed."""
 
-    def __init__(
-        self, chat, *, temperature=1.0, max_tokens=512, prompts="prompts", seed=0, retries=1
-    ):
-        self.chat, self.seed, self.retries = chat, seed, retries
-        self.sampling = dict(temperature=temperature, top_p=1.0, max_tokens=max_tokens)
-        self.template = load_prompts(prompts)["rewrite"]
+    def __init__(self, chat, config: Config | None = None, retries: int = 1):
+        c = config or Config()
+        self.chat, self.seed, self.retries = chat, c.seed, retries
+        self.sampling = dict(temperature=c.rewrite_temperature, top_p=1.0)
+        self.sampling["max_tokens"] = c.rewrite_max_tokens or 4 * c.chunk
+        self.template = load_prompts(c.prompts)["rewrite"]
 
     def rewrite(self, prefixes, suffixes, index):
         """Future of a list of texts or None. `index`: global sample numbers that key all chance."""
@@ -68,17 +69,6 @@ class Rewriter:
         return None
 
 
-def open_rewriter(chat, config: Config):
-    """The rewriter of a config, asked through `chat`."""
-    return Rewriter(
-        chat,
-        temperature=config.rewrite_temperature,
-        max_tokens=config.rewrite_max_tokens or 4 * config.chunk,
-        prompts=config.prompts,
-        seed=config.seed,
-    )
-
-
 class Teachers:
     """Who judges and who rewrites in a run; world: the URL for those named "world"."""
 
@@ -87,13 +77,13 @@ class Teachers:
         judge = self.open(config.judge_url, config.judge_model)
         rewriter = self.open(config.rewrite_url, config.rewrite_model)
         chats = [judge, rewriter]
-        self.judge = self.examiner = open_judge(judge, config, store=judge.store)
-        self.rewriter = open_rewriter(rewriter, config)
+        self.judge = self.examiner = Judge(judge, config, judge.store)
+        self.rewriter = Rewriter(rewriter, config)
         if config.eval_judge_url:
             # A record of its own: the same question to another judge is another question.
             model = config.eval_judge_model or config.judge_model
             chats.append(self.open(config.eval_judge_url, model, "evaluation.sqlite"))
-            self.examiner = open_judge(chats[-1], config)
+            self.examiner = Judge(chats[-1], config)
         self.traffic = Traffic(chats).since_last
         with agreement():
             if rank() == 0:  # a wrong URL, key or model is known before anything is trained

@@ -19,6 +19,7 @@ mean leaves out (--suite safety --data none).
 import argparse
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from chat import Chat
+from config import Config
 from data import SPLITS
 from evaluation import harness
 from evaluation.results import summarise, table
@@ -190,7 +192,7 @@ def examiner(judge: Judge) -> Judge:
     whole distribution, temperature 1 but for TEMPERATURE, three more tries for a lost verdict."""
     own = copy.copy(judge)
     own.sampling = judge.sampling | dict(temperature=1.0, top_p=1.0)
-    own.seed, own.retries = 0, 3
+    own.config = dataclasses.replace(judge.config, seed=0, judge_retries=3)
     return own
 
 
@@ -373,7 +375,8 @@ def main(arguments: list[str]):
         teacher_url(args.judge_url, parse_dials(args.dials)) as url,
         Chat(url, args.judge_model, cache=out.parent / record) as chat,
     ):
-        judge = Judge(chat, prompts=args.prompts, max_tokens=args.judge_max_tokens)
+        how = Config(prompts=args.prompts, judge_max_tokens=args.judge_max_tokens)
+        judge = Judge(chat, how)
         sets = sets_of(args, ours.tokenizer)
         written = write_all(base, ours, sets, args.max_seq - args.chunk)
         values = judged(written, sets, judge, args.suites, args.seeds)

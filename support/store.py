@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import os
 import re
 import shutil
 import socket
@@ -22,7 +21,7 @@ import tempfile
 import threading
 import time
 import zlib
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.command import UserError
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that another process may hold a file
 HOST = zlib.crc32(socket.gethostname().encode()) >> 1  # kept in each file: who writes it
+LOCK = threading.RLock()  # a process has one hand: its stores may lie where files have no locks
+WARNED: set[Path] = set()  # folders
 
 
 def path_of(path: Path, process: int) -> Path:
@@ -40,8 +41,8 @@ def path_of(path: Path, process: int) -> Path:
 
 def files_of(path: Path) -> tuple[list[Path], list[Path]]:
     """The processes' files in order, and those of the past, the latest first."""
-    name, _, _ = path.name.partition(".")
     found: dict[str, list] = {"": [], "past": []}
+    name, _, _ = path.name.partition(".")
     for file in path.parent.glob(f"{name}.*sqlite"):
         if match := re.fullmatch(r"\.(past)?(\d*)\.?sqlite", file.name[len(name) :]):
             found[match[1] or ""].append((int(match[2] or 0), file))
@@ -52,15 +53,11 @@ def settle(path: Path, processes: int) -> None:
     """Before any process opens its file: where another number of processes wrote them, all become
     files of the past. To be called by one process alone, for which the others wait."""
     files, past = files_of(path)
-    with contextlib.closing(open_file(path)) as db:
-        before = db.execute("PRAGMA user_version").fetchone()[0] or 1
-    if files and before != processes:
+    if files != [path_of(path, process) for process in range(processes)]:
         for number, file in enumerate(reversed(files), len(past) + 1):  # last that of process 0
             with contextlib.closing(open_file(file)) as db:
                 db.execute("PRAGMA journal_mode=DELETE")
             file.rename(path.with_suffix(f".past{number}{path.suffix}"))
-    with contextlib.closing(open_file(path)) as db:
-        db.execute(f"PRAGMA user_version={processes}")
 
 
 class Reader:
@@ -70,179 +67,105 @@ class Reader:
         files, past = files_of(path)
         if not files + past:
             raise UserError(f"{path}: no such file: is this the folder of a run with a judge?")
-        self._open = contextlib.ExitStack()
-        self.connections = [self._open.enter_context(reading(file)) for file in files + past]
+        self.connections = [open_to_read(file) for file in files + past]
 
-    def find(self, query: str, arguments: tuple = ()) -> tuple | None:
+    def rows(self, query: str, *arguments) -> Iterator[sqlite3.Cursor]:
+        """A cursor for each file that has the table: the process's own or process 0's first."""
+        for db in self.connections:
+            with contextlib.suppress(sqlite3.OperationalError):  # a past file may lack it
+                yield db.execute(query, arguments)
+
+    def find(self, query: str, *arguments) -> tuple | None:
         """The first row of the first file that has one."""
-        for db in self.connections:
-            with contextlib.suppress(sqlite3.OperationalError):  # a past file may lack the table
-                if row := db.execute(query, arguments).fetchone():
-                    return row
-        return None
-
-    def rows(self, query: str) -> list[sqlite3.Cursor]:
-        """One cursor for each file that has the table, in the order in which `find` looks."""
-        found = []
-        for db in self.connections:
-            with contextlib.suppress(sqlite3.OperationalError):
-                found.append(db.execute(query))
-        return found
+        with LOCK:
+            return next((row for rows in self.rows(query, *arguments) for row in rows), None)
 
     def close(self) -> None:
-        self._open.close()
+        for db in self.connections:
+            db.close()
 
 
 class Store(Reader):
-    """The file of this process, to be written and read; and the files of the past, to be read.
-
-    One connection for all threads and event loops of the process: see `open_store`.
-    """
+    """The file of this process, to be written and read; and the files of the past, to be read."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._open = contextlib.ExitStack()
-        self._db = self._open.enter_context(contextlib.closing(open_file(path)))
-        past = [self._open.enter_context(reading(file)) for file in files_of(path)[1]]
-        self.connections = [self._db, *past]
-        self.users = 0
-        self._lock = threading.RLock()
+        self.connections = [open_file(path), *map(open_to_read, files_of(path)[1])]
         self._rows: list = []  # of the next commit
-        self._committed: Future = Future()
 
     def create(self, table: str) -> None:
-        with self._lock, self._db:
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        with LOCK, self.connections[0] as db:
+            db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
 
     async def add(self, query: str, *rows: tuple) -> None:
         """Returns once the rows are committed, together with all that came at the same time."""
-        with self._lock:
-            if not self._rows:
-                self._committed = Future()
-                asyncio.get_running_loop().call_soon(self.commit)
+        with LOCK:
             self._rows += [(query, row) for row in rows]
-            committed = self._committed
-        await asyncio.shield(asyncio.wrap_future(committed))  # one who gives up harms no other
+        await asyncio.sleep(0)
+        self.commit()
 
     def commit(self) -> None:
-        with self._lock:
-            rows, self._rows = self._rows, []
-            if not rows:
-                return
-            try:
-                with self._db:
-                    for query, row in rows:
-                        self._db.execute(query, row)
-            except sqlite3.Error as error:  # a full disk: whoever waits shall know
-                self._committed.set_exception(error)
-            else:
-                self._committed.set_result(None)
+        with LOCK:
+            with self.connections[0] as db:  # on a full disk all is as before: each asker is told
+                for query, row in self._rows:
+                    db.execute(query, row)
+            self._rows = []
 
     def close(self) -> None:
-        with _guard:
+        with contextlib.suppress(sqlite3.Error):  # who asked for it was told
             self.commit()
-            self.users -= 1
-            if not self.users:
-                _stores.pop(self.path)
-                super().close()
-
-
-_warned: set[Path] = set()  # folders
-_guard = threading.Lock()
-_stores: dict[Path, Store] = {}  # those that are open
-
-
-def open_store(path: Path) -> Store:
-    """The process's Store of this file, which judge and rewriter share; each user closes it."""
-    with _guard:
-        key = path.absolute()
-        if key not in _stores:
-            _stores[key] = Store(key)
-        _stores[key].users += 1
-        return _stores[key]
+        super().close()
 
 
 def open_file(path: Path) -> sqlite3.Connection:
-    """A connection in WAL mode, where a commit costs no wait for the disk; else in another mode,
-    slower or without locks, and a warning says so."""
+    """A connection in WAL mode, where a commit costs no wait for the disk; else in a slower mode,
+    without locks where the file system has none, and one warning says so, of the first process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tries = [("WAL", ""), ("DELETE", ""), ("DELETE", "?nolock=1")]
-    if not locks_work(path.parent):
-        tries = tries[2:]
-    for mode, options in tries:
-        try:
-            db = connect(path, mode, options)
-            break
-        except sqlite3.OperationalError as e:
-            if (mode, options) == tries[-1] or ("locked" in str(e) and mode == "DELETE"):
-                raise
-    first = path.parent not in _warned and not re.search(r"\.\d+\.", path.name)
-    if (mode, options) != ("WAL", "") and first:
-        _warned.add(path.parent)
-        how = "keep other commands away: it has no locks" if options else "another is slower"
-        log.warning("%s: this file system does not carry SQLite's WAL mode; %s", path, how)
-    return db
-
-
-def connect(path: Path, mode: str, options: str) -> sqlite3.Connection:
-    """SQLite waits for other processes itself, except while one of them switches the mode: then it
-    says "locked" at once, and we wait."""
+    mode, options = ("WAL", "") if locks_work(path.parent) else ("DELETE", "?nolock=1")
     address = f"{path.absolute().as_uri()}{options}"
     db = sqlite3.connect(address, timeout=PATIENCE, check_same_thread=False, uri=True)
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            if db.execute("PRAGMA application_id").fetchone()[0] != HOST:
-                db.execute(f"PRAGMA application_id={HOST}")
-            (now,) = db.execute(f"PRAGMA journal_mode={mode}").fetchone()
-            if now.upper() != mode:
-                raise sqlite3.OperationalError(f"journal_mode is {now}")
+            db.execute(f"PRAGMA application_id={HOST}")
+            if db.execute(f"PRAGMA journal_mode={mode}").fetchone()[0].upper() != mode:
+                raise sqlite3.OperationalError(f"it has no journal_mode {mode}")
             db.execute("PRAGMA synchronous=NORMAL")
-            return db
+            break
         except sqlite3.OperationalError as e:
-            if "locked" not in str(e) or time.monotonic() > until:
-                db.close()
+            locked = "locked" in str(e)  # for SQLite does not wait while another changes the mode
+            if time.monotonic() > until if locked else mode == "DELETE":
                 raise
+            mode = mode if locked else "DELETE"
+            time.sleep(0.05)
         except sqlite3.DatabaseError as e:
-            db.close()
             raise UserError(f"{path}: {e}: move it away; what it holds will be asked again") from e
-        time.sleep(0.05)
+    if mode != "WAL" and path.parent not in WARNED and len(path.suffixes) == 1:
+        WARNED.add(path.parent)
+        how = "keep other commands away: it has no locks" if options else "another is slower"
+        log.warning("%s: this file system does not carry SQLite's WAL mode; %s", path, how)
+    return db
 
 
 def locks_work(folder: Path) -> bool:
     """Whether the file system has the locks that SQLite takes."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
+    with tempfile.TemporaryFile(dir=folder) as file, contextlib.suppress(OSError):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
-@contextlib.contextmanager
-def reading(path: Path):
-    """A connection that changes nothing. What another machine may be writing is read from a copy:
-    to open it in place would break SQLite's rule."""
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing. A file without a log beside it is whole; one that another
+    machine may be writing is read from a copy, for to open it in place breaks SQLite's rule."""
     wal = path.with_name(f"{path.name}-wal")
-    with contextlib.ExitStack() as stack:
-        where = path
-        if wal.exists() and wal.stat().st_size and not written_here(path):
-            where = Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
-            for file in (wal, path):
-                shutil.copy(file, where.with_name(file.name))
-        # A file without a log beside it is whole; on a read-only disk it opens only as immutable.
-        still = not wal.exists() and (".past" in path.name or not os.access(path.parent, os.W_OK))
-        address = f"{where.absolute().as_uri()}?mode=ro"
-        if still:
-            address += "&immutable=1"
-        elif where == path and not locks_work(path.parent):
-            address += "&nolock=1"
-        db = sqlite3.connect(address, timeout=PATIENCE, check_same_thread=False, uri=True)
-        with contextlib.closing(db):
-            yield db
-
-
-def written_here(path: Path) -> bool:
-    """Whether this machine wrote the file last; so too for a file that says nothing about it."""
     with path.open("rb") as file:
-        return int.from_bytes(file.read(72)[68:72], "big") in (0, HOST)
+        host = int.from_bytes(file.read(72)[68:72], "big")  # application_id; 0: an old version's
+    if wal.exists() and host not in (0, HOST):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(wal, folder)
+            shutil.copy(path, folder)
+            db = sqlite3.connect(Path(folder) / path.name, check_same_thread=False)
+            db.execute("PRAGMA journal_mode=DELETE")  # takes the log in; the open file is enough
+            return db
+    address = f"{path.absolute().as_uri()}?{'mode=ro' if wal.exists() else 'immutable=1'}"
+    return sqlite3.connect(address, timeout=PATIENCE, check_same_thread=False, uri=True)

@@ -33,6 +33,7 @@ import zstandard
 from tqdm import tqdm
 
 from chat import Chat
+from config import Config
 from data import digest, in_split, sample_of
 from judge import Judge, question_seed, render, together
 from rewrite import REFUSAL, clean, last_five_words
@@ -135,7 +136,8 @@ class Maker:
 
     def __init__(self, chat, options, tokenizer, fates: Counter):
         self.sampling = dict(temperature=options.temperature, top_p=options.top_p)
-        self.judge = Judge(chat, prompts=options.prompts, seed=options.seed, **self.sampling)
+        how = {f"judge_{name}": value for name, value in self.sampling.items()}
+        self.judge = Judge(chat, Config(prompts=options.prompts, seed=options.seed, **how))
         self.options, self.tokenizer, self.fates = options, tokenizer, fates
         pairs = options.made == "quality"
         self.classes = ("pair",) if pairs else ("SAFE", "UNSAFE")

@@ -179,7 +179,7 @@ class TaskRewards:
         kept = {"unsafe.overlap": overlap(passage, original)}
         if passage is None:  # a refusal, or nothing
             return kept | {"unsafe": 0.0, "unsafe.quality": 0.0, "unsafe.safety": 0.0}
-        how = dict(samples=self.judge.samples, tally=tally)
+        how = dict(samples=self.judge.config.judge_samples, tally=tally)
         pair = self.judge.worth("quality", passage, original, prefix=row["prefix"], **how)
         quality, safety = await together([pair, self.judge.worth("safety", passage, **how)])
         if np.isnan(quality + safety):

@@ -25,27 +25,37 @@ import time
 TRANSPORT = ["hang", "slow", "reset", "half_closed", "huge"]
 TRANSPORT += ["invalid_json", "malformed", "content_type", "408", "409", "429", "429_retry_after"]
 TRANSPORT += ["500", "502", "503", "503_retry_after"]
-# replies of a correct form that hold no usable answer
-CONTENT = ["null", "empty", "length", "reasoning_only", "nonsense"]
+# replies of a correct form that hold no usable answer, and the message and end of each
+CONTENT = {
+    "null": ({"content": None}, "stop"),
+    "empty": ({"content": " \n"}, "stop"),
+    "length": ({"content": "VERDICT:"}, "length"),
+    "reasoning_only": ({"content": None, "reasoning_content": "VERDICT: A"}, "stop"),
+}
+JSON = {"Content-Type": "application/json"}
+BROKEN = {  # kind: headers and body
+    "invalid_json": (JSON, '{"choices": [{"message": {"content": "VERDICT: A'),
+    "malformed": (JSON, '{"choices": []}'),
+    "content_type": ({"Content-Type": "text/html"}, "<html>Please log in</html>"),
+    "huge": (JSON | {"Content-Length": 100 << 20}, " " * (4 << 20)),
+}
 
 
 class FaultyServer:
-    """Attributes may be changed while it runs; `rate` is a limit in requests per second."""
+    """The options are those of `faulty_server`; they may be changed while it runs."""
 
-    def __init__(self, plan, share, seed, answer, latency, rate, retry_after, message):
-        self.plan, self.share, self.seed, self.answer = plan, share, seed, answer
-        self.latency, self.rate = latency, rate
-        self.retry_after, self.message = retry_after, message
+    def __init__(self, options: dict):
+        vars(self).update(options)
         self.counts = collections.Counter()  # replies by kind
         self.answered = collections.Counter()  # good answers by prompt
         self.seen = collections.Counter()  # requests by body
         self.arrivals = []  # time.monotonic() of every request
-        self.accepted = collections.deque(maxlen=rate)  # times of the latest, if there is a limit
+        self.accepted = collections.deque(maxlen=self.rate)  # times of the latest
         self.keys = set()  # Authorization headers
         self.open = self.peak = 0  # requests being answered, now and at most
 
     async def connection(self, reader, writer):
-        try:
+        with contextlib.suppress(EOFError, ConnectionError, asyncio.CancelledError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = int(re.search(r"content-length: *(\d+)", head, re.I)[1])
@@ -58,10 +68,7 @@ class FaultyServer:
                     await self.reply(reader, writer, body)
                 finally:
                     self.open -= 1
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
+        writer.close()
 
     def kind(self, body: bytes) -> str:
         """The fault planned for this request, or "answer"."""
@@ -82,57 +89,30 @@ class FaultyServer:
         if not kind.startswith("429"):
             wait = self.latency(request) if callable(self.latency) else self.latency
             await asyncio.sleep(wait)
-        status, headers, content = 200, {"Content-Type": "application/json"}, b""
+        status, headers, content = 200, *BROKEN.get(kind, (JSON, ""))
         if kind[:3].isdigit():
             status = int(kind[:3])
-            content = json.dumps({"error": {"message": self.message or f"planned {kind}"}}).encode()
-            if kind.endswith("retry_after"):
-                headers["Retry-After"] = str(self.retry_after)
-            if 300 <= status < 400:
-                headers["Location"] = "http://127.0.0.1:9/elsewhere"
-        elif kind == "invalid_json":
-            content = b'{"choices": [{"message": {"content": "VERDICT: A'
-        elif kind == "malformed":
-            content = b'{"choices": []}'
-        elif kind == "content_type":
-            headers["Content-Type"], content = "text/html", b"<html>Please log in</html>"
-        elif kind == "huge":
-            headers["Content-Length"] = str(100 << 20)
-        else:
+            content = json.dumps({"error": {"message": self.message or f"planned {kind}"}})
+            retry = {"Retry-After": self.retry_after} if kind.endswith("retry_after") else {}
+            headers = JSON | retry | {"Location": "http://127.0.0.1:9/elsewhere"}
+        elif kind not in BROKEN:
             status, content = self.completion(kind, request)
-        headers = {"Content-Length": str(len(content)), **headers}
-        head = f"HTTP/1.1 {status} planned\r\n"
-        head += "".join(f"{k}: {v}\r\n" for k, v in headers.items())
-        await self.send(kind, reader, writer, head.encode() + b"\r\n", content)
+        headers = {"Content-Length": len(content), **headers}
+        lines = [f"HTTP/1.1 {status} planned", *(f"{k}: {v}" for k, v in headers.items())]
+        await self.send(kind, reader, writer, "\r\n".join([*lines, "", content]).encode())
         if kind == "answer":
             self.answered[request["messages"][0]["content"]] += 1
 
-    def completion(self, kind: str, request: dict) -> tuple[int, bytes]:
-        message, finish = {"role": "assistant", "content": None}, "stop"
-        if kind == "reasoning_only":
-            message["reasoning_content"] = "Let me think. VERDICT: A"
-        elif kind == "empty":
-            message["content"] = " \n"
-        elif kind == "nonsense":
-            message["content"] = "colourless green ideas"
-        elif kind != "null":
-            message["content"] = self.answer(request)
-            if isinstance(message["content"], tuple):  # a status and a body
-                status, body = message["content"]
-                return status, json.dumps(body).encode()
-        if kind == "length":
-            message["content"], finish = message["content"][:-1], "length"
-        reply = {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": request["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-        }
-        return 200, json.dumps(reply).encode()
+    def completion(self, kind: str, request: dict) -> tuple[int, str]:
+        message, finish = CONTENT.get(kind) or ({"content": self.answer(request)}, "stop")
+        if isinstance(message["content"], tuple):  # a status and a body
+            status, body = message["content"]
+            return status, json.dumps(body)
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        return 200, json.dumps({"model": request["model"], "choices": [choice], "usage": usage})
 
-    async def send(self, kind, reader, writer, head: bytes, content: bytes) -> None:
+    async def send(self, kind, reader, writer, content: bytes) -> None:
         if kind == "hang":
             await reader.read(1)  # until the client has had enough
             raise ConnectionError
@@ -142,20 +122,13 @@ class FaultyServer:
             writer.transport.abort()
             raise ConnectionError
         if kind == "half_closed":
-            writer.write(head + content[: len(content) // 2])
+            writer.write(content[:-20])
             raise ConnectionError
-        if kind == "slow":
-            for byte in head + content:
-                writer.write(bytes([byte]))
-                await writer.drain()
-                await asyncio.sleep(0.1)
-            return
-        writer.write(head + content)
-        if kind == "huge":
-            for _ in range(1600):
-                writer.write(b" " * (64 << 10))
-                await writer.drain()
-        await writer.drain()
+        size, pause = (1, 0.1) if kind == "slow" else (64 << 10, 0)
+        for start in range(0, len(content), size):
+            writer.write(content[start : start + size])
+            await writer.drain()
+            await asyncio.sleep(pause)
 
 
 @contextlib.contextmanager
@@ -168,17 +141,15 @@ def faulty_server(
     rate: int | None = None,  # requests per second; above it: 429 with Retry-After
     retry_after: float | str = 0.1,  # value of that header
     message: str = "",  # text of error replies
-    port: int = 0,
 ):
-    server = FaultyServer(plan, share, seed, answer, latency, rate, retry_after, message)
+    server = FaultyServer(locals())
     loop, ready = asyncio.new_event_loop(), threading.Event()
 
     async def main():
         listening = await asyncio.start_server(
-            server.connection, "127.0.0.1", port, backlog=4096, limit=64 << 20
+            server.connection, "127.0.0.1", 0, backlog=4096, limit=64 << 20
         )
-        server.port = listening.sockets[0].getsockname()[1]
-        server.url = f"http://127.0.0.1:{server.port}/v1"
+        server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
         server.stop = asyncio.Event()
         ready.set()
         await server.stop.wait()

@@ -16,6 +16,7 @@ TRY = """
 import asyncio, sys
 from types import SimpleNamespace
 import train
+from config import Config
 from judge import Judge
 
 class Teacher:
@@ -23,7 +24,7 @@ class Teacher:
     async def ask(self, prompt, **how):
         return SimpleNamespace(text="VERDICT: " + ("UNCLEAR" if " mud" in prompt else "CLEAR"))
 
-scores = Judge(Teacher(), rewards="clarity:2").score(
+scores = Judge(Teacher(), Config(rewards="clarity:2")).score(
     0, ["prefix"], ["reference"], [[" water", " mud"]], ["suffix", "rollout"], [0]
 )
 print(scores.reward.tolist(), flush=True)

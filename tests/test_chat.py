@@ -1,9 +1,7 @@
 """The teacher's client against a server that fails by plan, and against its own sudden death."""
 
 import asyncio
-import email.utils
 import logging
-import random
 import re
 import signal
 import socket
@@ -13,13 +11,13 @@ import sys
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
 from chat import MAX_BODY, Chat, Endpoint, TeacherGone, Traffic, greet
-from support.command import UserError
+from support.command import ROOT, UserError
+from support.files import read_jsonl
 from support.replies import WHOLE, Answer, Failure, of_content, read_reply
 
 KEY = "sk-test-0123456789abcdef"
@@ -49,7 +47,7 @@ def client():
 
 def ask_all(chat, prompts, seed=0):
     async def gather():
-        asks = [chat.ask(prompt, seed=seed, **SAMPLING) for prompt in prompts]
+        asks = [chat.ask(str(prompt), seed=seed, **SAMPLING) for prompt in prompts]
         return await asyncio.gather(*asks, return_exceptions=True)
 
     return chat.run(gather()).result(timeout=60)
@@ -93,29 +91,23 @@ def test_answers_do_not_depend_on_faults(client, tmp_path):
     assert stats["tokens_in"] == 7 * len(prompts) and stats["tokens_out"] == 3 * len(prompts)
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_holds_for_all_requests(client, form):
-    date = email.utils.formatdate(time.time() + 2, usegmt=True)
-    with faulty_server(
-        ["429_retry_after"], 1.0, retry_after=1.5 if form == "seconds" else date
-    ) as server:
+def test_retry_after_holds_for_all_requests(client):
+    with faulty_server(["429_retry_after"], 1.0, retry_after=1.5) as server:
         chat = client(server.url)
         first = chat.run(chat.ask("first", seed=0, **SAMPLING))
         while not server.arrivals:
             time.sleep(0.01)
         time.sleep(0.2)
         server.share = 0.0
-        ask_all(chat, [f"question {i}" for i in range(200)])
+        ask_all(chat, range(200))
         assert first.result(timeout=10).text == "answer to first"
-    pause = server.arrivals[1] - server.arrivals[0]
-    assert (1.5 if form == "seconds" else 0.9) <= pause < 3.5
+    assert 1.5 <= server.arrivals[1] - server.arrivals[0] < 3.5
     assert server.arrivals[-1] - server.arrivals[1] > 0.1  # no thundering herd
 
 
 def test_rate_limit_is_approached_not_rammed(client):
     with faulty_server(rate=200, retry_after=0.5) as server:
-        answers = ask_all(client(server.url), [f"question {i}" for i in range(400)])
-        assert all(a.text for a in answers)
+        assert all(a.text for a in ask_all(client(server.url), range(400)))
     # the first burst is all refused but for 200; after that only few requests are wasted
     assert server.counts["429_retry_after"] < 300
 
@@ -123,12 +115,10 @@ def test_rate_limit_is_approached_not_rammed(client):
 def test_requests_move_over_and_come_back(client, nobody):
     with faulty_server() as good, faulty_server(["503"], 1.0) as bad:
         chat = client(f"{nobody}, {bad.url},{good.url}", concurrency=50)
-        answers = ask_all(chat, [f"question {i}" for i in range(300)])
-        assert all(a.text for a in answers)
+        assert all(a.text for a in ask_all(chat, range(300)))
         assert good.counts["answer"] == 300 and bad.counts["503"] < 150
         bad.share, good.share, good.plan = 0.0, 1.0, ["reset"]  # now the other one fails
-        answers = ask_all(chat, [f"question {i}" for i in range(300, 600)])
-        assert all(a.text for a in answers) and bad.counts["answer"] == 300
+        assert all(a.text for a in ask_all(chat, range(300, 600))) and bad.counts["answer"] == 300
 
 
 def test_a_question_that_always_fails_is_dropped_only_if_others_are_answered(client):
@@ -139,7 +129,7 @@ def test_a_question_that_always_fails_is_dropped_only_if_others_are_answered(cli
 
     with faulty_server(answer=answer, latency=0.01) as server:
         chat = client(server.url, retries=2)
-        poison, *rest = ask_all(chat, ["poison", *map(str, range(20))])
+        poison, *rest = ask_all(chat, ["poison", *range(20)])
         assert poison == Answer(None, "connection", 0, 0) and all(a.text for a in rest)
         assert chat.stats()["dropped"] == 1 and chat.stats()["failed"] == {"connection": 3}
 
@@ -151,7 +141,7 @@ def test_teacher_gone(client, nobody, how):
         url = hosts.get(how, server.url)
         chat = client(url, give_up_after=1.0, timeout=0.5 if how == "hang" else 30.0, retries=1)
         began = time.monotonic()
-        answers = ask_all(chat, [str(i) for i in range(10)])
+        answers = ask_all(chat, range(10))
         assert time.monotonic() - began > 0.9
     assert all(isinstance(a, TeacherGone) for a in answers)
     told = {"no server": "connection refused", "no host": "no such host"}
@@ -173,9 +163,8 @@ def test_a_pause_of_the_run_is_not_silence_of_the_teacher(client):
 @pytest.mark.parametrize(
     "how, why",
     [
-        ("reset", "connection reset by peer|it closes the connection without an answer"),
+        ("reset", "connection reset by peer|it closes the connection before the end of an answer"),
         ("503", "it answers 503 .*planned 503.*"),
-        ("content_type", "it answers with text/html, not JSON"),
         ("hang", "it takes longer than 0.2 s"),
     ],
 )
@@ -202,14 +191,14 @@ def reply_of(message, finish="stop", **rest):
     return {"choices": [{"message": message, "finish_reason": finish}], **rest}
 
 
-@pytest.mark.parametrize("kind", sorted({*CONTENT} - {"nonsense"}))
+@pytest.mark.parametrize("kind", CONTENT)
 def test_a_reply_without_an_answer_is_none_counted_and_asked_again(client, tmp_path, kind):
     with faulty_server(plan=[kind], share=1.0) as server:
         chat = client(server.url, cache=tmp_path / "cache.sqlite")
         assert ask(chat) == Answer(None, kind, 7, 3)
         server.share = 0.0
-        assert ask(chat) == Answer("answer to question", "stop", 7, 3)
-        assert ask(chat) == Answer("answer to question", "stop", 7, 3, cached=True)
+        for cached in (False, True):
+            assert ask(chat) == Answer("answer to question", "stop", 7, 3, cached)
         assert chat.stats()["failed"] == {kind: 1} and chat.stats()["calls"] == 2
 
 
@@ -226,33 +215,29 @@ def test_only_an_answer_that_is_whole_is_used_and_kept(client, tmp_path, caplog)
 
     with faulty_server(answer=answer) as server:
         chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        answers = ask_all(chat, map(str, range(len(ends))))
+        answers = ask_all(chat, range(len(ends)))
         used = [end for end, answer in zip(ends, answers, strict=True) if answer.text]
         assert used == whole and sum(chat.stats()["failed"].values()) == len(ends) - len(whole)
         assert chat.stats()["failed"]["abort"] == 1
         assert chat.store.find("SELECT count(*) FROM answers") == (len(whole),)
         assert sum("ended by 'abort'" in line for line in caplog.messages) == 1
         # earlier versions kept what was broken off
-        chat.store._db.execute("UPDATE answers SET finish = 'abort'")
+        chat.store.connections[0].execute("UPDATE answers SET finish = 'abort'")
         assert not ask(chat, "0").cached
 
 
-def test_the_text_of_a_content_in_parts():
+def test_what_is_an_answer_and_what_is_none():
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
     assert read_reply(reply_of({"content": parts})).finish == "reasoning_only"
     parts += [{"type": "text", "text": "VERDICT: "}, {"type": "text", "text": "A"}]
     assert read_reply(reply_of({"content": parts})).text == "VERDICT: A"
-    for name in ("reasoning_content", "reasoning"):
-        reply = reply_of({"content": None, name: "VERDICT: A"})
-        assert read_reply(reply) == Answer(None, "reasoning_only", 0, 0)
-
-
-def test_nothing_that_is_no_completion_is_an_answer():
+    reply = reply_of({"content": None, "reasoning": "VERDICT: A"})
+    assert read_reply(reply) == Answer(None, "reasoning_only", 0, 0)
     usage = {"prompt_tokens": -1, "completion_tokens": float("inf")}
     odd = reply_of({"content": "lone \ud800, null \u0000, \u202e"}, None, usage=usage)
     assert read_reply(odd) == Answer("lone ?, null \0, \u202e", "stop", 0, 0)
-    parts = [["x"], [{"type": "text"}], [{"type": "text", "text": None}], {"text": "x"}, 7]
-    replies = [reply_of({"content": content}) for content in parts]
+    contents = [["x"], [{"type": "text"}], [{"type": "text", "text": None}], {"text": "x"}, 7]
+    replies = [reply_of({"content": content}) for content in contents]
     for reply in [None, [], 7, {"choices": {}}, {"choices": [7]}, *replies]:
         with pytest.raises(Failure):
             read_reply(reply)
@@ -260,45 +245,11 @@ def test_nothing_that_is_no_completion_is_an_answer():
 
 # ---- Refusals ------------------------------------------------------------------------------------
 
-REFUSALS = [  # status, what servers say, the kind of an absent answer or None: it is about us
-    (400, '{"error": {"code": "content_filter", "message": "The response was filtered"}}', 1),
-    (400, '{"error": {"innererror": {"code": "ResponsibleAIPolicyViolation"}}}', 1),
-    (400, '{"error": {"code": "content_policy_violation", "type": "invalid_request_error"}}', 1),
-    (400, "Invalid prompt: your prompt was flagged as violating our usage policy.", 1),
-    (403, "Your chosen model requires moderation and your input was flagged. No credits used.", 1),
-    (400, '{"code": "data_inspection_failed", "message": "may contain inappropriate content"}', 1),
-    (400, "Output blocked by content filtering policy", 1),
-    (400, "Content Exists Risk", 1),
-    (400, "The prompt was blocked: PROHIBITED_CONTENT", 1),
-    (403, "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", 1),
-    (400, "This model's maximum context length is 4096 tokens. However, you requested 9000", 2),
-    (400, '{"code": "context_length_exceeded"}', 2),
-    (400, "The decoder prompt (length 5000) is longer than the maximum model length of 4096", 2),
-    (400, "the request exceeds the available context size, try increasing it", 2),
-    (400, "prompt is too long: 208310 tokens > 200000 maximum", 2),
-    (400, "The input token count (2e6) exceeds the maximum number of tokens allowed (1e6)", 2),
-    (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4097", 2),
-    (400, "Range of input length should be [1, 6000]", 2),
-    (413, "<html>Request Entity Too Large</html>", 2),
-    (400, "something else", "refused_400"),
-    (403, "<html>Sorry, you have been turned away</html>", "refused_403"),
-    (401, "content_filter", None),
-    (402, "Insufficient Balance", None),
-    (404, "The model `x` does not exist", None),
-    (400, "API key not valid. Please pass a valid API key.", None),
-    (400, "Your credit balance is too low to access the Anthropic API.", None),
-    (400, "Model x not found", None),
-    (403, "Country, region, or territory not supported", None),
-    (403, "You do not have permission to access this deployment", None),
-    (400, "Unsupported parameter: 'top_p' is not supported with this model.", None),
-    (422, '{"type": "extra_forbidden", "msg": "Extra inputs are not permitted"}', None),
-    (301, "moved", None),
-]
 
-
-@pytest.mark.parametrize("status, told, kind", REFUSALS)
-def test_refusals_are_about_the_question_or_about_us(status, told, kind):
-    assert of_content(status, told) == {1: "content_filter", 2: "too_long"}.get(kind, kind)
+def test_refusals_are_about_the_question_or_about_us():
+    """What servers say; kind null: it is about us."""
+    for row in read_jsonl(ROOT / "tests/refusals.jsonl"):
+        assert of_content(row["status"], row["told"]) == row["kind"], row
 
 
 def test_a_refused_question_is_an_absent_answer_and_never_a_dead_end(client, tmp_path, caplog):
@@ -310,11 +261,10 @@ def test_a_refused_question_is_an_absent_answer_and_never_a_dead_end(client, tmp
             return "fine"
         return 400, {"error": {"code": "content_filter", "message": "The prompt was filtered"}}
 
-    prompts = [str(i) for i in range(120)]
     with faulty_server(answer=answer, latency=lambda r: 0.3 * (int(prompt_of(r)) % 3)) as server:
         for process in range(2):
             chat = client(server.url, cache=tmp_path / "cache.sqlite")
-            answers = ask_all(chat, prompts)
+            answers = ask_all(chat, range(120))
             assert [a.refused for a in answers] == [i % 3 == 0 for i in range(120)]
             assert answers[0] == Answer(None, "content_filter", 0, 0, refused=True)
             assert chat.stats()["failed"] == {"content_filter": 40}
@@ -331,9 +281,9 @@ def test_refusals_that_become_the_rule_end_the_run(client):
 
     with faulty_server(answer=answer) as server:
         chat = client(server.url, concurrency=4)
-        ask_all(chat, map(str, range(15)))
+        ask_all(chat, range(15))
         refuse.set()
-        found = [type(a) for a in ask_all(chat, map(str, range(100, 160)))]
+        found = [type(a) for a in ask_all(chat, range(100, 160))]
         assert found.count(Answer) >= 15 and found.count(UserError) >= 30
         with pytest.raises(UserError, match="questions were refused: .*answered 400: .*Bad luck"):
             ask(chat, "one more")
@@ -341,7 +291,7 @@ def test_refusals_that_become_the_rule_end_the_run(client):
             greet(client(server.url), "The first question of a run, which nobody can mind.")
 
 
-@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422, 429])
+@pytest.mark.parametrize("status", [301, 400, 404, 429])
 def test_a_refusal_of_us_is_raised_at_once_and_never_shows_the_key(client, tmp_path, status):
     message = f"no such model\n\x1b[31m for Bearer {KEY} insufficient_quota " + "x" * 9000
     with faulty_server(plan=[str(status)], share=1.0, message=message) as server:
@@ -380,7 +330,7 @@ def test_errors_with_status_200_and_another_name_of_the_limit(client):
         assert chat.stats()["failed"] == {"max_tokens": 1, "content_filter": 1, "502": 1}
 
 
-# ---- Where it asks -------------------------------------------------------------------------------
+# ---- Where it asks, and one answer for one question ----------------------------------------------
 
 
 def test_urls():
@@ -389,9 +339,8 @@ def test_urls():
         with pytest.raises(UserError, match="looks like"):
             Endpoint(url)
     for url in [f"http://user:{KEY}@host/v1", f"{KEY}@host", f"http://host/v1?api_key={KEY}"]:
-        with pytest.raises(UserError) as raised:
+        with pytest.raises(UserError, match="^(?!.*sk-test)"):
             Endpoint(url)
-        assert KEY not in str(raised.value)
 
 
 def test_proxies_are_those_of_the_environment_and_never_for_this_machine(client, monkeypatch):
@@ -404,42 +353,32 @@ def test_proxies_are_those_of_the_environment_and_never_for_this_machine(client,
         monkeypatch.delenv("OPENAI_API_KEY")
         assert ask(client("http://judge.example/v1")).text and server.counts["answer"] == 1
         assert not server.keys, "no key, no header"
-        for host in ("127.0.0.1:9", "127.1.2.3", "localhost:8000", "[::1]:8000", "near.example"):
-            assert Endpoint(f"http://{host}/v1").proxy is None
-        assert Endpoint("http://10.2.3.4/v1").proxy is None
-        assert Endpoint("https://judge.example/v1").proxy is None
-        monkeypatch.setenv("all_proxy", "socks5://proxy.example:1080")
-        with pytest.raises(UserError, match="socks5 proxy"):
-            Endpoint("https://judge.example/v1")
-
-
-# ---- One question, one answer --------------------------------------------------------------------
+    hosts = ("127.0.0.1:9", "127.1.2.3", "localhost:8000", "[::1]:8000", "near.example", "10.2.3.4")
+    for url in [*(f"http://{host}/v1" for host in hosts), "https://judge.example/v1"]:
+        assert Endpoint(url).proxy is None
+    monkeypatch.setenv("all_proxy", "socks5://proxy.example:1080")
+    with pytest.raises(UserError, match="socks5 proxy"):
+        Endpoint("https://judge.example/v1")
 
 
 def test_equal_questions_in_flight_are_asked_once(client):
-    with faulty_server(latency=0.2) as server:
+    with faulty_server(latency=0.3) as server:
         chat = client(server.url)
+        gives_up = chat.run(chat.ask("question", seed=0, **SAMPLING))
+        time.sleep(0.1)
+        gives_up.cancel()  # and harms no other
         answers = ask_all(chat, ["question"] * 50)
         assert {a.text for a in answers} == {"answer to question"}
-        assert sum(a.cached for a in answers) == 49 == chat.stats()["cached"]
+        assert sum(a.cached for a in answers) == 50 == chat.stats()["cached"]
         assert server.counts["answer"] == 1
         ask(chat, seed=1)
         assert server.counts["answer"] == 2
 
 
-def test_cancelling_one_asker_harms_no_other(client, tmp_path):
-    with faulty_server(latency=0.3) as server:
-        chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        first, second = (chat.run(chat.ask("q", seed=0, **SAMPLING)) for _ in range(2))
-        time.sleep(0.1)
-        first.cancel()
-        assert second.result(timeout=5).text and server.counts["answer"] == 1
-
-
 def test_a_thousand_in_flight(client):
     with faulty_server(latency=1.5) as server:
-        answers = ask_all(client(server.url), [str(i) for i in range(1100)])
-        assert all(a.text for a in answers) and 1000 <= server.peak <= 1024
+        assert all(a.text for a in ask_all(client(server.url), range(1100)))
+    assert 1000 <= server.peak <= 1024
 
 
 def test_traffic_is_what_happened_since_the_last_call(client):
@@ -457,8 +396,8 @@ def test_traffic_is_what_happened_since_the_last_call(client):
 def test_a_full_disk_is_told_to_whoever_asked(client, tmp_path):
     with faulty_server() as server:
         chat = client(server.url, cache=tmp_path / "cache.sqlite")
-        chat.store._db.execute("PRAGMA max_page_count=8")
-        answers = ask_all(chat, [f"question {i}" for i in range(1000)])
+        chat.store.connections[0].execute("PRAGMA max_page_count=8")
+        answers = ask_all(chat, range(1000))
     assert any(isinstance(a, sqlite3.Error) and "full" in str(a) for a in answers)
 
 
@@ -478,47 +417,27 @@ with Chat(url, "model", cache=cache, concurrency=100) as chat:
 """
 
 
-def start(server, cache):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, server.url, str(cache)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        # A shell that runs the tests in the background has children ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def stored_answers(cache):
-    with closing(sqlite3.connect(cache)) as db:
-        return db.execute("SELECT count(*) FROM answers").fetchone()[0]
-
-
-def test_kill_loses_no_answered_question(tmp_path):
-    cache, rng, printed = tmp_path / "cache.sqlite", random.Random(0), set()
-    with faulty_server(latency=0.1) as server:
-        for _ in range(3):
-            process = start(server, cache)
-            printed.update(process.stdout.readline() for _ in range(rng.randrange(20, 150)))
-            process.kill()
-            printed.update(process.communicate()[0].splitlines(keepends=True))
-            stored = stored_answers(cache)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_death_of_the_process_loses_no_answered_question(tmp_path, how):
+    cache, printed = tmp_path / "cache.sqlite", set()
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    # A shell that runs the tests in the background has children ignore SIGINT.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with faulty_server(["hang"], 0.0, latency=0.1) as server:
+        command = [sys.executable, "-c", SCRIPT, server.url, str(cache)]
+        for lines in (150, 30):
+            server.share = 0.2 if how == signal.SIGINT else 0.0
+            process = subprocess.Popen(command, **options)
+            printed.update(process.stdout.readline() for _ in range(lines))
+            process.send_signal(how)
+            out, error = process.communicate(timeout=10)
+            printed.update(out.splitlines(keepends=True))
+            assert how == signal.SIGKILL or "KeyboardInterrupt" in error
+            assert KEY not in error and not re.search("never retrieved|was destroyed", error)
+            with closing(sqlite3.connect(cache)) as db:
+                (stored,) = db.execute("SELECT count(*) FROM answers").fetchone()
             assert len(printed) <= stored < 400
-        before = server.counts["answer"]
-        out, _ = start(server, cache).communicate(timeout=30)
+        server.share, before = 0.0, server.counts["answer"]
+        out, _ = subprocess.Popen(command, **options).communicate(timeout=30)
         assert set(out.splitlines()) == {f"{i} answer to question {i}" for i in range(400)}
         assert server.counts["answer"] - before == 400 - stored
-
-
-def test_control_c_ends_within_two_seconds_with_nothing_lost(tmp_path):
-    cache = tmp_path / "cache.sqlite"
-    with faulty_server(plan=["hang"], share=0.2) as server:
-        process = start(server, cache)
-        lines = [process.stdout.readline() for _ in range(100)]
-        process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        out, error = process.communicate(timeout=10)
-        assert time.monotonic() - began < 2 and "KeyboardInterrupt" in error
-        assert KEY not in error and not re.search("never retrieved|was destroyed", error)
-    assert len(lines) + len(out.splitlines()) <= stored_answers(cache)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from chat import Chat
 from config import Config
-from judge import open_judge
+from judge import Judge
 from support.command import UserError
 from tools import plot, report
 from world.teacher import start_teacher
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     with start_teacher() as url:
         for process, name in enumerate(("judgments.sqlite", "judgments.1.sqlite")):
             chat = Chat(url, config.judge_model, cache=folder / name)
-            judge = open_judge(chat, config, store=chat.store)
+            judge = Judge(chat, config, chat.store)
             for step in range(3):
                 prefix = ATTACKS[1] + f" step {step}"
                 index = [2 * step + process]

@@ -13,72 +13,47 @@ SUFFIX = " and it has ground corn for two hundred years."
 PASSAGE = "and it has ground corn for three hundred years."
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        PASSAGE,
-        f"\n  {PASSAGE}\n",
-        f'"{PASSAGE}"',
-        f"“{PASSAGE}”",
-        f"```\n{PASSAGE}\n```",
-        f"```text\n{PASSAGE}\n```",
-        f"Here is the rewritten passage:\n\n{PASSAGE}",
-        f"Here's the new version: {PASSAGE}",
-        f"**Rewritten passage:**\n{PASSAGE}",
-        f"Sure, I can do that!\n\nHere is the passage:\n\n{PASSAGE}",
-        f"near the town of Orlask {PASSAGE}",
-        f"...near the town  of Orlask\n{PASSAGE}",
-        f"Here is the passage:\n\nnear the town of Orlask {PASSAGE}",
-        f"<original 1a2b3c4d>\nnear the town of Orlask {PASSAGE}\n</original 1a2b3c4d>",
-        f"<think>It says two hundred.</think>\n\n{PASSAGE}",
-        f"{PASSAGE}\n\nNote: I mended the number of years.",
-        f"{PASSAGE}\n\n**Changes made:** the number.\n- two became three",
-    ],
-)
+WRAPPED = [  # {p}: the passage
+    "{p}",
+    "\n  {p}\n",
+    '"{p}"',
+    "“{p}”",
+    "```text\n{p}\n```",
+    "Here is the rewritten passage:\n\n{p}",
+    "Here's the new version: {p}",
+    "**Rewritten passage:**\n{p}",
+    "Sure, I can do that!\n\nHere is the passage:\n\n{p}",
+    "...near the town  of Orlask\n{p}",
+    "Here is the passage:\n\nnear the town of Orlask {p}",
+    "<original 1a2b3c4d>\nnear the town of Orlask {p}\n</original 1a2b3c4d>",
+    "<think>It says two hundred.</think>\n\n{p}",
+    "{p}\n\nNote: I mended the number of years.",
+    "{p}\n\n**Changes made:** the number.\n- two became three",
+]
+NOTHING = [None, "", " \n", "...", '""', "(empty)", "N/A", "No changes are needed.", "Sorry, no."]
+NOTHING += ["I'm sorry, but I can't help with that.", "I’m sorry, but I cannot assist."]
+NOTHING += ["I cannot rewrite this passage.", "As an AI language model, I must not."]
+NOTHING += ["Unfortunately, I can't continue this text.", "I apologize, but this is harmful."]
+NOTHING += ["Here is the rewritten passage:\n\n", "near the town of Orlask", "<think>never ends"]
+
+
+@pytest.mark.parametrize("answer", WRAPPED)
 def test_the_passage_alone(answer):
-    assert clean(answer, PREFIX, SUFFIX) == " " + PASSAGE
-    assert clean(answer, PREFIX + "\n", SUFFIX.strip()) == PASSAGE
+    assert clean(answer.format(p=PASSAGE), PREFIX, SUFFIX) == " " + PASSAGE
+    assert clean(answer.format(p=PASSAGE), PREFIX + "\n", SUFFIX.strip()) == PASSAGE
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        None,
-        "",
-        " \n",
-        "...",
-        '""',
-        "(empty)",
-        "I'm sorry, but I can't help with that.",
-        "I’m sorry, but I cannot assist.",
-        "I cannot rewrite this passage.",
-        "Sorry, no.",
-        "As an AI language model, I must not.",
-        "Unfortunately, I can't continue this text.",
-        "I apologize, but this is harmful.",
-        "No changes are needed.",
-        "N/A",
-        "Here is the rewritten passage:\n\n",
-        "near the town of Orlask",
-        "<think>never ends",
-    ],
-)
+@pytest.mark.parametrize("answer", NOTHING)
 def test_refusals_and_non_answers_are_none(answer):
     assert clean(answer, PREFIX, SUFFIX) is None
 
 
-def test_a_text_that_itself_begins_like_a_refusal_is_kept():
+def test_what_the_original_holds_too_is_kept():
     assert clean("I can't swim, she said.", PREFIX, " I can't swim, he said.")
     assert clean('"Go," he said, "now"', PREFIX, ' "Go," he said, "at once"')[:4] == ' "Go'
-
-
-@pytest.mark.parametrize("text", ["None came back.", "Unchanged it stood.", "So. Here is: it."])
-def test_sound_passages_stay_whole(text):
-    assert clean(text, PREFIX, SUFFIX) == " " + text
-
-
-def test_a_note_stays_where_the_original_has_one():
     assert clean("well.\nNote: closed.", PREFIX, " well.\nNote: shut.") == " well.\nNote: closed."
+    for text in ("None came back.", "Unchanged it stood.", "So. Here is: it."):
+        assert clean(text, PREFIX, SUFFIX) == " " + text
 
 
 def test_long_runs_end_quickly():
@@ -107,13 +82,11 @@ def test_rewriter_asks_with_the_last_words_and_again_after_a_refusal():
         return "I'm sorry." if "bad" in texts["original"] else "near the town of Orlask fine"
 
     teacher = Teacher(answer)
-    found = Rewriter(teacher, retries=2).rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
+    rewriter = Rewriter(teacher, retries=2)
+    found = rewriter.rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
     assert found == [" fine", None] and len(prompts) == 4
     assert prompts[0]["original"] == "near the town of Orlask" + SUFFIX
     assert all(text.endswith("\nnear the town of Orlask\n") for text, _ in teacher.asked)
-
-
-def test_a_refused_question_is_no_rewrite_and_not_asked_again():
     teacher = Teacher(lambda texts, seed: Answer(None, "content_filter", 0, 0, refused=True))
     assert Rewriter(teacher, retries=3).rewrite([PREFIX], [SUFFIX], [0]).result(10) == [None]
-    assert teacher.asked.total() == 1
+    assert teacher.asked.total() == 1  # what is refused is not asked again

@@ -11,24 +11,23 @@ import pytest
 
 from support import store as stores
 from support.command import UserError
-from support.store import Reader, files_of, open_file, open_store, path_of, settle
+from support.store import Reader, Store, files_of, open_file, path_of, settle
 
 INSERT = "INSERT OR REPLACE INTO words VALUES (?)"
 
 
 def write(path, *words):
-    store = open_store(path)
-    store.create("words (word TEXT PRIMARY KEY)")
+    with closing(Store(path)) as store:
+        store.create("words (word TEXT PRIMARY KEY)")
 
-    async def add():
-        await asyncio.gather(*(store.add(INSERT, (word,)) for word in words))
+        async def add():
+            await asyncio.gather(*(store.add(INSERT, (word,)) for word in words))
 
-    asyncio.run(add())
-    store.close()
+        asyncio.run(add())
 
 
-def knows(store, word):
-    return store.find("SELECT 1 FROM words WHERE word = ?", (word,)) is not None
+def words_of(store):
+    return [word for rows in store.rows("SELECT word FROM words") for (word,) in rows]
 
 
 def test_processes_may_open_a_new_store_at_once(tmp_path):
@@ -44,13 +43,14 @@ def test_processes_may_open_a_new_store_at_once(tmp_path):
         list(pool.map(open_all, range(3)))
 
 
-def test_judge_and_rewriter_share_the_store_of_their_process(tmp_path):
-    one, two = open_store(tmp_path / "x.sqlite"), open_store(tmp_path / "x.sqlite")
-    one.close()
-    assert one is two and two.find("SELECT 1") == (1,)
-    two.close()
-    with pytest.raises(sqlite3.ProgrammingError):
-        two.find("SELECT 1")
+def test_judge_and_rewriter_write_one_file_side_by_side(tmp_path):
+    path = tmp_path / "x.sqlite"
+    parts = [[f"{thread} {i}" for i in range(200)] for thread in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda words: write(path, *words), parts))
+    with closing(Store(path)) as store:
+        assert sorted(words_of(store)) == sorted(sum(parts, []))
+        assert store.find("SELECT 1 FROM words WHERE word = ?", "3 7") == (1,)
 
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1), (2, 4, 2), (1, 2, 1, 3)])
@@ -62,41 +62,23 @@ def test_every_process_finds_what_another_number_of_processes_left(tmp_path, num
             for process in range(processes):
                 write(path_of(path, process), f"{launch} {process}")
     earlier = [f"{i} {p}" for i, n in enumerate(numbers[:-1]) for p in range(n)]
-    for process in range(numbers[-1]):
-        store = open_store(path_of(path, process))
-        mine = [f"{len(numbers) - 1} {process}"]
-        assert all(knows(store, word) for word in earlier + mine)
-        store.close()
-    reader = Reader(path)
-    found = sorted(row for rows in reader.rows("SELECT word FROM words") for row in rows)
-    assert found == sorted((f"{i} {p}",) for i, n in enumerate(numbers) for p in range(n))
-    reader.close()
+    last = [f"{len(numbers) - 1} {process}" for process in range(numbers[-1])]
+    for process, mine in enumerate(last):
+        with closing(Store(path_of(path, process))) as store:
+            assert sorted(words_of(store)) == sorted([*earlier, mine])
+    with closing(Reader(path)) as reader:
+        assert sorted(words_of(reader)) == sorted(earlier + last)
     assert files_of(path)[0] == [path_of(path, p) for p in range(numbers[-1])]
 
 
-def test_a_store_of_the_version_before_is_that_of_one_process(tmp_path):
-    path = tmp_path / "judgments.sqlite"
-    write(path, "old")
-    settle(path, 1)
-    assert files_of(path) == ([path], [])
-    settle(path, 2)
-    store = open_store(path_of(path, 1))
-    assert knows(store, "old")
-    store.close()
-
-
-@pytest.mark.parametrize(
-    "lacks, message", [("WAL", "locking protocol"), ("locks", "disk I/O error")]
-)
-def test_a_file_system_without_locks_gets_a_warning_and_a_run(
-    tmp_path, monkeypatch, caplog, lacks, message
-):
-    connect = sqlite3.connect
+@pytest.mark.parametrize("lacks", ["WAL", "locks"])
+def test_a_file_system_without_locks_gets_a_warning_and_a_run(tmp_path, monkeypatch, caplog, lacks):
+    connect, path = sqlite3.connect, tmp_path / "x.sqlite"
 
     class Poor(sqlite3.Connection):
         def execute(self, query, *rest):
             if query == "PRAGMA journal_mode=WAL" or (lacks == "locks" and not self.lockless):
-                raise sqlite3.OperationalError(message)
+                raise sqlite3.OperationalError("locking protocol")
             return super().execute(query, *rest)
 
     def poor(address, **how):
@@ -104,22 +86,18 @@ def test_a_file_system_without_locks_gets_a_warning_and_a_run(
         db.lockless = "nolock" in address
         return db
 
-    monkeypatch.setattr(stores.sqlite3, "connect", poor)
-    write(tmp_path / "x.sqlite", "kept")
-    monkeypatch.undo()
-    assert len(caplog.messages) == 1 and str(tmp_path / "x.sqlite") in caplog.messages[0]
-    reader = Reader(tmp_path / "x.sqlite")
-    assert knows(reader, "kept")
-    reader.close()
-
-
-def test_locks_that_the_system_refuses(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    write(tmp_path / "x.sqlite", "kept")
-    assert len(caplog.messages) == 1 and "no locks" in caplog.messages[0]
+    monkeypatch.setattr(stores.sqlite3, "connect", poor)
+    if lacks == "locks":
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+    write(path, "kept")
+    monkeypatch.undo()
+    assert len(caplog.messages) == 1 and str(path) in caplog.messages[0]
+    assert ("no locks" in caplog.messages[0]) == (lacks == "locks")
+    with closing(Reader(path)) as reader:
+        assert words_of(reader) == ["kept"]
 
 
 def test_what_another_machine_may_be_writing_is_read_from_a_copy(tmp_path, monkeypatch):
@@ -131,13 +109,10 @@ def test_what_another_machine_may_be_writing_is_read_from_a_copy(tmp_path, monke
         live.commit()
         monkeypatch.setattr(stores, "HOST", 7)
         before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-        reader = Reader(path)
-        assert knows(reader, "late")
-        (opened,) = (
-            reader.connections[0].execute("SELECT file FROM pragma_database_list").fetchone()
-        )
-        assert not opened.startswith(str(tmp_path))
-        reader.close()
+        with closing(Reader(path)) as reader:
+            assert words_of(reader) == ["late"]
+            (db,) = reader.connections
+            assert str(tmp_path) not in db.execute("PRAGMA database_list").fetchone()[2]
         assert before == {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
@@ -146,4 +121,4 @@ def test_what_is_no_store_is_named(tmp_path):
         Reader(tmp_path / "no.sqlite")
     (tmp_path / "x.sqlite").write_text("not a database, but long enough to be looked at" * 9)
     with pytest.raises(UserError, match=r"x\.sqlite: .* move it away"):
-        open_store(tmp_path / "x.sqlite")
+        Store(tmp_path / "x.sqlite")

@@ -110,7 +110,7 @@ class Chat:
 
 
 def rewards(rows, texts):
-    judge = Judge(Chat(), samples=2, retries=0)
+    judge = Judge(Chat(), Config(judge_samples=2, judge_retries=0))
     return TaskRewards(judge).of_answers(rows, texts).result()
 
 

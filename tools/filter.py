@@ -28,6 +28,7 @@ from pathlib import Path
 import zstandard
 
 from chat import Chat, greet
+from config import Config
 from data import SPLITS, digest, in_split, sample_of
 from judge import Judge, together
 from support import command
@@ -204,7 +205,7 @@ def run(options) -> Counter:
         if options.judge_url:
             store = out / "judgments.sqlite"
             chat = stack.enter_context(Chat(options.judge_url, options.judge_model, cache=store))
-            judge = Judge(chat, rewards="safety", seed=options.seed)
+            judge = Judge(chat, Config(seed=options.seed))
             greet(chat, judge.small_question())  # a wrong URL is told before the corpus is read
         for number in range(done, len(names)):
             paths = {split: work / split / f"{number:05d}.jsonl.zst" for split in OUTPUTS}

@@ -27,14 +27,14 @@ from evaluation.results import table
 from support import command
 from support.store import files_of
 from tools.plot import plot_run, read_json, read_log, read_summary
-from tools.replay import pools_by_step, recorded_judge
+from tools.replay import recorded_judge, recorded_pools
 
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
 
 
-def pool_of(step: int, pool: list, judge) -> dict:
+def pool_of(pool: tuple, judge) -> dict:
     """A recorded pool with the recorded answers about each of its candidates, the best first."""
-    key, prefix, reference, texts, sources, rewards = pool
+    step, key, prefix, reference, texts, sources, rewards = pool
     scores = judge.score(step, [prefix], [reference], [texts], sources, [key]).result()
     # rounded as in update.py: sums that differ by rounding alone are a tie
     rewards = [round(r, 9) if r is not None and math.isfinite(r) else None for r in rewards]
@@ -71,12 +71,7 @@ def pools_of(run: Path, count: int) -> list[dict]:
         keys = sorted({row for rows in store.rows("SELECT step, key FROM pools") for row in rows})
         places = np.linspace(0, len(keys) - 1, min(max(count, 0), len(keys))).round().astype(int)
         wanted = {keys[place] for place in places}
-        return [
-            pool_of(step, pool, judge)
-            for step, pools in pools_by_step(store)
-            for pool in pools
-            if (step, pool[0]) in wanted
-        ]
+        return [pool_of(pool, judge) for pool in recorded_pools(store) if pool[:2] in wanted]
 
 
 def page(run: Path, pools: list[dict]) -> str:

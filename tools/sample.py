@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 
 from chat import Chat
+from config import Config
 from judge import Judge
 from model import load_model
 from rollout import PrefixCache, sample, uniforms
@@ -126,7 +127,7 @@ def main(arguments: list[str]):
         teacher_url(options.judge_url) as url,
         Chat(url, options.judge_model, give_up_after=60.0) as chat,
     ):
-        run(options, Judge(chat, seed=options.seed))
+        run(options, Judge(chat, Config(seed=options.seed)))
 
 
 if __name__ == "__main__":
