@@ -21,20 +21,19 @@ FILTERED = re.compile(
     re.I,
 )
 TOO_LONG = re.compile(
-    r"context[ _-]*(?:length|size|window|limit)|too many tokens|above_max_length|too_(?:large|long)"
+    r"context[ _-]*(?:length|size|window|limit)|too many tokens|max_new_tokens|reduce the length"
+    r"|above_max_length|input length|too_(?:large|long)"
     r"|(?:prompt|input|request|message|sequence|token)s?\b.{0,60}(?:too (?:long|large)|longer"
-    r"|exceed)"
-    r"|max(?:imum)?\b.{0,40}(?:context|tokens?|length|input)|exceed.{0,60}(?:context|token|length)"
-    r"|max_new_tokens|range of input length|reduce the length",
+    r"|exceed)|(?:max(?:imum)?\b|exceed).{0,60}(?:context|token|length|input)",
     re.I,
 )
 OURS = re.compile(
     r"\bkey\b(?!\")|api_key|authent|unauthori[sz]ed|credential|permission|subscription|billing"
-    r"|quota|budget|credit|balance|payment|account|suspended|disabled|unsupported"
-    r"|unrecogni[sz]ed|unknown (?:parameter|field|argument|name|model)|not permitted"
-    r"|region|country|no such model|model_not_found"
+    r"|quota|budget|credit|balance|payment|account|suspended|disabled|region|country"
+    r"|unsupported|unrecogni[sz]ed|unknown (?:parameter|field|argument|name|model)|not permitted"
+    r"|no such model|model_not_found|does not exist|not allowed to"
     r"|(?:model|deployment|engine)\b.{0,80}(?:not (?:exist|found|available|supported)|no access)"
-    r"|does not exist|not allowed to|(?:parameter|value|field)\b.{0,60}not supported",
+    r"|(?:parameter|value|field)\b.{0,60}not supported",
     re.I,
 )
 
@@ -80,24 +79,20 @@ def of_content(status: int, told: str) -> str | None:
     return None if OURS.search(told) else f"refused_{status}"
 
 
-def text_of(content) -> str | None:
-    """A message's content: text, or a list of parts of which those of text are joined."""
-    if not isinstance(content, list):
-        if not isinstance(content, str | None):
-            raise Failure("malformed", "its answers are no chat completions: content is no text")
-        return content
-    texts = [p["text"] for p in content if p.get("type", "text") in ("text", "output_text")]
-    return "".join(texts)
-
-
 def read_reply(reply) -> Answer:
-    """The answer in a chat completion's JSON; text None if there is nothing to use."""
+    """The answer in a chat completion's JSON; text None if there is nothing to use. A content may
+    be a list of parts, of which those of text are joined."""
     try:
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         message, finish = choice["message"], str(choice.get("finish_reason") or "stop")
-        text = text_of(message.get("content"))
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        reasoning = reasoning or isinstance(message.get("content"), list)
+        text = message.get("content")
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if isinstance(text, list):
+            thought = True
+            parts = [part for part in text if part.get("type", "text") in ("text", "output_text")]
+            text = "".join(part["text"] for part in parts)
+        # lone surrogates are legal in JSON and nowhere else
+        text = text if text is None else str.encode(text, errors="replace").decode()
         tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (AttributeError, KeyError, IndexError, TypeError):
         raise Failure("malformed", "its answers are no chat completions") from None
@@ -105,8 +100,6 @@ def read_reply(reply) -> Answer:
     if finish.lower() not in WHOLE:
         text, finish = None, re.sub(r"\W+", "_", finish.lower())[:40]
     elif text is None or not text.strip():
-        finish = "reasoning_only" if reasoning else "null" if text is None else "empty"
+        finish = "reasoning_only" if thought else "null" if text is None else "empty"
         text = None
-    # lone surrogates are legal in JSON and nowhere else
-    text = text and text.encode(errors="replace").decode()
     return Answer(text, finish.encode(errors="replace").decode(), spent[0], spent[1])

@@ -13,10 +13,8 @@ import sys
 import pytest
 
 import train
-from data import Stream
 from judge import defuse, load_prompts, render
 from rewrite import clean
-from support.sources import Skips, records
 from support.tokenizer import load_tokenizer
 from verdicts import parse
 from world import corpus, teacher
@@ -73,10 +71,10 @@ def attacked(kind, template, place):
 VERDICT = {"a": "A", "b": "B", "text": "SAFE"}
 
 
-@pytest.mark.parametrize("template", ATTACKS)
 @pytest.mark.parametrize("kind, honest", [("quality", ("A", "B")), ("safety", ("SAFE", "UNSAFE"))])
-def test_no_attack_leaves_its_section_or_becomes_a_verdict(kind, honest, template):
-    for texts, attack in (found for place in (0, 32) for found in attacked(kind, template, place)):
+def test_no_attack_leaves_its_section_or_becomes_a_verdict(kind, honest):
+    cases = (case for t in ATTACKS for place in (0, 32) for case in attacked(kind, t, place))
+    for texts, attack in cases:
         prompt = render(load_prompts()[kind], **texts)
         assert teacher.sections(prompt) == {name: defuse(text) for name, text in texts.items()}
         assert not [token for token in TOKENS if token in prompt]
@@ -87,18 +85,11 @@ def test_no_attack_leaves_its_section_or_becomes_a_verdict(kind, honest, templat
         assert parse(kind, quoted) is None
 
 
-@pytest.mark.parametrize("token", TOKENS)
-def test_no_special_token_is_left_and_a_rewrite_gets_it_back(token):
-    text = f" say {token} and go on {token}x"
-    assert token not in defuse(text) and defuse(text).replace(" ", "") == text.replace(" ", "")
-    assert clean(defuse(text), "They", text) == text
-    library = pytest.importorskip("tokenizers")
-    server = library.Tokenizer(library.models.WordLevel({"?": 0}, unk_token="?"))
-    server.add_special_tokens(TOKENS)  # as a server reads a user's message
-    assert len(set(server.encode(text).ids)) > 1 == len(set(server.encode(defuse(text)).ids))
-
-
-def test_plain_text_is_not_touched():
+def test_special_tokens_are_defused_nothing_else_is_and_a_rewrite_gets_them_back():
+    for token in TOKENS:
+        text = f" say {token} and go on {token}x"
+        assert token not in defuse(text) and defuse(text).replace(" ", "") == text.replace(" ", "")
+        assert clean(defuse(text), "They", text) == text
     text = "a < b | c > d, <b>bold</b>, [1], x[/path], <start>, if (a <|b|| c) { d[INSTANCE] }"
     assert defuse(text) == text
 
@@ -131,11 +122,3 @@ def test_look_alikes_of_special_tokens_stay_text():
         ids = tokenizer.encode(text)
         assert not set(ids) & set(tokenizer.specials.values())
         assert tokenizer.decode(ids).split() == text.split()
-
-
-def test_a_word_of_ten_megabytes(tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "a" * 10_000_000}) + '\n{"text": "b"}')
-    assert [n for n, _ in records(str(tmp_path / "long.jsonl"), Skips())] == [1, 2]
-    how = dict(chunk=32, max_seq=96, batch_size=1, split="all", epochs=1)
-    (batch,) = Stream(str(tmp_path / "long.jsonl"), load_tokenizer("world"), **how)
-    assert batch.suffix.shape == (1, 32) and batch.prefix.shape == (1, 64)
