@@ -79,8 +79,9 @@ def test_flops_are_those_of_the_sampler():
     assert cost.flops(config, SHAPE)["rollouts"] == pytest.approx(done, rel=0.05)
 
 
-def test_memory_holds_the_policies_that_training_keeps():
-    """The initial policy always, the baseline until the evaluation."""
+def test_memory_holds_what_training_keeps():
+    """The initial policy always, the baseline until the evaluation; of a step's 8 prefixes of 64
+    tokens a process's 4, rollouts of 32, and a pair of them learned from."""
     count = cost.parameters(SHAPE)
     base, baseline = "initial policy (the reference)", "next-token baseline, for the evaluation"
     held = cost.memory(Config(objective="rf_nll"), SHAPE, bf16=True)
@@ -91,13 +92,9 @@ def test_memory_holds_the_policies_that_training_keeps():
     spread = cost.memory(Config(shard=True, gpus=8), SHAPE, bf16=False)
     assert spread["weights, gradients, optimiser"] == 2 * count and spread[base] == count / 2
     assert spread["whole weights while sampling"] == 4 * count and baseline not in spread
-
-
-@pytest.mark.parametrize("budget, rows", [(65536, 4), (300, 2)])
-def test_memory_of_a_step(budget, rows):
-    """A process's 4 of 8 prefixes of 64 tokens: rollouts of 32, and a pair of them learned from."""
-    config = Config(batch_size=8, gpus=2, chunk=32, max_seq=96, micro_batch_tokens=budget)
-    held = cost.memory(config, SHAPE, bf16=True)
-    assert held["cache of prefixes and rollouts"] == 4 * (64 + 4 * 32) * 2 * 2 * 1 * 16 * 2
-    per_token = 2 * (16 * 128 + 4 * 352) * 2
-    assert held["activations of a micro-batch"] == rows * (64 + 2 * 32) * per_token
+    for budget, rows in ((65536, 4), (300, 2)):
+        size = dict(batch_size=8, gpus=2, chunk=32, max_seq=96, micro_batch_tokens=budget)
+        held = cost.memory(Config(**size), SHAPE, bf16=True)
+        assert held["cache of prefixes and rollouts"] == 4 * (64 + 4 * 32) * 2 * 2 * 1 * 16 * 2
+        per_token = 2 * (16 * 128 + 4 * 352) * 2
+        assert held["activations of a micro-batch"] == rows * (64 + 2 * 32) * per_token

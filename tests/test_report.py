@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 from matplotlib.figure import Figure
@@ -61,24 +60,9 @@ def test_the_page_holds_what_was_judged_and_no_markup_of_models(run):
     assert {v["kind"] for v in best["verdicts"]} == {"quality", "safety", "factuality"}
     assert all(v["answer"] for pool in pools for v in pool["candidates"][0]["verdicts"])
     assert text.count("<script") == 2 and "onerror" in text and "<img src=x" not in text
-    assert (
-        "<b>run" not in text and "://" not in text.partition('id="data"')[0].partition("<pre>")[0]
-    )
+    assert "innerHTML" not in text and "<b>run" not in text and "<h1>&lt;b&gt;run" in text
+    assert "://" not in text.partition('id="data"')[0].partition("<pre>")[0]
     assert "3 of 100 steps" in text and re.search("self-improving +75.0 .50.0 / 100.0.", text)
-
-
-def test_in_a_browser(run):
-    browser = shutil.which("chromium-headless-shell") or shutil.which("chromium")
-    if browser is None:
-        pytest.skip("apt install chromium")
-    page = report.write_report(run, 200)
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    dom = done.stdout
-    title = re.search("<title>(.*)</title>", dom)[1]
-    assert title.startswith("&lt;b&gt;run: dpo")
-    assert len(re.findall('<div class="candidate ', dom)) == 8  # the last step's, by default
-    assert "&lt;img src=x onerror=" in dom and "step 2" in dom and "<img src=" not in dom
 
 
 def test_bars_are_means_over_what_was_judged():

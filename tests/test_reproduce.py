@@ -50,10 +50,6 @@ def test_the_list_and_what_is_not_in_it(tmp_path, capsys):
     listed = capsys.readouterr().out
     assert "0/3  DPO (suffix as pivot, 16 rollouts)" in listed
     assert "python -m study.reproduce table6" in listed
-    with pytest.raises(UserError, match="dpo_suffix_pivot"):
-        parse("table6.py:dpo_sufix_pivot")
-    with pytest.raises(UserError, match="dpo_16_rollouts"):
-        parse("table6.py")
     with pytest.raises(UserError, match="the nearest is table6"):
         reproduce.main([f"--out={tmp_path}", "tabel6"])
 

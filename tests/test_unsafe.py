@@ -33,28 +33,16 @@ GOOD = {
     "rps_doc_ut1_blacklist": [[0, 90, 3]],
 }
 WORDS, MEAN, SYMBOLS, BULLETS, BIGRAM = filters.RULES
-VARIANTS = [  # (signal, value, what removes the document when curse words *and* blocklist count)
-    ("rps_doc_word_count", 50, None),
-    ("rps_doc_word_count", 49, WORDS),
-    ("rps_doc_word_count", 100_000, None),
-    ("rps_doc_word_count", 100_001, WORDS),
-    ("rps_doc_mean_word_length", 3.0, None),
-    ("rps_doc_mean_word_length", 2.99, MEAN),
-    ("rps_doc_mean_word_length", 10.01, MEAN),
-    ("rps_doc_mean_word_length", None, MEAN),
-    ("rps_doc_symbol_to_word_ratio", 0.1, None),
-    ("rps_doc_symbol_to_word_ratio", 0.11, SYMBOLS),
-    ("rps_doc_frac_chars_top_2gram", 0.2, None),
-    ("rps_doc_frac_chars_top_2gram", 0.21, BIGRAM),
-    ("rps_doc_ldnoobw_words", 5.0, None),
-    ("rps_doc_ldnoobw_words", 4.0, "curse words, blocklist (both)"),
-    ("rps_doc_word_count", None, WORDS),
-    ("rps_doc_symbol_to_word_ratio", None, None),
-    ("rps_doc_ut1_blacklist", 0, None),  # a category like any other
-    ("rps_doc_ut1_blacklist", None, "curse words, blocklist (both)"),
-]
-
-
+BOTH = "curse words, blocklist (both)"
+CASES = {  # signal -> values, and what removes the document when *both* reasons are needed
+    "rps_doc_word_count": {50: None, 49: WORDS, 100_000: None, 100_001: WORDS, None: WORDS},
+    "rps_doc_mean_word_length": {3.0: None, 2.99: MEAN, 10.01: MEAN, None: MEAN},
+    "rps_doc_symbol_to_word_ratio": {0.1: None, 0.11: SYMBOLS, None: None},
+    "rps_doc_frac_chars_top_2gram": {0.2: None, 0.21: BIGRAM},
+    "rps_doc_ldnoobw_words": {5.0: None, 4.0: BOTH},
+    "rps_doc_ut1_blacklist": {0: None, None: BOTH},  # 0 is a category like any other
+}
+VARIANTS = [(name, v, rule) for name, cases in CASES.items() for v, rule in cases.items()]
 LINES = 20 * len(VARIANTS)  # of each shard below
 
 
@@ -74,11 +62,7 @@ def test_thresholds():
     lines = GOOD | {"rps_lines_start_with_bulletpoint": bullets}
     assert removed_by(lines | {"ccnet_nlines": [[0, 90, 10]]}) is None
     assert removed_by(lines | {"ccnet_nlines": [[0, 90, 9]]}) == BULLETS
-    for curses, listed, readings in (
-        (6.0, None, ["either"]),
-        (0.0, 3, ["either"]),
-        (0.0, None, []),
-    ):
+    for curses, listed, readings in ((6, None, ["either"]), (0, 3, ["either"]), (0, None, [])):
         found = signals(rps_doc_ldnoobw_words=curses, rps_doc_ut1_blacklist=listed)
         assert [name for name in filters.UNSAFE if removed_by(found, name) is None] == readings
 
@@ -160,29 +144,11 @@ def test_it_goes_on_with_the_shard_it_was_stopped_in(redpajama, tmp_path, monkey
     assert read == [read[0], read[1], read[1]] and files(stopped) == files(whole)
     assert sorted(f.name for f in stopped.iterdir()) == sorted(filters.OUTPUTS)
     assert capsys.readouterr().out == table
-    with pytest.raises(KeyboardInterrupt):  # stopped again, it is another run with other rules
-        read.clear()
+    read.clear()
+    with pytest.raises(KeyboardInterrupt):
         run(redpajama, tmp_path / "other")
-    run(redpajama, tmp_path / "other", "--unsafe=either")
+    run(redpajama, tmp_path / "other", "--unsafe=either")  # other rules: another run
     assert read == [read[0], read[1], *read[:2]]
-
-
-def test_the_export_with_json_strings(tmp_path, capsys):
-    rows = [
-        {"raw_content": f"{i}", "doc_id": f"2023-14/0000/en_head.json.gz/{i}",
-         "meta": json.dumps({"url": "http://a.example"}),
-         "quality_signals": json.dumps(signals(**{name: value}))}
-        for i, (name, value, _) in enumerate(VARIANTS)
-    ]  # fmt: skip
-    odd = json.dumps(signals(rps_doc_word_count="many"))
-    damaged = [rows[5] | {"quality_signals": found} for found in ("{", odd)]
-    write(tmp_path / "sample.jsonl.gz", [*rows[:5], *damaged, *rows[5:]])
-    run(tmp_path / "sample.jsonl.gz", tmp_path / "out")
-    said = capsys.readouterr().out
-    assert said.count("unreadable: ") == 2
-    assert "unreadable: no quality" in said and "unreadable: damaged quality" in said
-    assert sum(map(len, kept(tmp_path / "out").values())) == 8
-    assert re.search(rf"- {WORDS} +3 ", said) and re.search(rf"- {MEAN} +3 ", said)
 
 
 def test_signals_of_another_document_are_not_used(redpajama):
@@ -196,15 +162,23 @@ def test_signals_of_another_document_are_not_used(redpajama):
     assert skips["quality signals of another document"] == 2
 
 
-def test_of_a_parquet_file_only_what_is_used_is_read(tmp_path):
-    """Not a column of dates that Python cannot hold; what JSON has no form for is kept as text."""
-    days = {"doc_id": 10**6, "seen": 2**31 - 1}
-    dates = {name: pyarrow.array([day] * 3, pyarrow.date32()) for name, day in days.items()}
-    texts = {"raw_content": ["some text"] * 3, "quality_signals": [json.dumps(GOOD)] * 3}
-    pyarrow.parquet.write_table(pyarrow.table(texts | dates), tmp_path / "a.parquet")
+def test_an_export_in_parquet(tmp_path, capsys):
+    """Signals as JSON strings, two of them damaged. Of the columns only what is used is read, not
+    dates that Python cannot hold; what JSON has no form for is kept as text."""
+    found = [signals(**{name: value}) for name, value, _ in VARIANTS]
+    found += [signals(rps_doc_word_count="many")]
+    columns = {"quality_signals": [*map(json.dumps, found), "{"]}
+    columns["raw_content"] = [f"text {i}" for i in range(len(found) + 1)]
+    for name, day in {"doc_id": 10**6, "seen": 2**31 - 1}.items():
+        columns[name] = pyarrow.array([day] * (len(found) + 1), pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     run(tmp_path / "a.parquet", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count("unreadable: ") == 2
+    assert "unreadable: no quality" in said and "unreadable: damaged quality" in said
+    assert re.search(rf"- {WORDS} +3 ", said) and re.search(rf"- {MEAN} +3 ", said)
     rows = [row for split in kept(tmp_path / "out").values() for row in split]
-    assert len(rows) == 3 and rows[0]["meta"]["doc_id"] == "4707-11-29"
+    assert len(rows) == 8 and rows[0]["meta"]["doc_id"] == "4707-11-29"
 
 
 @pytest.fixture
