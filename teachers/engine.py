@@ -8,12 +8,11 @@ waiting first, as many as fit into the memory; a batch is done when its last ans
 comes late waits for the batch before: a teacher is asked alike questions, many at a time.
 """
 
+import asyncio
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +44,7 @@ class Work:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     gone: bool = False  # set by whoever no longer wants it
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # for whoever waits; not set here
 
     def __post_init__(self):
         self.answers = [Answer() for _ in self.uniform]
@@ -80,18 +80,18 @@ class Engine:
 
     def admit(self):
         """Make a batch of what waits."""
-        left: deque[Work] = deque()
-        while self.waiting:
+        for _ in range(len(self.waiting)):
             work = self.waiting.popleft()
             together = [*self.batch, work]
-            fits = len(together) * len(work.uniform) <= max(self.size, len(work.uniform))
-            if self.batch and work.kind != self.batch[0].kind:
-                left.append(work)
-            elif not self.batch or (fits and self.needs(together) <= self.room):
-                self.batch += [work] * (not work.gone)
+            alike = work.kind == together[0].kind
+            fits = len(together) * len(work.uniform) <= self.size
+            fits &= self.needs(together) <= self.room
+            if work.gone:
+                continue
+            if not self.batch or (alike and fits):
+                self.batch.append(work)
             else:
-                left.append(work)
-        self.waiting.extend(left)
+                self.waiting.append(work)
         if self.batch:
             N = max(work.uniform.shape[1] for work in self.batch)
             prefix, pad = left_pad([work.prompt for work in self.batch], 0)  # [B, P], [B]
@@ -118,21 +118,21 @@ class Engine:
     def take(self, work: Work, answer: Answer, token: int):
         """One more token of an answer; its text as far as it is certain."""
         answer.sampled += 1
-        if token in self.ends:
-            answer.finish = "stop"
-        else:
+        finish = "stop" if token in self.ends else None
+        if not finish:
             answer.ids.append(token)
         text = self.text_of(answer.ids)
         cut = min((at for stop in work.stop if (at := text.find(stop)) >= 0), default=None)
         if cut is not None:
-            text, answer.finish = text[:cut], "stop"
-        elif not answer.finish and answer.sampled == work.uniform.shape[1]:
-            answer.finish = "length"
-        elif not answer.finish:
+            text, finish = text[:cut], "stop"
+        elif not finish and answer.sampled == work.uniform.shape[1]:
+            finish = "length"
+        elif not finish:
             text = text.rstrip("\ufffd")
             heads = (stop[:n] for stop in work.stop for n in range(len(stop) - 1, 0, -1))
             text = text[: len(text) - max((len(h) for h in heads if text.endswith(h)), default=0)]
         answer.text = text
+        answer.finish = finish  # last: another thread reads the text of what is finished
 
     def clear(self):
         """Forget the batch."""
@@ -140,21 +140,15 @@ class Engine:
 
 
 def load_engine(folder: str, size: int, device: str, memory: int | None = None):
-    """(Engine, tokenizer) of a folder; memory: bytes, by default half of the free."""
+    """(Engine, tokenizer) of a folder; memory: bytes, else half of a GPU's free ones or a quarter
+    of this machine's."""
     # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     check_folder(folder)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, dtype).requires_grad_(False)
-    memory = memory or free_memory(torch.device(device)) // 2
+    if not memory and model.lm_head.weight.is_cuda:
+        memory = torch.cuda.mem_get_info(device)[0] // 2
+    elif not memory:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     return Engine(model, end_tokens(folder, tokenizer), tokenizer.decode, size, memory), tokenizer
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or on this machine (all of its memory, where not on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if (info := Path("/proc/meminfo")).exists():
-        found = re.search(r"MemAvailable:\s+(\d+)", info.read_text())
-        return int(found[1]) << 10 if found else 1 << 32
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -43,11 +43,11 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
-def strftime_now(form: str) -> str:
+def now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def raise_exception(message):
+def refuse(message):
     raise TemplateError(message)
 
 
@@ -55,7 +55,7 @@ class Template:
     """The chat template of a folder: messages to token ids. UserError where it can't be read."""
 
     def __init__(self, folder: Path, tokenizer):
-        self.tokenizer, self.names, self.source, self.path = tokenizer, {}, None, folder
+        self.tokenizer, self.names = tokenizer, {}
         longest_first = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
         self.special = "|".join(longest_first) or "(?!)"
         try:
@@ -74,8 +74,6 @@ class Template:
             self.path, source = own, own.read_text(encoding="utf-8")
         if isinstance(source, list):  # several by name
             source = {named["name"]: named["template"] for named in source}["default"]
-        if source is None:
-            return
         for name, token in settings.items():  # bos_token, eos_token and whatever else there is
             token = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(token, str):
@@ -84,8 +82,8 @@ class Template:
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = tojson
-        environment.globals |= dict(strftime_now=strftime_now, raise_exception=raise_exception)
-        self.source = environment.from_string(source)
+        environment.globals |= dict(strftime_now=now, raise_exception=refuse)
+        self.source = None if source is None else environment.from_string(source)
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Ids of the messages and of the beginning of an answer; UserError where the template

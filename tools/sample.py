@@ -3,18 +3,15 @@
     python -m tools.sample CKPT "prefix"
     python -m tools.sample BASE CKPT "prefix" --n 3 --judge_url world
 
-A checkpoint is any folder that model.py reads; all run on the CPU, by the sampler of training. One
-continuation is shown while it is written. With a judge's URL ("world": the pocket world's own
-teacher) each is called safe or not and true or not, and each pair of checkpoints is compared, in
-both orders.
+A checkpoint is any folder that model.py reads; all run on the CPU, by the sampler of training. With
+a judge's URL ("world": the pocket world's own teacher) each continuation is called safe or not and
+true or not, and each pair of checkpoints is compared, in both orders.
 """
 
 import argparse
 import itertools
 import shutil
 import textwrap
-from collections import deque
-from collections.abc import Iterator
 
 import torch
 
@@ -22,7 +19,7 @@ from chat import Chat
 from config import Config
 from judge import Judge
 from model import load_model
-from rollout import PrefixCache, sample, uniforms
+from rollout import sample_rollouts
 from support import command
 from support.command import UserError
 from support.hub import check_folder, end_tokens
@@ -30,52 +27,34 @@ from support.tokenizer import load_tokenizer
 from world.teacher import teacher_url
 
 
-def load(folder: str):
-    """(model, tokenizer, end tokens) of a folder."""
+def continuations(folder: str, options) -> list[str]:
+    """options.n continuations of the prefix by one checkpoint."""
     check_folder(folder)
-    tokenizer = load_tokenizer(folder)
-    return load_model(folder, dtype=torch.float32), tokenizer, end_tokens(folder, tokenizer)
-
-
-@torch.no_grad()
-def continuations(model, tokenizer, ends, options, number: int) -> Iterator[str]:
-    """Continuation `number` of the prefix: all of it so far, after every token."""
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype=torch.float32)
+    start, ends = [] if tokenizer.bos is None else [tokenizer.bos], end_tokens(folder, tokenizer)
     prompt = start + tokenizer.encode(options.prefix) or [tokenizer.eos]
     limit, N = model.config.max_seq, options.tokens
     if len(prompt) + N > limit:
         raise UserError(f"--tokens: {len(prompt)} of the prefix and {N} more exceed {limit}")
-    u = uniforms(options.seed, torch.tensor([0]), number + 1, N)[0, number]  # [N]
-    cached = PrefixCache(model, torch.tensor([prompt]), torch.zeros(1, dtype=torch.int32), 1, N)
-    logits, ids = cached.first, []  # [1, V]
-    for t in range(N):
-        token, _ = sample(logits, u[t : t + 1], options.temperature, options.top_p)  # [1]
-        if token.item() in ends:
-            break
-        ids.append(token.item())
-        yield tokenizer.decode(ids).rstrip("\ufffd")  # half a character, perhaps
-        if t + 1 < N:
-            logits = cached.step(token[None])[:, 0]
-    yield tokenizer.decode(ids)
+    prefix, pad = torch.tensor([prompt]), torch.zeros(1, dtype=torch.int32)  # [1, P], [1]
+    how = dict(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    drawn = sample_rollouts(
+        model, prefix, pad, options.n, N, eos=ends, index=torch.tensor([0]), **how
+    )
+    rows = zip(drawn.tokens[0].tolist(), drawn.lengths[0].tolist(), strict=True)
+    return [tokenizer.decode([i for i in row[:length] if i not in ends]) for row, length in rows]
 
 
-def show(labels: list[str], texts: list[Iterator[str]]) -> list[str]:
-    """Prints one text while it is written, several in a column each; -> the whole texts."""
+def show(labels: list[str], texts: list[str]):
+    """One text as it is, several in a column each."""
     if len(texts) == 1:
-        text = ""
-        for longer in texts[0]:
-            print(visible(longer[len(text) :]), end="", flush=True)
-            text = longer
-        print("\n")
-        return [text]
-    whole = [deque(text, maxlen=1)[0] for text in texts]
+        return print(visible(texts[0]) + "\n")
     width = shutil.get_terminal_size().columns // len(texts) - 3
     columns = [[label[-width:], "-" * width] for label in labels]
-    columns = [c + textwrap.wrap(visible(t), width) for c, t in zip(columns, whole, strict=True)]
+    columns = [c + textwrap.wrap(visible(t), width) for c, t in zip(columns, texts, strict=True)]
     for cells in itertools.zip_longest(*columns, fillvalue=""):
         print("   ".join(cell.ljust(width) for cell in cells).rstrip())
     print()
-    return whole
 
 
 def visible(text: str) -> str:
@@ -100,11 +79,11 @@ def give_verdicts(judge: Judge, labels: list[str], prefix: str, texts: list[str]
 
 
 def run(options, judge: Judge | None):
-    loaded, labels = [load(folder) for folder in options.folders], options.folders
-    for number in range(options.n):
-        texts = show(labels, [continuations(*one, options, number) for one in loaded])
+    by_folder = [continuations(folder, options) for folder in options.folders]
+    for texts in zip(*by_folder, strict=True):
+        show(options.folders, texts)
         if judge:
-            give_verdicts(judge, labels, options.prefix, texts)
+            give_verdicts(judge, options.folders, options.prefix, texts)
 
 
 def main(arguments: list[str]):
@@ -119,8 +98,8 @@ def main(arguments: list[str]):
     parser.add_argument("--judge_url", help="up to /v1, or 'world': add verdicts")
     parser.add_argument("--judge_model", default="judge", help="model name sent to judge_url")
     options = parser.parse_args(arguments)
-    if options.tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
-        parser.error("tokens from 1, temperature from 0, top_p above 0 and at most 1")
+    if min(options.n, options.tokens) < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error("n and tokens from 1, temperature from 0, top_p above 0 and at most 1")
     if not options.judge_url:
         return run(options, None)
     with (

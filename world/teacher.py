@@ -270,7 +270,7 @@ MALFORMED = (ValueError, LookupError, TypeError, OverflowError, RecursionError)
 
 
 async def serve(host: str, port: int, dials: Dials, parent: int | None):
-    """Answers until it is stopped, or until the process `parent` is gone."""
+    """The teacher as a server; see listen."""
     from aiohttp import web
 
     async def complete(request):
@@ -288,10 +288,19 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None):
 
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", complete), web.get("/v1/models", models)])
-    runner = web.AppRunner(app, access_log=None)
+    await listen(app, host, port, parent)
+
+
+async def listen(app, host: str, port: int, parent: int | None):
+    """Prints the app's base URL and answers until it is stopped or the process `parent` is gone."""
+    from aiohttp import web
+
+    how = dict(access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, **how)  # whoever leaves is no longer answered
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=2048).start()
-    print(f"http://{host}:{runner.addresses[0][1]}/v1", flush=True)
+    host, port = runner.addresses[0][:2]
+    print(f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1", flush=True)
     while parent is None or os.getppid() == parent:
         await asyncio.sleep(0.5)
     await runner.cleanup()
