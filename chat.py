@@ -27,28 +27,34 @@ import logging
 import os
 import random
 import re
-import socket
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Future
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import aiohttp
-from requests.utils import get_environ_proxies, select_proxy
 
 from support.command import Stopped, UserError, wait
-from support.replies import WHOLE, Answer, Failure, error_in, of_content, read_reply
+from support.endpoint import (
+    WHOLE,
+    Answer,
+    Endpoint,
+    Failure,
+    error_in,
+    in_words,
+    of_content,
+    read_reply,
+    retry_after,
+)
 from support.store import Store
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 2 << 20  # bytes of a reply that we are willing to read
 RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}
-SET_ASIDE = 10  # failures in a row after which an endpoint is only probed
-SPREAD = 0.005  # seconds between two requests that leave after a pause, at first
 SILENT: set[str] = set()  # base URLs whose silence was told, by whichever client of the process
+COUNTS = ("calls", "retries", "cached", "dropped", "tokens_in", "tokens_out")
 RECENT = 1000  # of the latest so many questions, from 20 on, half may be refused
 
 # A question that was refused has a row, too: its text is NULL, its finish the kind of refusal.
@@ -63,95 +69,11 @@ class TeacherGone(Stopped):
 
 
 class Refused(Exception):
-    """(kind, told): the server will not answer this question, because of what is in it."""
+    """The server will not answer this question, because of what is in it."""
 
-
-class Endpoint:
-    """A server's address, and when the next request may leave for it.
-
-    Rate limited: all requests pause, then leave one by one, `gap` seconds apart. Every answer
-    narrows the gap by 2 %, every pause widens it by half, so that about one request in twenty is
-    refused. Failing SET_ASIDE times in a row: one probe every `aside` seconds, longer and longer,
-    until one succeeds. Failures of requests that left before the latest pause start no new one.
-    """
-
-    def __init__(self, url: str):
-        if "@" in url or "?" in url:
-            raise UserError("a key goes into OPENAI_API_KEY, not into the teacher's URL")
-        try:
-            good = urlsplit(url).port != 0 and re.match(r"https?://[^/:]", url)
-        except ValueError:  # a port that is no number, half a bracket
-            good = False
-        if not good:
-            raise UserError(f"a teacher's URL looks like http://host:port/v1, not {url!r}")
-        self.base = url.rstrip("/")
-        self.url = self.base + "/chat/completions"
-        self.proxy = proxy_of(self.url)
-        self.in_flight = 0
-        self.failing_since = 0.0  # when it began to fail; 0 = it does not
-        self.told = False  # that it does not answer
-        self.failures = 0  # in a row
-        self.turn = 0.0  # when the next request may leave
-        self.gap = 0.0  # seconds between two departures
-        self.aside = 0.0  # seconds between two probes; 0 = in use
-        self.paused_at = 0.0
-
-    def answered(self, now: float) -> None:
-        if self.aside:  # it is back: let the waiting requests come, but not all at once
-            self.aside, self.gap, self.turn = 0.0, SPREAD, now
-        self.failures, self.failing_since = 0, 0.0
-        self.gap = 0.98 * self.gap if self.gap > 1e-4 else 0.0
-
-    def failed(self, failure: Failure, sent: float, now: float) -> None:
-        self.failing_since = self.failing_since or now
-        pause = failure.retry_after or 0.0
-        self.turn = max(self.turn, now + pause)
-        if sent < self.paused_at:
-            return
-        self.failures += 1
-        if failure.kind == "429" or failure.retry_after is not None:
-            pause = pause or random.uniform(0.03, 0.06) * 2 ** min(self.failures, 9)
-            self.gap = min(1.0, 1.5 * self.gap or SPREAD)
-        elif self.failures >= SET_ASIDE:
-            pause = self.aside = 2.0 ** min(self.failures - SET_ASIDE, 6)
-        else:
-            return
-        self.paused_at, self.turn = now, max(self.turn, now + pause)
-
-
-def proxy_of(url: str) -> str | None:
-    """The proxy that http_proxy, https_proxy, all_proxy and no_proxy name, read as for the data;
-    none for this machine itself."""
-    if re.fullmatch(r"(.+\.)?localhost|127(\.\d+){3}|::1", urlsplit(url).hostname or ""):
-        return None
-    proxy = select_proxy(url, get_environ_proxies(url))
-    proxy = proxy if not proxy or "://" in proxy else f"http://{proxy}"
-    if proxy and not proxy.startswith(("http://", "https://")):
-        raise UserError(f"{proxy.partition(':')[0]} proxy for {url}: set one that speaks HTTP")
-    return proxy
-
-
-def retry_after(headers) -> float | None:
-    """Seconds to wait by the Retry-After header; None where it gives no number."""
-    with contextlib.suppress(TypeError, ValueError):
-        seconds = float(headers.get("Retry-After"))
-        return min(seconds, 3600.0) if seconds >= 0 else None
-    return None
-
-
-def in_words(error: Exception) -> str:
-    """What has happened to a connection, for a reader who knows no library."""
-    cause = getattr(error, "os_error", None) or error
-    number = re.search(r"Errno (\d+)", str(cause))
-    told = os.strerror(int(number[1])).lower() if number else type(error).__name__
-    if isinstance(cause, socket.gaierror) or "DNS" in type(error).__name__:
-        told = "no such host"
-    elif isinstance(error, aiohttp.ClientSSLError):
-        told = f"no secure connection ({' '.join(str(cause).split())[:200]})"
-    elif isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
-        told = "it closes the connection before the end of an answer"
-    proxied = aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError
-    return f"its proxy: {getattr(error, 'status', told)}" if isinstance(error, proxied) else told
+    def __init__(self, kind: str, told: str):
+        super().__init__(kind, told)
+        self.kind, self.told = kind, told
 
 
 async def read(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -240,13 +162,9 @@ class Chat(contextlib.AbstractContextManager):
     def stats(self) -> dict:
         """Totals since the start; latencies in seconds, of the latest answers."""
         latency = sorted(self._latency) or [0.0]
-        names = ("calls", "retries", "cached", "dropped", "tokens_in", "tokens_out")
-        return {
-            **{name: self._counts[name] for name in names},
-            "failed": dict(self._failed),
-            "latency_p50": latency[len(latency) // 2],
-            "latency_p99": latency[int(len(latency) * 0.99)],
-        }
+        p50, p99 = latency[len(latency) // 2], latency[int(len(latency) * 0.99)]
+        totals = {name: self._counts[name] for name in COUNTS} | {"failed": dict(self._failed)}
+        return totals | {"latency_p50": p50, "latency_p99": p99}
 
     async def ask(
         self, prompt: str, *, seed: int, temperature: float, top_p: float, max_tokens: int
@@ -262,7 +180,7 @@ class Chat(contextlib.AbstractContextManager):
         row = self.store.find(SELECT, key) if self.store else None
         if row and row[1].lower() in WHOLE:  # earlier versions kept broken answers, too
             self._counts["cached"] += 1
-            return Answer(*row, cached=True)
+            return Answer._make((*row, True, False))
         if not self._asking:
             self._heard = time.monotonic()
         # A refusal that an earlier process met is no news.
@@ -281,7 +199,7 @@ class Chat(contextlib.AbstractContextManager):
                     answer = await self._attempt(await self._turn(), body)
                 break
             except Refused as refused:
-                return await self._refused(key, *refused.args, news)
+                return await self._refused(key, refused.kind, refused.told, news)
             except Failure as failure:
                 kind = failure.kind
             if attempt >= self._retries and self._heard > began:

@@ -15,10 +15,10 @@ from contextlib import closing
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import MAX_BODY, Chat, Endpoint, TeacherGone, Traffic, greet
+from chat import MAX_BODY, Chat, TeacherGone, Traffic, greet
 from support.command import ROOT, UserError
+from support.endpoint import WHOLE, Answer, Endpoint, Failure, of_content, read_reply
 from support.files import read_jsonl
-from support.replies import WHOLE, Answer, Failure, of_content, read_reply
 
 KEY = "sk-test-0123456789abcdef"
 SAMPLING = dict(temperature=1.0, top_p=1.0, max_tokens=64)
@@ -107,9 +107,9 @@ def test_retry_after_holds_for_all_requests(client):
 
 def test_rate_limit_is_approached_not_rammed(client):
     with faulty_server(rate=200, retry_after=0.5) as server:
-        assert all(a.text for a in ask_all(client(server.url), range(400)))
+        assert all(a.text for a in ask_all(client(server.url, concurrency=350), range(400)))
     # the first burst is all refused but for 200; after that only few requests are wasted
-    assert server.counts["429_retry_after"] < 300
+    assert server.counts["429_retry_after"] < 300 and server.peak <= 350
 
 
 def test_requests_move_over_and_come_back(client, nobody):
@@ -373,12 +373,6 @@ def test_equal_questions_in_flight_are_asked_once(client):
         assert server.counts["answer"] == 1
         ask(chat, seed=1)
         assert server.counts["answer"] == 2
-
-
-def test_a_thousand_in_flight(client):
-    with faulty_server(latency=1.5) as server:
-        assert all(a.text for a in ask_all(client(server.url), range(1100)))
-    assert 1000 <= server.peak <= 1024
 
 
 def test_traffic_is_what_happened_since_the_last_call(client):

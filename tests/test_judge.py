@@ -20,8 +20,8 @@ from config import Config
 from judge import Judge, defuse, load_prompts, render
 from schedules import expected_wins, schedule
 from support.command import ROOT, UserError
+from support.endpoint import Answer
 from support.files import read_jsonl
-from support.replies import Answer
 from support.store import Store
 from tools import bench_judge
 from tools.replay import best, replay
@@ -119,7 +119,7 @@ def test_no_text_leaves_its_section(texts):
     assert sections == {"prefix": defuse(prefix), "a": defuse(a), "b": defuse(b)}
 
 
-def test_questions_about_one_prefix_share_their_head():
+def test_questions_about_one_prefix_share_their_head_and_no_text_holds_the_mark():
     template = load_prompts()["quality"]
     one, two = (render(template, prefix="p" * 50, a=a, b="z") for a in ("first", "second"))
     assert one[: one.index("first")] == two[: two.index("second")]
@@ -248,6 +248,11 @@ def test_absent_verdicts_are_counted_and_shift_nobody_else():
         return "no idea" if lost else longer(texts, seed)
 
     pools = [["a", "aa", "aaa", "aaaa"]]
+    refused = Answer(None, "content_filter", 0, 0, refused=True)  # no other seed would help
+    refuses = Teacher(lambda t, s: refused if t.get("text") == "aa" else longer(t, s))
+    scores = score(refuses, pools)
+    assert np.isnan(scores.reward).tolist() == [[False, True, False, False]]
+    assert (scores.calls, scores.failed, scores.absent) == (6 + 4, 1, 1)
     scores = score(Teacher(broken), pools, rewards="quality", judge_retries=2)
     np.testing.assert_allclose(scores.reward, [[0, 0.5, np.nan, 1]])
     assert (scores.calls, scores.failed, scores.absent) == (3 + 3 * 3, 9, 3)
@@ -265,14 +270,6 @@ def test_malformed_answers_are_asked_again_with_another_seed():
     assert scores.failed > 0 and scores.absent == 0
     np.testing.assert_allclose(scores.reward, [[1, 1.25, 1.5, 1.75, 2]])
     assert max(teacher.asked.values()) == 1  # never the same question with the same seed
-
-
-def test_a_refused_question_is_not_asked_with_another_seed():
-    refused = Answer(None, "content_filter", 0, 0, refused=True)
-    teacher = Teacher(lambda t, s: refused if t.get("text") == "aa" else longer(t, s))
-    scores = score(teacher, [["a", "aa", "aaa"]])
-    assert np.isnan(scores.reward).tolist() == [[False, True, False]]
-    assert (scores.calls, scores.failed, scores.absent) == (3 + 3, 1, 1)
 
 
 def test_a_pair_in_both_orders_and_a_text():
@@ -363,19 +360,18 @@ def test_replay_needs_no_judge(tmp_path):
     assert best(np.array([1.0, 1.0, np.nan, 0.0])).tolist() == [0.5, 0.5, 0, 0]
 
 
-def test_bench_names_a_line_that_is_no_labelled_sample(tmp_path):
+def test_bench_names_a_line_that_is_no_labelled_sample_and_a_judge_without_verdicts(
+    tmp_path, capsys
+):
     file = tmp_path / "x.jsonl"
+    sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
     for line, told in (("[1]", "is not a JSON object"), ('{"better": "x"}', "lacks prefix, worse")):
-        file.write_text('{"text": "x", "safe": true}\n\n' + line)
+        file.write_text(f"{sample}\n{line}")
         with pytest.raises(UserError, match=f"x.jsonl:3.*{told}"):
             bench_judge.read_samples(str(file))
-
-
-def test_bench_says_when_nothing_is_read(tmp_path, capsys):
-    sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
-    (tmp_path / "x.jsonl").write_text(sample)
+    file.write_text(sample)
     with faulty_server(answer=lambda request: "no idea") as server:
-        bench_judge.main([f"--judge_url={server.url}", f"--data={tmp_path / 'x.jsonl'}"])
+        bench_judge.main([f"--judge_url={server.url}", f"--data={file}"])
     told = "judge: 40 of 40 answers malformed (--max_tokens=512), 10 of 10 questions left open"
     assert capsys.readouterr().out.startswith(told)
 

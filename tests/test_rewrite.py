@@ -6,7 +6,7 @@ import pytest
 from test_judge import Teacher
 
 from rewrite import Rewriter, clean, last_five_words
-from support.replies import Answer
+from support.endpoint import Answer
 
 PREFIX = "The old mill stands by the river near the town of Orlask"
 SUFFIX = " and it has ground corn for two hundred years."

@@ -23,8 +23,8 @@ from config import Config, read_saved
 from judge import Judge
 from support import command
 from support.command import UserError
+from support.endpoint import Answer
 from support.files import markdown
-from support.replies import Answer
 from support.store import Reader
 
 
@@ -100,7 +100,7 @@ def main(arguments: list[str]):
         ends = np.mean(same, 0) if same else [np.nan, np.nan]
         names = ", ".join(f"{name} {n / chosen.total():.0%}" for name, n in chosen.items())
         shown = [f"{share:.1%}" for share in (answered, *ends)]
-        rows.append([comparisons, asked, shown[0], len(same), *shown[1:], names])
+        rows.append([comparisons, str(asked), shown[0], str(len(same)), *shown[1:], names])
     print(markdown(rows))
 
 
