@@ -124,11 +124,14 @@ class FaultyServer:
         if kind == "half_closed":
             writer.write(content[:-20])
             raise ConnectionError
-        size, pause = (1, 0.1) if kind == "slow" else (64 << 10, 0)
-        for start in range(0, len(content), size):
-            writer.write(content[start : start + size])
-            await writer.drain()
-            await asyncio.sleep(pause)
+        if kind == "slow":
+            for byte in content:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            return
+        writer.write(content)
+        await writer.drain()
 
 
 @contextlib.contextmanager
