@@ -43,6 +43,7 @@ class Work:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    follow: bool = False  # its text is read while it is written
     gone: bool = False  # set by whoever no longer wants it
     news: asyncio.Event = field(default_factory=asyncio.Event)  # for whoever waits; not set here
 
@@ -121,13 +122,16 @@ class Engine:
         finish = "stop" if token in self.ends else None
         if not finish:
             answer.ids.append(token)
+        ended = finish or answer.sampled == work.uniform.shape[1]
+        if not (ended or work.follow or work.stop):
+            return  # nobody looks yet
         text = self.text_of(answer.ids)
         cut = min((at for stop in work.stop if (at := text.find(stop)) >= 0), default=None)
         if cut is not None:
             text, finish = text[:cut], "stop"
-        elif not finish and answer.sampled == work.uniform.shape[1]:
-            finish = "length"
-        elif not finish:
+        elif ended:
+            finish = finish or "length"
+        else:
             text = text.rstrip("\ufffd")
             heads = (stop[:n] for stop in work.stop for n in range(len(stop) - 1, 0, -1))
             text = text[: len(text) - max((len(h) for h in heads if text.endswith(h)), default=0)]

@@ -184,6 +184,7 @@ class Request:
             temperature=temperature if temperature >= 1e-4 else 0.0,  # greedy
             top_p=max(float(body.get("top_p", 1)), 1e-6),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            follow=self.stream,
         )
 
     def counts(self) -> dict:
