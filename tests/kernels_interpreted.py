@@ -148,29 +148,29 @@ def test_logprob(T, d, V, dtype):
         assert reference.error(a, b) < TOLERANCE[dtype]
 
 
-def use_all_of(module, dtype) -> list[float]:
-    """Every kernel of the module by its public name: the errors of the values against float64."""
+def use_all_of(module, dtype) -> float:
+    """Every kernel of the module by its public name: the largest error against float64."""
     if module is logprob:
         given = *(torch.randn(n, 32).to(dtype) for n in (5, 70)), torch.arange(5)
         value = logprob.linear_logprob(*there(*given))
-        return [reference.error(value, reference.logprob(*given, 1.0))]
+        return reference.error(value, reference.logprob(*given, 1.0))
     rows = reference.rows(1, 1, 1, 9, 4, 2, 64, dtype)
     caches = reference.caches(1, 3, 1, 1, 9, 4, 64, dtype)
     values = attention.prefix_attention(*there(*rows), 9, 4)
     decoded = attention.decode_attention(*there(*caches), 3)
-    return [
+    return max(
         reference.error(values, reference.attention(*rows, 9, 4)),
         reference.error(decoded, reference.decode(*caches, 3)),
-    ]
+    )
 
 
 def broken_by(fault: str, whole):
     """A kernel's operator as a compiler or a driver may spoil it."""
 
     def operator(*args):
-        if fault == "dead":
+        if fault == "no kernel image":
             raise RuntimeError("no kernel image is available")
-        factor = {"whole": 1.0, "wrong": 1.2, "nan": torch.nan}[fault]
+        factor = {"whole": 1.0, "differs": 1.2, "by nan": torch.nan}[fault]
         found = whole(*args)
         return tuple(x * factor for x in found) if isinstance(found, tuple) else found * factor
 
@@ -181,10 +181,10 @@ def broken_by(fault: str, whole):
     "module, name, fault",
     [
         (attention, "_attention", "whole"),
-        (attention, "_attention_backward", "wrong"),
-        (attention, "_decode", "nan"),
-        (logprob, "_logprob", "dead"),
-        (logprob, "_logprob_grad", "wrong"),
+        (attention, "_attention_backward", "differs"),
+        (attention, "_decode", "by nan"),
+        (logprob, "_logprob", "no kernel image"),
+        (logprob, "_logprob_grad", "differs"),
     ],
 )
 def test_first_use_checks_itself_with_shipped_tiles(module, name, fault, monkeypatch, capfd):
@@ -195,18 +195,13 @@ def test_first_use_checks_itself_with_shipped_tiles(module, name, fault, monkeyp
     states = []
     for _ in range(2):
         torch.manual_seed(0)
-        assert max(use_all_of(module, DTYPES[1])) < TOLERANCE[DTYPES[1]]
+        assert use_all_of(module, DTYPES[1]) < TOLERANCE[DTYPES[1]]
         states.append(torch.get_rng_state())
     assert torch.equal(*states)  # the check draws nothing from the run's random numbers
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("kernels: ")]
     assert len(said) == (fault != "whole")
-    assert sorted(kernels._verdicts.values())[0] == (fault == "whole")
     assert sum(kernels._verdicts.values()) == (module is attention) + (fault == "whole")
-    for line in said:
-        assert "PyTorch computes instead" in line
-        assert {"wrong": "differs from its definition by", "nan": "by nan"}.get(
-            fault, "no kernel image"
-        ) in line
+    assert all("PyTorch computes instead" in line and fault in line for line in said)
 
 
 def test_what_the_kernels_do_not_take(monkeypatch, capfd):

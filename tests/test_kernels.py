@@ -18,12 +18,10 @@ import torch
 from kernels.attention import decode_attention, prefix_attention
 from kernels.logprob import linear_logprob
 from tools import bench_kernels as bench
-from tools.bench import peak_bytes
 
 ROOT = Path(__file__).parent.parent
 SHAPES = [  # B, H, Hkv, P, N, C
     (2, 4, 4, 13, 5, 0),
-    (2, 4, 1, 13, 5, 1),
     (3, 8, 2, 13, 5, 3),
     (2, 8, 1, 9, 4, 16),
     (2, 2, 2, 0, 7, 3),
@@ -96,25 +94,21 @@ def test_logprob_memory():
     def run():
         torch.autograd.grad(linear_logprob(hidden, weight, torch.arange(T)).sum(), (hidden, weight))
 
-    assert peak_bytes(run) - 4 * V * d < 2 * 4 * T * V / 20
+    assert bench.peak_gb(run) * 1e9 - 4 * V * d < 2 * 4 * T * V / 20
 
 
-def test_bench_runs():
+def test_bench_runs_and_outlives_a_peer():
     sizes = bench.Sizes(1, 4, 2, 16, 24, 8, 3, 32, 16, (300,))
-    sections = [lambda: bench.attention(sizes, 2), lambda: bench.decoding(sizes)]
-    sections += [lambda: bench.logprob(sizes, 300)]
-    rows = [row for section in sections for row in section()]
+    sections = bench.attention(sizes, 2), bench.decoding(sizes), bench.logprob(sizes, 300)
+    rows = [row for section in sections for row in section]
     errors = [row["error"] for row in rows if row["side"] == "ours"]
-    assert len(errors) == 5 and max(errors) < 1e-5
-
-
-def test_bench_outlives_a_peer():
-    """A peer that fails loses its own row, and a failure of ours is not hidden."""
-    peers = {"ours": lambda: None, "broken": lambda: 1 / 0, "last": lambda: None}
-    sides = [row["side"] for row in bench.measure("x", peers, 1, "GB/s", 0.0)]
-    assert sides == ["ours", "broken: ZeroDivisionError 'division by zero'", "last"]
+    assert len(errors) == 4 and max(errors) < 1e-5
+    # a peer that fails loses its own row, and a failure of ours is not hidden
+    sides = {"ours": lambda: None, "broken": lambda: 1 / 0, "last": lambda: None}
+    found = [row["side"] for row in bench.in_turns("x", sides)]
+    assert found == ["ours", "broken: ZeroDivisionError 'division by zero'", "last"]
     with pytest.raises(ZeroDivisionError):
-        list(bench.measure("x", {"ours": peers["broken"]}, 1, "GB/s", 0.0))
+        list(bench.in_turns("x", {"ours": sides["broken"]}))
 
 
 def test_triton_is_optional():

@@ -6,22 +6,19 @@
 
 Out: a line a measurement, each written to bench.jsonl as well when it is made.  Ratios are of
 medians over rounds in which the sides take turns, since machines are noisy.  The peers
-(transformers, trl, datasets, liger-kernel, flash-attn) are needed here only; a section without its
-peer says so.
+(transformers, trl, datasets, liger-kernel) are needed here only; a section without its peer says
+so.
 """
 
 import argparse
 import copy
 import json
-import statistics
 import tempfile
-import time
 import zlib
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from candidates import make_pool
 from config import Config
@@ -31,44 +28,11 @@ from objectives import dpo_loss
 from rollout import sample_rollouts
 from support import command
 from support.runlog import Clock
+from tools.bench_kernels import CUDA, DEVICE, in_turns, peak_gb
 from tools.bench_kernels import rows as kernels
+from tools.cost import memory
 from update import make_optimizer, pick
 from update import update as update_policy
-
-
-def clock() -> float:
-    """Seconds; with a single thread those of CPU, which other programs disturb less."""
-    cpu = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.process_time() if cpu else time.perf_counter()
-
-
-def in_turns(sides: dict, rounds: int = 2) -> dict[str, float]:
-    """Median seconds of each callable; the sides take turns, the first round only warms up."""
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, run in sides.items():
-            began = clock()
-            run()
-            seconds[name].append(clock() - began)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def compared(what: str, seconds: dict[str, float]):
-    """A row a side, ours first."""
-    for side, value in seconds.items():
-        yield dict(what=what, side=side, seconds=value, ours_is_faster_by=value / seconds["ours"])
-
-
-def peak_bytes(run) -> int:
-    """Most memory of the CPU that tensors made by run() hold at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    now = peak = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def small_llama(layers: int, seed: int = 0) -> Llama:
@@ -80,15 +44,10 @@ def small_llama(layers: int, seed: int = 0) -> Llama:
 def peer_of(ours: Llama):
     """The same weights in transformers."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         save_model(ours, folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-# ---- The sampler --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -99,20 +58,16 @@ def sampler():
     theirs = peer_of(ours)
     how = dict(do_sample=True, top_k=0, max_new_tokens=N, num_return_sequences=K)
     how |= dict(pad_token_id=0, eos_token_id=None, cache_implementation="static")
-    for P in (256, 1024):
-        for B in (1, 4):
-            prefix = torch.randint(8000, (B, P), generator=torch.Generator().manual_seed(P))
-            pad, mask = torch.zeros(B, dtype=torch.int32), torch.ones_like(prefix)
-            keyed = dict(eos=-1, seed=0, index=torch.arange(B))
-            sides = {
-                "ours": partial(sample_rollouts, ours, prefix, pad, K, N, **keyed),
-                "transformers": partial(theirs.generate, prefix, attention_mask=mask, **how),
-            }
-            for row in compared(f"{K} rollouts of {N}: B={B} P={P}", in_turns(sides)):
-                yield row | {"tokens_per_second": B * K * N / row["seconds"]}
-
-
-# ---- The update ---------------------------------------------------------------------------------
+    for B, P in ((1, 256), (4, 256), (1, 1024), (4, 1024)):
+        prefix = torch.randint(8000, (B, P), generator=torch.Generator().manual_seed(P))
+        pad, mask = torch.zeros(B, dtype=torch.int32), torch.ones_like(prefix)
+        keyed = dict(eos=-1, seed=0, index=torch.arange(B))
+        sides = {
+            "ours": partial(sample_rollouts, ours, prefix, pad, K, N, **keyed),
+            "transformers": partial(theirs.generate, prefix, attention_mask=mask, **how),
+        }
+        for row in in_turns(f"{K} rollouts of {N}: B={B} P={P}", sides):
+            yield row | {"tokens_per_second": B * K * N / row["seconds"]}
 
 
 def trl_trainer(trainer, settings, policy: Llama, reference: Llama, rows: dict, tokens, **given):
@@ -122,18 +77,11 @@ def trl_trainer(trainer, settings, policy: Llama, reference: Llama, rows: dict, 
 
     # Checkpointing would sample without a cache, and compute every layer twice.
     quiet = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[])
-    eos = tokens.id_to_token(1)
-    with tempfile.TemporaryDirectory() as folder:
-        return trainer(
-            peer_of(policy),
-            ref_model=peer_of(reference),
-            args=settings(folder, disable_tqdm=True, **quiet, **given.pop("args", {})),
-            train_dataset=Dataset.from_dict(rows),
-            processing_class=PreTrainedTokenizerFast(
-                tokenizer_object=tokens, eos_token=eos, pad_token=eos
-            ),
-            **given,
-        )
+    args = settings(tempfile.mkdtemp(), disable_tqdm=True, **quiet, **given.pop("args", {}))
+    ends = dict.fromkeys(("eos_token", "pad_token"), tokens.id_to_token(1))
+    given["processing_class"] = PreTrainedTokenizerFast(tokenizer_object=tokens, **ends)
+    given |= dict(ref_model=peer_of(reference), train_dataset=Dataset.from_dict(rows))
+    return trainer(peer_of(policy), args=args, **given)
 
 
 def words(V: int):
@@ -146,17 +94,14 @@ def words(V: int):
 
 
 def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
-    """TRL's DPOTrainer: its loss on its padded pairs, and the gradients."""
+    """TRL's DPOTrainer: its loss on its padded pairs [2, P + N], and the gradients."""
     from trl import DPOConfig, DPOTrainer
 
     rows = dict(prompt=["w0"], chosen=["w0"], rejected=["w0"])
     trainer = trl_trainer(DPOTrainer, DPOConfig, policy, reference, rows, words(2))
     model = trainer.model.train()
-    inputs = {
-        "input_ids": pair,
-        "attention_mask": torch.ones_like(pair),
-        "completion_mask": (torch.arange(pair.shape[1]) >= P).long().expand_as(pair),
-    }
+    own = (torch.arange(pair.shape[1]) >= P).long().expand_as(pair)
+    inputs = dict(input_ids=pair, attention_mask=torch.ones_like(pair), completion_mask=own)
 
     def run() -> float:
         loss = trainer.compute_loss(model, inputs)
@@ -191,11 +136,8 @@ def update():
     }
     values = [run() for run in sides.values()]
     assert max(values) - min(values) < 1e-3, values  # the same loss
-    for row in compared("DPO pair P=1920 N=128", in_turns(sides)):
-        yield row | {"peak_mb": peak_bytes(sides[row["side"]]) / 1e6}
-
-
-# ---- A whole step -------------------------------------------------------------------------------
+    for row in in_turns("DPO pair P=1920 N=128", sides):
+        yield row | {"peak_gb": peak_gb(sides[row["side"]])}
 
 
 def crc(text: str) -> float:
@@ -203,16 +145,13 @@ def crc(text: str) -> float:
     return zlib.crc32(text.encode()) / 2**32
 
 
-def our_step(policy: Llama, tokens, prompts: list, N: int):
+def our_step(policy: Llama, tokens, prompts: list, config: Config):
     """train.py's step with `crc` for a judge."""
-    B, P = len(prompts), len(prompts[0].split())
-    size = dict(rollouts=2, chunk=N, max_seq=P + N, batch_size=B)
-    config = Config(candidates="rollouts", learning_rate=1e-5, **size)
-    policy, reference = copy.deepcopy(policy), policy
+    B, (policy, reference) = len(prompts), (copy.deepcopy(policy), policy)
     optimizer = make_optimizer(policy, config)
     tokenizer = SimpleNamespace(eos=1, decode=tokens.decode)
-    prefix = torch.tensor([tokens.encode(prompt).ids for prompt in prompts])
-    pad, suffix = torch.zeros(B, dtype=torch.int32), torch.zeros(B, N, dtype=torch.int64)
+    prefix = torch.tensor([tokens.encode(prompt).ids for prompt in prompts], device=DEVICE)
+    pad, suffix = prefix.new_zeros(B, dtype=torch.int32), prefix.new_zeros(B, config.chunk)
     batch = Batch(prefix, pad, suffix, torch.arange(B), prompts, [], {})
 
     def run():
@@ -224,12 +163,12 @@ def our_step(policy: Llama, tokens, prompts: list, N: int):
     return run
 
 
-def trl_step(policy: Llama, tokens, prompts: list, N: int):
+def trl_step(policy: Llama, tokens, prompts: list, config: Config):
     """TRL's OnlineDPOTrainer: sampling, reward function, loss, optimiser."""
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-    longest = len(prompts[0].split()) + N
-    args = dict(max_new_tokens=N, max_length=longest, temperature=1.0, learning_rate=1e-5)
+    args = dict(max_new_tokens=config.chunk, max_length=config.max_seq, temperature=1.0)
+    args["learning_rate"] = config.learning_rate
     how = OnlineDPOTrainer, OnlineDPOConfig, policy, policy, dict(prompt=prompts), tokens
     reward = lambda completions, **_: [crc(text) for text in completions]  # noqa: E731
     trainer = trl_trainer(*how, args=args, reward_funcs=reward)
@@ -245,15 +184,21 @@ def trl_step(policy: Llama, tokens, prompts: list, N: int):
 
 
 def step():
-    """A whole step of DPO on two rollouts a prefix.  The reward is a Python function on both sides,
-    so that a judge's speed plays no part."""
-    shapes = {"world": (846, 32, 64, 32, 5), "smollm2-135m": (49152, 2, 128, 32, 2)}
-    for name, (V, B, P, N, rounds) in shapes.items():
+    """A whole step of DPO on two rollouts a prefix; on a GPU the paper's, with 16, ours alone.  The
+    reward is a Python function on both sides, so that a judge's speed plays no part."""
+    shapes = {"world": (846, 32, 64, 32, 2), "smollm2-135m": (49152, 2, 128, 32, 2)}
+    shapes = {"llama-1.4b": (32000, 16, 1920, 128, 16)} if CUDA else shapes
+    for name, (V, B, P, N, K) in shapes.items():
         ids = torch.randint(2, V, (B, P), generator=torch.Generator().manual_seed(0)).tolist()
         prompts = [" ".join(f"w{i}" for i in row) for row in ids]
-        given = Llama(preset(name, V)).initialise(0), words(V), prompts, N
-        sides = {"ours": our_step(*given), "TRL": trl_step(*given)}
-        yield from compared(f"step of {name} B={B} P={P} N={N} K=2", in_turns(sides, rounds))
+        size = dict(rollouts=K, chunk=N, max_seq=P + N, batch_size=B, baseline=False)
+        config = Config(candidates="rollouts", learning_rate=1e-5, gpus=1, **size)
+        policy = Llama(preset(name, V)).initialise(0).to(DEVICE)
+        given = policy, words(V), prompts, config
+        sides = {"ours": our_step(*given)} | ({} if CUDA else {"TRL": trl_step(*given)})
+        forecast = sum(memory(config, policy.config, bf16=CUDA).values()) / 1e9
+        more = dict(peak_gb=peak_gb(sides["ours"]), forecast_gb=forecast) if CUDA else {}
+        yield from in_turns(f"step of {name} B={B} P={P} N={N} K={K}", sides, **more)
 
 
 SECTIONS = {"kernels": kernels, "sampler": sampler, "update": update, "step": step}
@@ -271,13 +216,10 @@ def main(arguments: list[str]):
             try:
                 for row in SECTIONS[name](**how):
                     print(json.dumps({"section": name} | row), file=file, flush=True)
-                    print(*(f"{k} {shown(v)}" for k, v in row.items()), sep="  ", flush=True)
+                    shown = (f"{v:.4g}" if isinstance(v, float) else v for v in row.values())
+                    print(*(f"{k} {v}" for k, v in zip(row, shown, strict=True)), sep="  ")
             except ImportError as e:
                 print(f"{name}: left out, {e}")
-
-
-def shown(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
