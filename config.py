@@ -44,7 +44,7 @@ class Config:
     keep: int = key(2, "checkpoints kept")
     example_every: int = key(20, "steps between printed example candidates with their verdicts")
 
-    track: str = key("auto", "tensorboard, wandb, trackio; auto: the first, if installed")
+    track: str = key("auto", "tensorboard, wandb; auto: the first, if installed")
 
     data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
     text_field: str = key("auto", "JSON field that holds a document's text")
@@ -120,7 +120,7 @@ class Config:
 
 
 OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
-MONITORS = ("tensorboard", "wandb", "trackio")
+MONITORS = ("tensorboard", "wandb")
 SOURCES = ("suffix", "rewrite", "rollouts")
 # Kinds of judgment: verdicts.py says what a verdict is worth, prompts/ how it is asked for.
 REWARDS = ("quality", "safety", "factuality")

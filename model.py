@@ -60,15 +60,12 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
         "world-teacher": (6, 4, 4, 96, 256, True, 1e4),
         "llama-1.4b": (24, 16, 16, 2048, 5632, False, 1e4),
         "smollm2-135m": (30, 9, 3, 576, 1536, True, 1e5),
-        "smollm2-360m": (32, 15, 5, 960, 2560, True, 1e5),
-        "smollm2-1.7b": (24, 32, 32, 2048, 8192, True, 1.3e5),
     }
     if name not in shapes:
         raise UserError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
     layers, heads, kv_heads, d, ff, tied, theta = shapes[name]
-    shape = ModelConfig(vocab_size, layers, heads, kv_heads, d, ff, head_dim=d // heads)
-    shape.tie_embeddings, shape.rope_theta = tied, theta
-    return shape
+    more = dict(head_dim=d // heads, tie_embeddings=tied, rope_theta=theta)
+    return ModelConfig(vocab_size, layers, heads, kv_heads, d, ff, **more)
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
@@ -209,12 +206,10 @@ class Llama(nn.Module):
         """Normal(0, 0.02), projections into the residual stream smaller by sqrt(2 * layers)."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.data.fill_(1.0)
-                continue
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
-            p.data.copy_(torch.randn(p.shape, generator=rng) * std)
+            if p.dim() > 1:  # else a norm's weight, which is 1
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
+                p.data.copy_(torch.randn(p.shape, generator=rng) * std)
         return self
 
     def forward(self, tokens, pad, prefix: int, length: int, cache: list | None = None):
@@ -275,15 +270,18 @@ class Llama(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type that the linear layers compute in."""
-        weight = self.lm_head.weight
-        kind = weight.device.type
+        weight, kind = self.lm_head.weight, self.lm_head.weight.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """Ids that end a text by the folder of the weights; () for new ones. (The tokenizer's own
         end of text is not among them for certain.)"""
-        return hub.end_ids(self.config.token_ids, self.config.generation)
+        found: list = []
+        for said in (self.config.token_ids, self.config.generation or {}):
+            ids = said.get("eos_token_id", [])
+            found += ids if isinstance(ids, list) else [ids]
+        return tuple(dict.fromkeys(i for i in found if type(i) is int and i >= 0))
 
 
 # ---- Hugging Face folders -----------------------------------------------------------------------
@@ -314,11 +312,9 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     tied = (EMBED, HEAD) if config.tie_embeddings else ()
     state = hub.read_tensors(hub.local_folder(folder), shapes, device, dtype, alike=tied)
     if tied:  # files in use hold one of the two, the other, or both
-        embed, head = state.get(EMBED), state.pop(HEAD, None)
-        if embed is None:
-            state[EMBED] = head
-        elif head is not None and not torch.equal(embed, head):  # config.json is wrong then
-            config.tie_embeddings, state[HEAD] = False, head
+        embed = state.setdefault(EMBED, state.get(HEAD))
+        if not torch.equal(embed, state.setdefault(HEAD, embed)):
+            config.tie_embeddings = False  # whatever config.json says
     return assemble(config, state)
 
 
@@ -333,15 +329,13 @@ def initial_policy(config: Config, vocab_size: int, device) -> Llama:
         policy = Llama(shape).initialise(config.seed).to(device)
     else:
         policy = load_model(config.init_from, device, torch.float32)
-    if policy.config.max_seq < config.max_seq:
+    shape, made = policy.config, f"init_from={config.init_from} was made for"
+    if shape.max_seq < config.max_seq:
+        raise UserError(f"{made} {shape.max_seq} positions, fewer than max_seq={config.max_seq}")
+    if shape.vocab_size < vocab_size:
+        name = f"tokenizer={config.tokenizer}"
         raise UserError(
-            f"max_seq={config.max_seq} is more than the {policy.config.max_seq} positions that "
-            f"{config.init_from} was made for (max_position_embeddings in its config.json)"
-        )
-    if policy.config.vocab_size < vocab_size:
-        raise UserError(
-            f"init_from={config.init_from} knows {policy.config.vocab_size} tokens, "
-            f"tokenizer={config.tokenizer} has {vocab_size}: they do not belong together"
+            f"{made} {shape.vocab_size} tokens, {name} has {vocab_size}: choose its own"
         )
     return policy
 

@@ -131,11 +131,10 @@ class RunLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.stack.enter_context(path.open("a", encoding="utf-8"))
         self.watch = Collapse(kept)
-        self.monitors = []
-        if track:
-            from support.monitors import Monitors  # only where one is used
+        from support.monitors import Monitors  # where there is something to show
 
-            self.monitors = [self.stack.enter_context(Monitors(run, track, step))]
+        self.monitors = Monitors(run, track, step)
+        self.stack.callback(self.monitors.tell, "close")
         how = dict(total=steps, initial=step, desc=label, disable=None, mininterval=1)
         self.bar = self.stack.enter_context(tqdm(**how))
 
@@ -167,61 +166,47 @@ class RunLog:
         self.file.write(json.dumps(numbers) + "\n")
         self.file.flush()
         self.bar.update(1)
-        self.bar.set_postfix_str(numbers_that_matter(line))
+        self.bar.set_postfix_str(", ".join(words(line)))
         notes = self.watch.see(line) + ["NOT FINITE: update skipped"] * bool(line["not_finite"])
-        done = line["step"] + 1
-        if "reward" in line or notes or done % 100 == 0 or done == self.steps:
-            self.bar.write("  ".join([step_line(self.label, line, self.steps), *notes]))
-        for monitor in self.monitors:
-            monitor.numbers(numbers)
+        done, judged = line["step"] + 1, "reward" in line
+        if judged or notes or done % 100 == 0 or done == self.steps:
+            place = f"step {done:4d}"
+            if not judged:
+                place = f"{self.label} {place} of {self.steps}"
+            self.bar.write("  ".join([place, *words(line), *notes]))
+        shown = {k: v for k, v in numbers.items() if k != "step" and v is not None}
+        self.monitors.tell("numbers", shown, line["step"])
 
     def text(self, name: str, text: str, step: int):
         """Show a text, and give it to the monitors."""
         if self.active:
             tqdm.write(text)
-            for monitor in self.monitors:
-                monitor.text(name, text, step)
+            self.monitors.tell("text", name, text, step)
 
 
 def shown(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
-def step_line(label: str, line: dict, steps: int) -> str:
-    """A step in one line."""
-    done, loss = line["step"] + 1, shown(line["loss"], 3)
-    if "reward" not in line:
-        return f"{label} step {done:4d} of {steps}  loss {loss}"
-    chosen = [f"{k.partition('.')[2]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")]
-    parts = [
-        f"step {done:4d}  loss {loss}  reward {shown(line['reward'], 3)}",
-        f"chosen: {', '.join(chosen)}",
-        f"skipped {line['skipped']:.0f}",
-        f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)",
-        f"{line['seconds.step']:.2f} s",
-    ]
-    if line.get("rewrite.failed"):
-        parts.insert(3, f"rewrites failed {line['rewrite.failed']:.0f}")
-    return "  ".join(parts)
-
-
-def numbers_that_matter(line: dict) -> str:
-    """For the progress bar: loss, reward, who is chosen, failures of the judge, speed."""
+def words(line: dict) -> list[str]:
+    """What matters of a step, for the screen."""
     out = [f"loss {shown(line['loss'], 3)}"]
     if "reward" in line:
-        won = {k.partition(".")[2]: v for k, v in line.items() if k.startswith("chosen.")}
-        out += [f"reward {shown(line['reward'], 2)}", *(f"{k} {v:.0%}" for k, v in won.items())]
-        out.append(f"judge failed {line['judge.failed'] / max(1, line['judge.calls']):.0%}")
-    if "rollout.tokens_per_second" in line:
-        out.append(f"{line['rollout.tokens_per_second']:,} tokens/s")
-    return ", ".join(out)
+        won = [f"{k.partition('.')[2]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")]
+        out[0] += f"  reward {shown(line['reward'], 3)}"
+        out += [f"chosen: {', '.join(won)}", f"skipped {line['skipped']:.0f}"]
+        if line.get("rewrite.failed"):
+            out.append(f"rewrites failed {line['rewrite.failed']:.0f}")
+        out.append(f"judge {line['judge.calls']:.0f} ({line['judge.failed']:.0f} failed)")
+        out.append(f"{line['seconds.step']:.2f} s")
+    return out
 
 
 # ---- A collapse ---------------------------------------------------------------------------------
 
 WINDOW = 10  # steps that are averaged, at the start of the run and now
 SHRUNK = {"rollout.nll": 0.2, "rollout.length": 0.25}  # collapsed below this share of the start
-REPEATED = 0.5  # collapsed above this share of repeated 3-grams, and three times the start's
+REPEATED = "rollout.repeated"  # share of repeated 3-grams: above 0.5, and three times the start's
 
 
 class Collapse:
@@ -237,20 +222,16 @@ class Collapse:
     def see(self, line: dict) -> list[str]:
         if line.get("rollout.nll") is None:
             return []
-        values = {name: line[name] for name in (*SHRUNK, "rollout.repeated")}
-        self.recent.append(values)
+        self.recent.append(line)
         if len(self.first) < WINDOW:
-            self.first.append(values)
+            self.first.append(line)
             return []
-        before, now = (
-            {name: sum(each[name] for each in steps) / WINDOW for name in values}
-            for steps in (self.first, self.recent)
-        )
-        limits = {name: now[name] < share * before[name] for name, share in SHRUNK.items()}
-        name = "rollout.repeated"
-        limits[name] = now[name] > max(REPEATED, 3 * before[name])
-        return [
-            f"COLLAPSE: {name} {now[name]:.2f}, {before[name]:.2f} at the start"
-            for name, passed in limits.items()
-            if passed
-        ]
+        notes = []
+        for name in (*SHRUNK, REPEATED):
+            before, now = (
+                sum(x[name] for x in part) / WINDOW for part in (self.first, self.recent)
+            )
+            most = max(0.5, 3 * before) if name == REPEATED else math.inf
+            if now > most or now < SHRUNK.get(name, 0) * before:
+                notes.append(f"COLLAPSE: {name} {now:.2f}, {before:.2f} at the start")
+        return notes

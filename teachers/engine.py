@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from data import left_pad
 from model import Llama, load_model
 from rollout import decode
-from support.hub import check_folder, end_tokens
 from support.tokenizer import load_tokenizer
 
 
@@ -148,11 +147,11 @@ def load_engine(folder: str, size: int, device: str, memory: int | None = None):
     of this machine's."""
     # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    check_folder(folder)
-    tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, dtype).requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
     if not memory and model.lm_head.weight.is_cuda:
         memory = torch.cuda.mem_get_info(device)[0] // 2
     elif not memory:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    return Engine(model, end_tokens(folder, tokenizer), tokenizer.decode, size, memory), tokenizer
+    ends = tokenizer.eos, *model.end_tokens
+    return Engine(model, ends, tokenizer.decode, size, memory), tokenizer

@@ -25,20 +25,18 @@ def find_gguf() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def smollm2_tokenizer_json(reader) -> dict:
-    """tokenizer.json of a gguf.GGUFReader whose tokenizer.ggml.pre is "smollm"."""
-    field = lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents()  # noqa: E731
-    assert (field("model"), field("pre")) == ("gpt2", "smollm")
-    tokens, types = field("tokens"), field("token_type")
-    specials = [i for i, kind in enumerate(types) if kind == CONTROL]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+def write_tokenizer(reader, out: Path):
+    """tokenizer.json and tokenizer_config.json of a gguf.GGUFReader."""
+    field = lambda name: reader.fields[f"tokenizer.{name}"].contents()  # noqa: E731
+    assert (field("ggml.model"), field("ggml.pre")) == ("gpt2", "smollm")
+    tokens, types = field("ggml.tokens"), field("ggml.token_type")
+    digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level["use_regex"] = True
-    digits = {"type": "Digits", "individual_digits": True}
-    return {
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    specials = [i for i, kind in enumerate(types) if kind == CONTROL]
+    spec = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [
             {"id": i, "content": tokens[i], **flags, "special": True} for i in specials
         ],
@@ -48,35 +46,27 @@ def smollm2_tokenizer_json(reader) -> dict:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "ignore_merges": False,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in field("merges")],
+            "merges": [merge.split(" ") for merge in field("ggml.merges")],
         },
     }
-
-
-def write_tokenizer(reader, out: Path) -> None:
-    field = lambda name: reader.fields[f"tokenizer.{name}"].contents()  # noqa: E731
-    tokens = field("ggml.tokens")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "bos_token": tokens[field("ggml.bos_token_id")],
         "eos_token": tokens[field("ggml.eos_token_id")],
         "pad_token": tokens[field("ggml.padding_token_id")],
-        "model_max_length": int(reader.fields["llama.context_length"].contents()),
         "chat_template": field("chat_template"),
         "clean_up_tokenization_spaces": False,
     }
-    spec = smollm2_tokenizer_json(reader)
-    (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (out / "tokenizer.json").write_text(json.dumps(spec))
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-PARTS = {  # llama.cpp's names of a layer's tensors
+PARTS = {  # llama.cpp's names of tensors
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "blk": "model.layers",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -89,29 +79,27 @@ PARTS = {  # llama.cpp's names of a layer's tensors
 }
 
 
-def write_weights(reader, out: Path) -> None:
+def write_weights(reader, out: Path):
     """Dequantised to float32. llama.cpp's converter interleaves the two halves of each head's rows
     of Q and K, for its own order of rotary pairs; here they are put back."""
     from gguf import dequantize
 
-    model = Llama(preset("smollm2-135m", len(reader.fields["tokenizer.ggml.tokens"].contents())))
-    model.config.max_seq = reader.fields["llama.context_length"].contents()
+    field = lambda name: reader.fields[name].contents()  # noqa: E731
+    model = Llama(preset("smollm2-135m", len(field("tokenizer.ggml.tokens"))))
+    model.config.max_seq = field("llama.context_length")
     state = {}
     for tensor in reader.tensors:
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         if heads := {"attn_q": 9, "attn_k": 3}.get(tensor.name.split(".")[-2]):
             value = value.view(heads, -1, 2, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        name = tensor.name.replace("token_embd", "model.embed_tokens")
-        name = name.replace("output_norm", "model.norm").replace("blk.", "model.layers.")
-        *above, part, kind = name.split(".")
-        state[".".join((*above, PARTS.get(part, part), kind))] = value.contiguous()
+        name = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
+        state[name] = value.contiguous()
     assert state.keys() == dict(model.named_parameters()).keys()
     model.load_state_dict(state, strict=False)
-    ids = [reader.fields[f"tokenizer.ggml.{n}_token_id"].contents() for n in ("bos", "eos")]
-    save_model(model, out, *ids)
+    save_model(model, out, *(field(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")))
 
 
-def main(out_folder: str) -> None:
+def main(out_folder):
     from gguf import GGUFReader
 
     out = Path(out_folder)

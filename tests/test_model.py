@@ -23,8 +23,8 @@ def layout(B=3, P=9, C=3, N=5, seed=0, V=101):
 
 
 @pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2), dict(n_kv_head=1, head_dim=32)])
-@pytest.mark.parametrize("C", [0, 1, 3])
-def test_logits_equal_transformers(C, shape, tmp_path):
+@pytest.mark.parametrize(("C", "N"), [(0, 5), (1, 1), (3, 5)])
+def test_logits_and_logprobs_equal_transformers(C, N, shape, tmp_path):
     """Each continuation after its prefix as one text of its own (tests/test_hub.py: folders)."""
     transformers = pytest.importorskip("transformers")
     ours = tiny(**shape)
@@ -33,42 +33,39 @@ def test_logits_equal_transformers(C, shape, tmp_path):
     save_model(ours, tmp_path)
     how = dict(attn_implementation="eager", dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
-    prefix, pad, continuations = layout(C=C)
-    P, N = prefix.shape[1], continuations.shape[2]
-    tokens = torch.cat((prefix, continuations.flatten(1)), dim=1)
+    prefix, pad, continuations = layout(C=C, N=N)
+    P, tokens = prefix.shape[1], torch.cat((prefix, continuations.flatten(1)), dim=1)
     with torch.no_grad():
         logits = ours.logits(ours(tokens, pad, P, N))
+        logp = ours.logprobs(prefix, pad, continuations) if C else None
         for b in range(len(prefix)):
             row = prefix[b, pad[b] :]
             expected = theirs(row[None]).logits[0]
             assert torch.allclose(logits[b, pad[b] : P], expected, atol=1e-4, rtol=0)
             for c in range(C):
-                one = torch.cat((row, continuations[b, c]))
-                expected = theirs(one[None]).logits[0, -N:]
+                expected = theirs(torch.cat((row, continuations[b, c]))[None]).logits[0, -N - 1 :]
                 mine = logits[b, P + c * N : P + (c + 1) * N]
-                assert torch.allclose(mine, expected, atol=1e-4, rtol=0)
+                assert torch.allclose(mine, expected[1:], atol=1e-4, rtol=0)
+                of_tokens = expected[:-1].log_softmax(-1).gather(1, continuations[b, c][:, None])
+                assert torch.allclose(logp[b, c], of_tokens[:, 0], atol=1e-4, rtol=0)
 
 
 def test_under_autocast_the_kernels_get_16_bits(monkeypatch):
     """On a GPU float32 inputs would go to the slow definitions without a word."""
     seen = {}
 
-    def recorded(name, function):
-        def call(x, *rest, **how):
-            seen[name] = x.dtype
-            return function(x, *rest, **how)
+    def recorded(function):
+        return lambda x, *rest: seen.update({function: x.dtype}) or function(x, *rest)
 
-        monkeypatch.setattr(model, name, call)
-
-    for name in ("prefix_attention", "linear_logprob"):
-        recorded(name, getattr(model, name))
+    kernels = [model.prefix_attention, model.linear_logprob]
+    for function in kernels:
+        monkeypatch.setattr(model, function.__name__, recorded(function))
     policy = tiny()
     with torch.autocast("cpu", torch.bfloat16):
         logp = policy.logprobs(*layout())
     logp.sum().backward()
-    assert seen == dict.fromkeys(("prefix_attention", "linear_logprob"), torch.bfloat16)
-    assert logp.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
+    assert seen == dict.fromkeys(kernels, torch.bfloat16)
+    assert {logp.dtype, *(p.grad.dtype for p in policy.parameters())} == {torch.float32}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
@@ -95,27 +92,12 @@ def test_shared_prefix_equals_separate_rows():
     shared.square().sum().backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
-    separate = model.logprobs(
-        prefix.repeat_interleave(C, 0),
-        pad.repeat_interleave(C, 0),
-        continuations.reshape(B * C, 1, N),
-        lengths.reshape(B * C, 1),
-        temperature=0.7,
-    ).view(B, C, N)
+    rows = prefix.repeat_interleave(C, 0), pad.repeat_interleave(C, 0), continuations.view(-1, 1, N)
+    separate = model.logprobs(*rows, lengths.view(-1, 1), temperature=0.7).view(B, C, N)
     assert torch.allclose(shared, separate, atol=1e-5)
     assert (shared[0, 1, 1:] == 0).all() and (shared[0, 0] < 0).all()
     separate.square().sum().backward()
     assert torch.allclose(gradient, model.model.embed_tokens.weight.grad, atol=1e-4)
-
-
-def test_logprobs_are_the_softmax_of_the_logits():
-    model = tiny()
-    prefix, pad, continuations = layout(C=2, N=1)
-    with torch.no_grad():
-        logp = model.logprobs(prefix, pad, continuations)
-        logits = model.logits(model(prefix, pad, prefix.shape[1], 0))[:, -1]
-    expected = logits.log_softmax(-1).gather(1, continuations[:, :, 0])
-    assert torch.allclose(logp[:, :, 0], expected, atol=1e-5)
 
 
 def test_presets():
@@ -127,5 +109,5 @@ def test_presets():
     assert 1.3e9 < count["llama-1.4b"] < 1.45e9
     assert count["smollm2-135m"] == 134_515_008  # what its model card and safetensors count
     assert count["world"] < 1e6
-    with pytest.raises(UserError, match="smollm2-360m"):
+    with pytest.raises(UserError, match="smollm2-135m"):
         preset("llama-9b", 10)

@@ -8,10 +8,6 @@ import config as configuration
 from config import Config
 from support import monitors
 from support.command import UserError
-from support.runlog import numbers_that_matter
-
-LINE = {"step": 3, "loss": 0.5, "reward": 1.25, "chosen.rollout": 0.75, "judge.calls": 8}
-LINE |= {"judge.failed": 2, "rollout.tokens_per_second": 4096, "bad": None}
 
 
 def test_tensorboard_files_hold_numbers_and_examples(tmp_path):
@@ -20,41 +16,37 @@ def test_tensorboard_files_hold_numbers_and_examples(tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps(vars(Config())))
     for begin in (0, 2):  # a run that was killed after step 3 and goes on at step 2
-        with monitors.Monitors(tmp_path, ["tensorboard"], begin) as live:
-            for step in range(begin, 4):
-                live.numbers(LINE | {"step": step, "loss": float(begin)})
-            live.text("examples", "<b>prefix</b>\n  rollout", 3)
+        live = monitors.Monitors(tmp_path, ["tensorboard"], begin)
+        for step in range(begin, 4):
+            live.tell("numbers", {"loss": float(begin), "chosen.rollout": 0.75}, step)
+        live.tell("text", "examples", "<b>prefix</b>\n  rollout", 3)
+        live.tell("close")
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in read.Scalars("loss")] == [(0, 0), (1, 0), (2, 2), (3, 2)]
     assert read.Scalars("chosen/rollout")[0].value == 0.75
-    text = read.Tensors("examples/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert text == "    <b>prefix</b>\n      rollout"  # indented: code to Markdown, not HTML
-    assert (
-        "chunk = 32" in read.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    example, config = (
+        read.Tensors(f"{name}/text_summary")[-1].tensor_proto.string_val[0].decode()
+        for name in ("examples", "config")
     )
+    assert example == "    <b>prefix</b>\n      rollout"  # indented: code to Markdown, not HTML
+    assert '"chunk": 32' in config
 
 
 def test_a_failing_monitor_never_stops_a_run(tmp_path, monkeypatch, capsys):
-    seen = []
-
     class Full:
+        def __init__(self, *_):
+            pass
+
         def numbers(self, line, step):
-            seen.append(line)
-            if step == 1:
-                raise OSError("No space left on device")
+            raise OSError("No space left on device\nlong explanation")
 
-    def offline(*_):
-        raise RuntimeError("not logged in\nlong explanation")
-
-    kinds = {"trackio": Full, "wandb": offline}
-    monkeypatch.setattr(monitors, "start", lambda name, run, step: kinds[name]())
-    with monitors.Monitors(tmp_path, ["wandb", "trackio"], 0) as live:
-        for step in range(3):
-            live.numbers(LINE | {"step": step})
-    assert len(seen) == 2 and "bad" not in seen[0] and live.open == {}
-    told = capsys.readouterr()
-    assert told.out.count("is left out") + told.err.count("is left out") == 2
-    assert "not logged in" in told.out + told.err and "long" not in told.out + told.err
+    monkeypatch.setattr(monitors, "KINDS", {"full": Full, "offline": lambda *_: {}["no login"]})
+    live = monitors.Monitors(tmp_path, ["full", "offline"], 0)
+    live.tell("numbers", {"loss": 1.0}, 0)
+    live.tell("numbers", {"loss": 1.0}, 1)
+    told = "".join(capsys.readouterr())
+    assert told.count("is left out") == 2 and live.open == {}
+    assert "No space left" in told and "no login" in told and "long" not in told
 
 
 def test_a_monitor_that_is_not_there_is_told_before_the_run(monkeypatch):
@@ -64,6 +56,7 @@ def test_a_monitor_that_is_not_there_is_told_before_the_run(monkeypatch):
     with pytest.raises(UserError, match="pip install wandb"):
         configuration.parse(["--track=wandb"])
     configuration.parse(["--track="])
+<<<<<<< HEAD
 
 
 def test_bar_and_printed_config(capsys):
@@ -73,3 +66,5 @@ def test_bar_and_printed_config(capsys):
         configuration.parse(["--chunk=16", "--print_config"])
     printed = capsys.readouterr().out
     assert json.loads(printed) == vars(Config(chunk=16))
+=======
+>>>>>>> a0aa5e1 (Model folders, monitors, the run's log and checkpoints: the same promises in less code)

@@ -22,16 +22,15 @@ from model import load_model
 from rollout import sample_rollouts
 from support import command
 from support.command import UserError
-from support.hub import check_folder, end_tokens
 from support.tokenizer import load_tokenizer
 from world.teacher import teacher_url
 
 
 def continuations(folder: str, options) -> list[str]:
     """options.n continuations of the prefix by one checkpoint."""
-    check_folder(folder)
-    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype=torch.float32)
-    start, ends = [] if tokenizer.bos is None else [tokenizer.bos], end_tokens(folder, tokenizer)
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    ends = tokenizer.eos, *model.end_tokens
     prompt = start + tokenizer.encode(options.prefix) or [tokenizer.eos]
     limit, N = model.config.max_seq, options.tokens
     if len(prompt) + N > limit:
