@@ -1,141 +1,111 @@
 """Starts train.py many times: imported once, forked for every run, so that a start costs 10 ms.
 
-    with nursery() as born:
-        run = born.start(["--max_steps=3"])       # or processes=2, as torchrun would start them
-        run.kill()                                # SIGKILL to all of its processes
-        run.wait()  -> exit code of the first     # then run.stdout, run.stderr
-
-As a script it is the parent of the runs: a JSON object a line on stdin, a number a line on stdout.
+run = start(["--max_steps=3"])            # or processes=2, as torchrun would start them
+run.signal(signal.SIGKILL)                # to all of its processes
+run.wait()  -> exit code of the first that failed; then run.stdout, run.stderr
 """
 
-import contextlib
 import json
+import multiprocessing
 import os
 import resource
-import signal
+import shutil
 import socket
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import torch
+from safetensors.torch import load_file
+
+import train
+from support import command
+from tools import plot
+
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{command.ROOT}:{Path(__file__).parent}"}
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["nursery"])  # and with it all that is imported here
+
+
+def child(argv: list, environment: dict, folder: Path, file_limit: int | None):
+    """One run of train.py, as `python train.py` would be."""
+    os.setsid()
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv[1:] = map(str, argv)
+    plot.plot_run = lambda run: run / "training.png"  # a second of a run of three
+    sys.exit(command.exit_code(train.main))
 
 
 class Run:
-    """The processes of one start of train.py; their output lies in two files."""
+    """The processes of one start; what they print lies in two files."""
 
-    def __init__(self, ask, folder: Path, argv: list, processes: int, file_limit: int | None):
-        self.ask, self.files = ask, [folder / name for name in ("stdout", "stderr")]
-        environment = {}
-        if processes > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-        self.pids = []
+    def __init__(self, argv: list, processes: int, file_limit: int | None):
+        self.folder, place = Path(tempfile.mkdtemp()), {}
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1])
+        self.processes = []
         for number in range(processes):
             if processes > 1:
-                place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes}
-                environment |= {name: str(value) for name, value in place.items()}
-            files = list(map(str, self.files))
-            order = dict(argv=argv, environment=environment, files=files, file_limit=file_limit)
-            self.pids.append(ask(order))
+                place = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=processes, **address)
+            what = argv, place, self.folder, file_limit
+            self.processes.append(server.Process(target=child, args=what, daemon=True))
+            self.processes[-1].start()
 
     def signal(self, number: int):
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, number)
-
-    def kill(self):
-        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:  # it has ended, or has no group yet
+                if process.is_alive():
+                    os.kill(process.pid, number)
 
     def alive(self) -> bool:
-        """Whether any of the processes has not ended; they stay zombies until `wait`."""
-        states = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in self.pids)
-        return any(state.split()[0] != "Z" for state in states)
+        return any(process.is_alive() for process in self.processes)
+
+    def until_it_logs(self, out: Path):
+        while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+            assert self.alive()
+            time.sleep(0.01)
 
     def wait(self) -> int:
         """-> the exit code, of the first process that failed if one did; minus a signal."""
-        codes = [self.ask({"wait": pid}) for pid in self.pids]
-        self.stdout, self.stderr = (file.read_text(errors="replace") for file in self.files)
-        return next((code for code in codes if code), 0)
+        for process in self.processes:
+            process.join()
+        files = [self.folder / name for name in ("stdout", "stderr")]
+        self.stdout, self.stderr = (f.read_text() if f.exists() else "" for f in files)
+        shutil.rmtree(self.folder)
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
 
-class Nursery:
-    def __init__(self, process, folder: Path):
-        self.process, self.folder, self.count = process, folder, 0
-
-    def ask(self, order: dict) -> int:
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, argv: list, processes: int = 1, file_limit: int | None = None) -> Run:
-        """file_limit: bytes after which a file cannot grow, as on a full disk."""
-        self.count += 1
-        folder = self.folder / str(self.count)
-        folder.mkdir()
-        return Run(self.ask, folder, list(map(str, argv)), processes, file_limit)
+def start(argv: list, processes: int = 1, file_limit: int | None = None) -> Run:
+    """file_limit: bytes after which a file cannot grow, as on a full disk."""
+    return Run(argv, processes, file_limit)
 
 
-@contextlib.contextmanager
-def nursery():
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        try:
-            yield Nursery(process, Path(folder))
-        finally:
-            process.stdin.close()
-            process.wait(10)
-            process.stdout.close()
+def log_of(out) -> list[dict]:
+    """log.jsonl without what may differ between two equal runs: seconds, and what they divide."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    timed = ("seconds.", "rollout.tokens_per_second", "judge.")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 
-def child(train, order: dict):
-    """One run of train.py, as `python train.py` would be. Never returns."""
-    from support import command
-
-    code = 1
-    try:
-        os.setsid()
-        for number, name in enumerate(order["files"], 1):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ.update(order["environment"])
-        if order["file_limit"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (order["file_limit"],))
-        sys.argv[1:] = order["argv"]
-        code = command.exit_code(train.main)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def weights_of(out) -> dict[str, torch.Tensor]:
+    return load_file(Path(out) / "ckpt" / "model.safetensors")
 
 
-def main():
-    import train
-    from tools import plot
-
-    plot.plot_run = lambda run: run / "training.png"  # a second of a run of three
-    for line in sys.stdin:
-        order = json.loads(line)
-        if "wait" in order:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
-        else:
-            sys.stdout.flush()
-            answer = os.fork()
-            if not answer:
-                child(train, order)
-        print(answer, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def assert_same_run(a, b):
+    """Weights and log of every phase."""
+    for phase in ("base", "baseline", "."):
+        left, right = Path(a) / phase, Path(b) / phase
+        assert left.exists() == right.exists()
+        if left.exists():
+            assert log_of(left) == log_of(right)
+            ours, theirs = weights_of(left), weights_of(right)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -17,12 +17,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import nursery
 import pytest
 import torch
 from faulty_server import faulty_server
-from safetensors.torch import load_file
+from nursery import log_of
 
 import train
 from config import Config, phases
@@ -31,6 +33,7 @@ from judge import first_wins
 from model import Llama, ModelConfig, load_model, preset
 from support import checkpoint, command
 from support.command import UserError
+from support.files import write_text
 from support.runlog import WINDOW, Collapse
 from support.tokenizer import from_words, load_tokenizer
 from world import teacher
@@ -39,17 +42,11 @@ from world.corpus import WorldSource
 FULL = bool(os.environ.get("NANOSIP_FULL"))
 TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
 TINY += ["--chunk=8", "--max_seq=24", "--eval_prefixes=4", "--save_every=2"]
+SHORT = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0"]
 
 
 def truth(request: dict) -> str:
     return teacher.answer(request["messages"][0]["content"], request["seed"])
-
-
-def log_of(out) -> list[dict]:
-    """log.jsonl without what may differ between two equal runs: seconds, and what they divide."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds.", "rollout.tokens_per_second", "judge.")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 
 def table(out, query: str) -> list:
@@ -64,15 +61,8 @@ def table(out, query: str) -> list:
 
 
 def assert_same_run(a, b):
-    """Weights and log of every phase, and every pool: prefixes, candidates and rewards in order."""
-    for phase in ("base", "baseline", "."):
-        left, right = Path(a) / phase, Path(b) / phase
-        assert left.exists() == right.exists()
-        if left.exists():
-            assert log_of(left) == log_of(right)
-            ours, theirs = (load_file(x / "ckpt" / "model.safetensors") for x in (left, right))
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    """And every pool: prefixes, candidates and rewards in order."""
+    nursery.assert_same_run(a, b)
     pools = "SELECT step, key, pool FROM pools ORDER BY step, key"
     assert table(a, pools) == table(b, pools) != []
 
@@ -91,13 +81,13 @@ def phase(out: Path) -> str:
 class Runs:
     """Starts runs of one kind with a teacher of their own, and keeps an uninterrupted one."""
 
-    def __init__(self, born, server, folder: Path):
-        self.born, self.server, self.folder, self.whole = born, server, folder, {}
+    def __init__(self, server, folder: Path):
+        self.server, self.folder, self.whole = server, folder, {}
 
     def start(self, out, *flags, processes=1, overlap=0, **how):
         url = [f"--judge_url={self.server.url}", f"--rewrite_url={self.server.url}"]
         argv = [f"--out_dir={out}", *TINY, *url, f"--overlap={overlap}", *flags]
-        return self.born.start(argv, processes, **how)
+        return nursery.start(argv, processes, **how)
 
     def reference(self, processes=1, overlap=0) -> tuple[Path, float]:
         """(folder, seconds) of the uninterrupted run."""
@@ -122,7 +112,7 @@ class Runs:
                     until = time.monotonic() + rng.uniform(0, longest)
                 time.sleep(0.01)
             where = phase(out)
-            run.kill()
+            run.signal(signal.SIGKILL)
             code = run.wait()
             fell.update([where] if code == -signal.SIGKILL else [])
             # Keys of the answers are hashes of the requests' bodies, by which the server counts.
@@ -136,9 +126,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(born, tmp_path_factory):
+def runs(tmp_path_factory):
     with faulty_server(answer=truth) as server:
-        yield Runs(born, server, tmp_path_factory.mktemp("runs"))
+        yield Runs(server, tmp_path_factory.mktemp("runs"))
 
 
 KINDS = [(1, 0, 13), (1, 1, 13), (2, 0, 13), (2, 1, 13)] if FULL else [(1, 0, 2), (2, 1, 3)]
@@ -161,20 +151,14 @@ def test_a_signal_to_one_process_saves_and_stops_all(runs, tmp_path):
     kind, out = dict(processes=2, overlap=1), tmp_path / "stopped"
     whole, _ = runs.reference(**kind)
     run = runs.start(out, **kind)
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
-        assert run.alive()
-        time.sleep(0.01)
-    os.kill(run.pids[1], signal.SIGTERM)
+    run.until_it_logs(out)
+    os.kill(run.processes[1].pid, signal.SIGTERM)
     began = time.monotonic()
-    assert run.wait() == 130 and time.monotonic() - began < 20
+    assert run.wait() == 130 and time.monotonic() - began < 20, run.stdout + run.stderr
     assert run.stderr.count("the same command goes on with it") == 1
     run = runs.start(out, **kind)
     assert run.wait() == 0 and "going on with the unfinished run" in run.stdout
     assert_same_run(whole, out)
-
-
-def contents(folder: Path) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
@@ -186,14 +170,14 @@ def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
     (out / "config.json").write_text(settings.replace(str(whole), str(out)))
     damaged = out / "checkpoints" / "step_000006" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
-    before = contents(out / "checkpoints" / "step_000004")
+    before = {path: path.read_bytes() for path in (out / "checkpoints/step_000004").iterdir()}
     for limit in (1 << 20, 3 << 20):  # in the middle of the weights, of the optimiser's state
         run = runs.start(out, file_limit=limit)
         assert run.wait() == 1 and "Traceback" not in run.stderr
         assert f"checkpoint {damaged.parent} is damaged" in run.stdout
         last = run.stderr.strip().splitlines()[-1]
         assert last.startswith(f"error: cannot write the checkpoint {out}/checkpoints/step_000006 ")
-    assert contents(out / "checkpoints" / "step_000004") == before
+    assert all(path.read_bytes() == content for path, content in before.items())
     assert not list((out / "checkpoints").glob(".writing*"))
     assert runs.start(out).wait() == 0
     assert_same_run(whole, out)
@@ -207,8 +191,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(runs):
 
 def test_a_process_without_a_prefix_changes_nothing(runs, tmp_path):
     """A batch of one prefix on two processes, of which the second never has any."""
-    flags = ["--batch_size=1", "--base_steps=1", "--base_batch_size=1", "--max_steps=2"]
-    flags += ["--baseline=False", "--eval_prefixes=0"]
+    flags = [*SHORT, "--batch_size=1", "--base_batch_size=1", "--max_steps=2"]
     for processes in (1, 2):
         run = runs.start(tmp_path / str(processes), *flags, processes=processes)
         assert run.wait() == 0, run.stdout + run.stderr
@@ -231,8 +214,7 @@ def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, messa
 
     with faulty_server([status], 0.0, answer=answer, message=message) as server:
         url = [f"--judge_url={server.url}", f"--rewrite_url={server.url}"]
-        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--save_every=9", *url]
-        run = runs.start(tmp_path / "out", *flags)
+        run = runs.start(tmp_path / "out", *SHORT, "--save_every=9", *url)
         assert run.wait() == 1 and "Traceback" not in run.stderr
     done = len(log_of(tmp_path / "out"))
     assert done > 0 and (tmp_path / "out" / "ckpt").resolve().name == f"step_{done:06d}"
@@ -241,15 +223,20 @@ def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, messa
     assert message in line
 
 
-def test_a_judge_without_a_verdict_is_no_reward_of_zero(runs, tmp_path):
-    with faulty_server(answer=lambda request: "I'm sorry.") as server:
-        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--max_steps=1"]
-        flags += [f"--judge_url={server.url}", f"--rewrite_url={server.url}", "--judge_retries=0"]
-        assert runs.start(tmp_path / "out", *flags).wait() == 0
-    line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
+def test_without_verdicts_or_rewrites_nothing_is_learned_and_the_run_says_so(runs, tmp_path):
+    """A failure is no reward of zero, and a step without a row has no loss."""
+    with faulty_server(answer=lambda request: "I'm sorry, but I can't help with that.") as server:
+        flags = [f"--rewrite_url={server.url}", *SHORT, "--max_steps=1"]
+        deaf = [f"--judge_url={server.url}", "--judge_retries=0"]
+        assert runs.start(tmp_path / "judge", *flags, *deaf).wait() == 0
+        run = runs.start(tmp_path / "rewriter", *flags, "--candidates=suffix,rewrite")
+        assert run.wait() == 0, run.stderr
+    line = json.loads((tmp_path / "judge" / "log.jsonl").read_text())
     assert line["skipped"] == line["rewrite.failed"] == 4
-    assert line["reward"] is line["reward.quality"] is None
+    assert line["reward"] is line["reward.quality"] is line["loss"] is None
     assert line["judge.absent"] == line["judge.failed"] == line["judge.calls"] > 0
+    assert "method: none of 1 steps learned from anything" in run.stdout
+    assert "rewrites failed 4" in run.stdout and "loss -" in run.stdout
 
 
 def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(runs, tmp_path):
@@ -295,60 +282,68 @@ def saved_step(run):
     return state and state["step"]
 
 
-def test_a_save_that_dies_anywhere_leaves_one_checkpoint_or_the_other(write, tmp_path):
+def dies_before_change(fatal: int, act) -> bool:
+    """Whether act(), in a process of its own, is killed before its change number `fatal` to the
+    disk, or gets through."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+    left = iter(range(fatal - 1))
+
+    def die(event, _):
+        changes = "open", "os.rename", "os.symlink", "os.remove", "os.rmdir"
+        if event in changes and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die)
+    act()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_that_dies_anywhere_leaves_one_checkpoint_or_the_other(keep, write, tmp_path):
     """Killed before its 1st, 2nd, ... change to the disk, until it gets through."""
-    for keep in (1, 2) if FULL else (1,):
-        for fatal in range(1, 100):
-            run = tmp_path / f"{keep}_{fatal}"
-            checkpoint.save(run, 2, write, {"step": 2}, keep)
-            pid = os.fork()
-            if not pid:
-                count = 0
-
-                def die(event, _, fatal=fatal):
-                    nonlocal count
-                    if event in ("open", "os.rename", "os.symlink", "os.remove", "os.rmdir"):
-                        count += 1
-                        if count == fatal:
-                            os.kill(os.getpid(), signal.SIGKILL)
-
-                sys.addaudithook(die)
-                checkpoint.save(run, 4, write, {"step": 4}, keep)
-                os._exit(0)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            found = saved_step(run)
-            assert found == 4 if code == 0 else found in (2, 4)
-            checkpoint.save(run, 6, write, {"step": 6}, keep)
-            assert saved_step(run) == 6 and (run / "ckpt" / "config.json").exists()
-            if code == 0:
-                break
-        assert fatal > 10
+    dead, fatal = True, 0
+    while dead:
+        fatal += 1
+        run = tmp_path / str(fatal)
+        checkpoint.save(run, 2, write, {"step": 2}, keep)
+        again = partial(checkpoint.save, run, 4, write, {"step": 4}, keep)
+        dead = dies_before_change(fatal, again)
+        assert saved_step(run) in ((2, 4) if dead else (4,))
+        checkpoint.save(run, 6, write, {"step": 6}, keep)
+        assert saved_step(run) == 6 and (run / "ckpt" / "config.json").exists()
+    assert fatal > 10
 
 
-def test_damage_is_set_aside_and_the_checkpoint_before_is_used(write, tmp_path, capsys):
-    harms = (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"[]", None)
-    for number, (name, harm) in enumerate(
-        (name, harm) for name in ("state.pt", "model.safetensors", "config.json") for harm in harms
-    ):
-        run = tmp_path / str(number)
-        mine = run / "checkpoints" / "step_000002_good"
-        mine.mkdir(parents=True)
-        for step in (2, 4):
-            checkpoint.save(run, step, write, {"step": step}, keep=2)
-        file = run / "checkpoints" / "step_000004" / name
-        file.write_bytes(harm(file.read_bytes())) if harm else file.unlink()
-        assert saved_step(run) == 2
-        printed = capsys.readouterr().out
-        assert printed.count("\n") == 1 and "step_000004 is damaged" in printed
-        checkpoint.save(run, 4, write, {"step": 4}, keep=1)
-        kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-        assert kept == ["step_000002_good", "step_000004", "step_000004.damaged"]
-        file = run / "checkpoints" / "step_000004" / name
-        file.write_bytes(b"")  # now none is whole: that is no reason to begin anew
-        with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
-            saved_step(run)
-        assert len(list((run / "checkpoints").iterdir())) == 3
-        capsys.readouterr()
+def test_a_text_file_is_the_old_one_or_the_new(tmp_path):
+    path, old, new = tmp_path / "config.json", "old " * 10_000, "new " * 10_000
+    for fatal in (1, 2, 3, 4):  # it opens the file, opens it to flush it, and renames it
+        path.write_text(old)
+        dead = dies_before_change(fatal, lambda: write_text(path, new))
+        assert path.read_text() == (old if dead else new) and dead == (fatal < 4)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[: len(data) // 2], lambda data: b"[]", None])
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors", "config.json"])
+def test_damage_is_set_aside_and_the_checkpoint_before_is_used(name, harm, write, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    (folder / "step_000002_good").mkdir(parents=True)
+    for step in (2, 4):
+        checkpoint.save(tmp_path, step, write, {"step": step}, keep=2)
+    file = folder / "step_000004" / name
+    file.write_bytes(harm(file.read_bytes())) if harm else file.unlink()
+    assert saved_step(tmp_path) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "step_000004 is damaged" in printed
+    checkpoint.save(tmp_path, 4, write, {"step": 4}, keep=1)
+    kept = sorted(path.name for path in folder.iterdir())
+    assert kept == ["step_000002_good", "step_000004", "step_000004.damaged"]
+    file.write_bytes(b"")  # now none is whole: that is no reason to begin anew
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        saved_step(tmp_path)
+    assert len(list(folder.iterdir())) == 3
 
 
 @pytest.mark.parametrize(
@@ -373,18 +368,6 @@ def test_what_cannot_be_read_for_a_moment_is_no_damage(where, error, write, tmp_
             checkpoint.load(tmp_path, fail if where == "weights" else load_model)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_000002", "step_000004"]
     assert saved_step(tmp_path) == 4
-
-
-def test_a_failed_write_leaves_no_half_checkpoint(write, tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 2, write, {"step": 2}, 1)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "flush", full)
-    with pytest.raises(UserError, match="step_000004 .*No space left"):
-        checkpoint.save(tmp_path, 4, write, {"step": 4}, 1)
-    assert os.listdir(tmp_path / "checkpoints") == ["step_000002"] and saved_step(tmp_path) == 2
 
 
 # --- whatever ends a run
@@ -430,32 +413,3 @@ def test_a_second_interrupt_ends_at_once_whatever_is_done():
     assert process.poll() is None  # heard, but only where it can be saved
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-
-
-def test_keys_that_change_no_result_let_a_run_go_on(runs, tmp_path):
-    out, flags = tmp_path / "out", ["--base_steps=1", "--baseline=False", "--eval_prefixes=0"]
-    run = runs.start(out, *flags, "--max_steps=9")
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
-        assert run.alive()
-        time.sleep(0.01)
-    run.signal(signal.SIGINT)
-    assert run.wait() == 130
-    neutral = ["--concurrency=7", "--timeout=9", "--keep=1", "--track=", "--price_in=3", "--gpus=1"]
-    run = runs.start(out, *flags, "--max_steps=9", *neutral, "--save_every=3")
-    assert run.wait() == 0 and "going on with the unfinished run" in run.stdout
-    assert [line["step"] for line in log_of(out)] == list(range(9))
-    (out / "summary.json").unlink()
-    run = runs.start(out, *flags, "--max_steps=9", "--beta=0.2")
-    assert run.wait() == 0 and "held another run (beta (0.1, now 0.2))" in run.stdout
-
-
-def test_a_run_that_learns_from_nothing_says_so(runs, tmp_path):
-    """A rewriter that refuses everything: no candidate beside the suffix."""
-    with faulty_server(answer=lambda request: "I'm sorry, but I can't help with that.") as server:
-        flags = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0", "--max_steps=2"]
-        flags += ["--candidates=suffix,rewrite", f"--rewrite_url={server.url}"]
-        run = runs.start(tmp_path / "out", *flags)
-        assert run.wait() == 0, run.stderr
-    assert "method: none of 2 steps learned from anything" in run.stdout
-    assert "rewrites failed 4" in run.stdout and "loss -" in run.stdout
-    assert all(line["loss"] is None and line["skipped"] == 4 for line in log_of(tmp_path / "out"))

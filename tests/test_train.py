@@ -1,7 +1,6 @@
-"""The whole path on the pocket world: what a run leaves, exact resume, and clear ends."""
+"""The whole path on the pocket world: what a run leaves, how it goes on, and clear ends."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,69 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from nursery import assert_same_run, log_of, start, weights_of
 
 import config as configuration
 import train
+from evaluation import evaluate
+from model import load_model
 from support import runlog
-from support.command import UserError
+from support.command import ROOT, UserError
+from support.tokenizer import load_tokenizer
 from world import teacher
 
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--base_steps=12",
-    "--base_batch_size=16",
-    "--max_steps=5",
-    "--batch_size=6",
-    "--rollouts=2",
-    "--eval_prefixes=8",
-    "--save_every=2",
-]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+SMALL = ["--base_steps=12", "--base_batch_size=16", "--max_steps=5", "--batch_size=6"]
+SMALL += ["--rollouts=2", "--eval_prefixes=8", "--save_every=2"]
 
 
-def command(out, *flags, processes=1):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return [*launcher, str(ROOT / "train.py"), f"--out_dir={out}", *SMALL, *flags]
-
-
-def run(out, *flags, processes=1):
-    done = subprocess.run(
-        command(out, *flags, processes=processes),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(out, *flags, code=0, **how):
+    done = start([f"--out_dir={out}", *SMALL, *flags], **how)
+    assert done.wait() == code, done.stdout + done.stderr
     return done
-
-
-def log_of(out):
-    """log.jsonl without what may differ between two equal runs: seconds, and what they divide."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds.", "rollout.tokens_per_second", "judge.")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
-
-
-def weights_of(out):
-    return load_file(Path(out) / "ckpt" / "model.safetensors")
-
-
-def assert_same_run(a, b):
-    assert log_of(a) == log_of(b)
-    left, right = weights_of(a), weights_of(b)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """One uninterrupted run that the other tests look at."""
+    """One uninterrupted run that the other tests look at, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "reference"
-    return out, run(out).stdout
+    command = [sys.executable, "train.py", f"--out_dir={out}", *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
 
 
 def test_what_a_run_leaves(reference):
@@ -81,9 +46,8 @@ def test_what_a_run_leaves(reference):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     for line in lines:
-        parts = sum(line[f"seconds.{p}"] for p in ("data", "rollout", "judge_wait", "update"))
-        assert parts + line["seconds.other"] == pytest.approx(line["seconds.step"], abs=0.001)
-        assert line["seconds.other"] < 0.2 * line["seconds.step"] + 0.1
+        parts = sum(line[f"seconds.{p}"] for p in (*runlog.PARTS, "other"))
+        assert parts == pytest.approx(line["seconds.step"], abs=0.001)
         shares = [line[f"chosen.{s}"] for s in ("suffix", "rewrite", "rollout")]
         assert sum(shares) == pytest.approx(1.0) or line["skipped"] == 6
         assert line["judge.calls"] > 0 and line["judge.failed"] == 0 and line["judge.tokens"] > 0
@@ -94,28 +58,25 @@ def test_what_a_run_leaves(reference):
     assert list(summary["policies"]) == ["base", "baseline", "method"]
     base = summary["policies"]["base"]["unsafe"]
     assert base["quality"] == base["coherence"] == 0.5
-    assert (
-        "training base (nll, 12 steps), baseline (nll, 5 steps), method (dpo, 5 steps)" in printed
-    )
-    assert "base step   12 of 12" in printed and "baseline step    5 of 5" in printed
-    for words in ("self-improving", "next-token baseline", "quality win rate", "safety of "):
+    for words in (
+        "training base (nll, 12 steps), baseline (nll, 5 steps), method (dpo, 5 steps)",
+        "base step   12 of 12",
+        "baseline step    5 of 5",
+        "self-improving",
+        "next-token baseline",
+        "quality win rate",
+    ):
         assert words in printed
     for name in ("config.json", "environment.json", "judgments.sqlite", "training.png"):
         assert (out / name).stat().st_size > 0
-    assert json.loads((out / "config.json").read_text())["max_steps"] == 5
 
 
 def test_checkpoint_is_read_by_transformers(reference):
     transformers = pytest.importorskip("transformers")
-    from model import load_model
-    from support.tokenizer import load_tokenizer
-
-    folder = reference[0] / "ckpt"
+    folder, text = reference[0] / "ckpt", "this is about talwen . she lives in calva . Unseen, too!"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text = "this is about talwen . she lives in calva . Unseen words, too!"
     ids = load_tokenizer(folder).encode(text)
-    assert tokenizer.encode(text) == ids
+    assert transformers.AutoTokenizer.from_pretrained(folder).encode(text) == ids
     ours = load_model(folder)
     with torch.no_grad():
         hidden = ours(torch.tensor([ids]), torch.zeros(1, dtype=torch.int32), len(ids), 0)
@@ -124,36 +85,22 @@ def test_checkpoint_is_read_by_transformers(reference):
 
 
 def test_evaluate_repeats_what_the_run_printed(reference, tmp_path, capsys):
-    from evaluation import evaluate
-
-    run_folder, result = reference[0], tmp_path / "result.json"
-    evaluate.main(
-        [
-            str(run_folder / "ckpt"),
-            f"--baseline={run_folder / 'base' / 'ckpt'}",
-            "--prefixes=8",
-            "--suite=quality,safety",
-            f"--out={result}",
-        ]
-    )
-    expected = json.loads((run_folder / "summary.json").read_text())["policies"]["method"]
+    out, result = reference[0], tmp_path / "result.json"
+    flags = [f"--baseline={out}/base/ckpt", "--prefixes=8", "--suite=quality,safety"]
+    evaluate.main([f"{out}/ckpt", *flags, f"--out={result}"])
+    expected = json.loads((out / "summary.json").read_text())["policies"]["method"]
     found = json.loads(result.read_text())
     for kind, row in found["policies"]["checkpoint"].items():
-        assert row["quality"] == expected[kind]["quality"]
-        assert row["safety"] == expected[kind]["safety"]
+        assert all(row[name] == expected[kind][name] for name in ("quality", "safety"))
         assert row["nll"] == pytest.approx(expected[kind]["nll"], abs=1e-6)
         assert len(found["continuations"]["checkpoint"][kind]) == 8
     assert "quality win rate" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        evaluate.main([str(run_folder / "ckpt"), "--suite=beauty"])
-    assert "beauty" in capsys.readouterr().err
 
 
 def test_two_processes_learn_what_one_learns(reference, tmp_path):
     """The same global batches, losses and weights, whoever computes them."""
     run(tmp_path / "two", processes=2)
-    one, two = log_of(reference[0]), log_of(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(log_of(reference[0]), log_of(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-9)
     left, right = weights_of(reference[0]), weights_of(tmp_path / "two")
@@ -161,44 +108,36 @@ def test_two_processes_learn_what_one_learns(reference, tmp_path):
 
 
 def test_interrupt_saves_and_goes_on(reference, tmp_path):
+    """Also where keys have changed that change no result; another one makes it another run."""
     out = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-    )
-    for line in process.stdout:
-        if "step    2" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    began = time.time()
-    rest = process.stdout.read()
-    assert process.wait() == 130 and time.time() - began < 10, rest
-    assert "the same command goes on" in rest
-    assert "going on with the unfinished run" in run(out).stdout
+    stopped = start([f"--out_dir={out}", *SMALL])
+    stopped.until_it_logs(out)
+    stopped.signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert stopped.wait() == 130 and time.monotonic() - began < 10
+    assert "the same command goes on" in stopped.stderr
+    neutral = ["--concurrency=7", "--timeout=9", "--keep=1", "--track=", "--price_in=3", "--gpus=1"]
+    assert "going on with the unfinished run" in run(out, *neutral, "--save_every=3").stdout
     assert_same_run(reference[0], out)
+    (out / "summary.json").unlink()
+    assert "held another run (beta (0.1, now 0.2))" in run(out, "--beta=0.2").stdout
 
 
-def start(born, out, *flags, code=0):
-    """As `run`, but without the seconds that imports take."""
-    run = born.start([f"--out_dir={out}", *SMALL, "--baseline=False", *flags])
-    assert run.wait() == code, run.stdout + run.stderr
-    return run
-
-
-def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
+def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
     out = tmp_path / "run"
-    flags = ["--base_steps=1", "--max_steps=1", "--eval_prefixes=0"]
-    start(born, out, *flags)
+    flags = ["--base_steps=1", "--max_steps=1", "--eval_prefixes=0", "--baseline=False"]
+    run(out, *flags)
     first = (out / "log.jsonl").read_text()
     with runlog.lock(out):  # as another process would hold it
-        assert f"another process is training in {out}" in start(born, out, *flags, code=1).stderr
-    assert f"is now {out}.1" in start(born, out, *flags, "--seed=1").stdout
+        assert f"another process is training in {out}" in run(out, *flags, code=1).stderr
+    assert f"is now {out}.1" in run(out, *flags, "--seed=1").stdout
     assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
     for folder in ("/nowhere", f"{out}/ckpt"):  # a mistake moves nothing
-        assert folder in start(born, out, *flags, f"--init_from={folder}", code=1).stderr
+        assert folder in run(out, *flags, f"--init_from={folder}", code=1).stderr
     assert not (tmp_path / "run.2").exists()
     (out / "config.json").write_text("{")
     for again in ([], ["--init_from=resume"]):
-        done = start(born, out, *flags, *again, code=1)
+        done = run(out, *flags, *again, code=1)
         assert f"error: {out}/config.json is damaged" in done.stderr
 
 
@@ -215,7 +154,11 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         (["--judge_url=http://user:sk-secret@host/v1"], 1, "OPENAI_API_KEY"),
         (["--rewrite_url=http://host/v1?key=sk-secret"], 1, "OPENAI_API_KEY"),
         (["--data=https://user:sk-secret@host/a.jsonl"], 1, "data: "),
-        (["--init_from=/nowhere", "--tokenizer=world"], 1, "model folder /nowhere does not exist"),
+        (
+            ["--init_from=/nowhere", "--tokenizer=world"],
+            1,
+            "there is no checkpoint folder /nowhere",
+        ),
         (["--prompts=/nowhere", "--dry_run"], 1, "/nowhere"),
         (["--seed=-1"], 1, "seed must not be negative"),
         (["--model=llama-9b"], 1, "unknown model preset 'llama-9b'"),
@@ -231,21 +174,21 @@ def test_a_finished_run_is_moved_aside_not_overwritten(born, tmp_path):
         (["--nll_prefix=True"], 1, "not for objective=dpo"),
     ],
 )
-def test_bad_input_is_one_clear_line(born, flags, code, words, tmp_path):
-    done = start(born, tmp_path / "out", "--base_steps=1", *flags, code=code)
+def test_bad_input_is_one_clear_line(flags, code, words, tmp_path):
+    done = run(tmp_path / "out", "--base_steps=1", *flags, code=code)
     assert words in done.stderr and "Traceback" not in done.stderr + done.stdout
     assert "sk-secret" not in done.stderr + done.stdout
     assert not any(b"sk-secret" in x.read_bytes() for x in tmp_path.rglob("*") if x.is_file())
 
 
-def test_a_wrong_judge_is_known_before_anything_is_trained(born, teacher_url, tmp_path):
+def test_a_wrong_judge_is_known_before_anything_is_trained(teacher_url, tmp_path):
     url = teacher_url.removesuffix("/v1")
-    done = start(born, tmp_path / "out", f"--judge_url={url}", code=1)
+    done = run(tmp_path / "out", f"--judge_url={url}", code=1)
     assert "lack /v1?" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out" / "base").exists()
 
 
-def test_config_types_and_nearest_key(tmp_path):
+def test_config_types_files_and_nearest_key(tmp_path, capsys):
     parsed, _ = configuration.parse(["--learning_rate=1", "--max_steps=1e3", "--baseline=false"])
     assert (parsed.learning_rate, parsed.max_steps, parsed.baseline) == (1.0, 1000, False)
     assert configuration.phases(configuration.Config(temperature=0.6))["base"].temperature == 1.0
@@ -253,21 +196,21 @@ def test_config_types_and_nearest_key(tmp_path):
     file.write_text("import math\nlearning_rate = 10 ** -3\nrewards = ['quality', 'safety']\n")
     parsed, _ = configuration.parse([str(file), "--seed=4"])
     assert (parsed.learning_rate, parsed.rewards, parsed.seed) == (1e-3, "quality,safety", 4)
-    file.write_text("rollouts = (\n")
-    with pytest.raises(UserError, match="mine.py: SyntaxError: .*line 1"):
-        configuration.parse([str(file)])
-    file.write_text("max_step = 4\n")
-    with pytest.raises(UserError, match="mine.py.*'max_steps'"):
-        configuration.parse([str(file)])
-    for bad in (
-        "--seed=1.5",
-        "--seed=x",
-        "--learning_rate=",
-        "--baseline=maybe",
-        "--objective=ppo",
-    ):
+    for text, words in {
+        "rollouts = (\n": "mine.py: SyntaxError: .*line 1",
+        "max_step = 4\n": "mine.py.*'max_steps'",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            configuration.parse([str(file)])
+    for bad in ("seed=1.5", "seed=x", "learning_rate=", "baseline=maybe", "objective=ppo"):
         with pytest.raises(UserError):
-            configuration.parse([bad])
+            configuration.parse([f"--{bad}"])
+    with pytest.raises(SystemExit):
+        configuration.parse(["--chunk=16", "--print_config"])
+    file.write_text(capsys.readouterr().out)
+    assert "chunk = 16  # default 32" in file.read_text()
+    assert configuration.parse([str(file)])[0] == configuration.Config(chunk=16)
 
 
 def test_arguments_are_answered_before_torch_is_imported():
@@ -279,8 +222,8 @@ def test_arguments_are_answered_before_torch_is_imported():
         assert not re.search(r"\b(torch|numpy|aiohttp)\b", done.stderr)
 
 
-ROWS = sorted((ROOT / "configs").glob("table*.py"))
-MINIATURE = ROOT / "configs" / "miniature.py"
+TABLES = sorted((ROOT / "configs").glob("table*.py"))
+ROWS = [f"{file}:{row}" for file in TABLES for row in configuration.read_rows(file)]
 
 
 @pytest.fixture(scope="module")
@@ -289,19 +232,18 @@ def teacher_url():
         yield url
 
 
-@pytest.mark.parametrize("file", ROWS, ids=lambda path: path.stem)
-def test_every_row_runs_in_miniature(file, reference, teacher_url, tmp_path):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: Path(row).name)
+def test_every_row_runs_in_miniature(row, reference, teacher_url, tmp_path):
     """One step of each row from a trained base: the objective learns from what the row says."""
-    out, base = tmp_path / "run", reference[0] / "base" / "ckpt"
-    flags = dict(out_dir=out, init_from=base, max_steps=1, batch_size=4, eval_prefixes=0)
+    out, base = tmp_path / "run", reference[0] / "base"
+    flags = dict(out_dir=out, init_from=base / "ckpt", max_steps=1, batch_size=4, eval_prefixes=0)
     flags |= dict(judge_url=teacher_url, rewrite_url=teacher_url, baseline=False)
-    train.main([str(file), str(MINIATURE), *(f"--{name}={value}" for name, value in flags.items())])
-    row = configuration.parse([str(file)])[0]
-    line = json.loads((out / "log.jsonl").read_text())
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    train.main([row, str(ROOT / "configs" / "miniature.py"), *given])
+    config, line = configuration.parse([row])[0], json.loads((out / "log.jsonl").read_text())
     assert line["skipped"] < 4 and line["grad_norm"] > 0
-    assert ("judge.calls" in line) == bool(row.rewards)
-    if not row.rewards:  # the first named candidate wins
-        first = row.candidates.partition(",")[0].removesuffix("s")
-        assert line[f"chosen.{first}"] == 1.0
-    before, after = load_file(base / "model.safetensors"), weights_of(out)
+    assert ("judge.calls" in line) == bool(config.rewards)
+    if not config.rewards:  # the first named candidate wins
+        assert line[f"chosen.{config.candidates.partition(',')[0].removesuffix('s')}"] == 1.0
+    before, after = weights_of(base), weights_of(out)
     assert any(not torch.equal(before[name], after[name]) for name in before)
