@@ -37,8 +37,8 @@ class Interrupted(Stopped):
 
     code = INTERRUPTED
 
-    def __init__(self):
-        super().__init__("interrupted")
+    def __init__(self, words="interrupted"):  # an argument, as unpickling in another process asks
+        super().__init__(words)
 
 
 def run(main: Callable[[list[str]], object]):

@@ -56,15 +56,3 @@ def test_a_monitor_that_is_not_there_is_told_before_the_run(monkeypatch):
     with pytest.raises(UserError, match="pip install wandb"):
         configuration.parse(["--track=wandb"])
     configuration.parse(["--track="])
-<<<<<<< HEAD
-
-
-def test_bar_and_printed_config(capsys):
-    bar = "loss 0.500, reward 1.25, rollout 75%, judge failed 25%, 4,096 tokens/s"
-    assert numbers_that_matter(LINE) == bar
-    with pytest.raises(SystemExit):
-        configuration.parse(["--chunk=16", "--print_config"])
-    printed = capsys.readouterr().out
-    assert json.loads(printed) == vars(Config(chunk=16))
-=======
->>>>>>> a0aa5e1 (Model folders, monitors, the run's log and checkpoints: the same promises in less code)

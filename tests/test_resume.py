@@ -174,7 +174,8 @@ def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
     for limit in (1 << 20, 3 << 20):  # in the middle of the weights, of the optimiser's state
         run = runs.start(out, file_limit=limit)
         assert run.wait() == 1 and "Traceback" not in run.stderr
-        assert f"checkpoint {damaged.parent} is damaged" in run.stdout
+        told = f"checkpoint {damaged.parent} is damaged" in run.stdout
+        assert told == (limit == 1 << 20)  # it is set aside then
         last = run.stderr.strip().splitlines()[-1]
         assert last.startswith(f"error: cannot write the checkpoint {out}/checkpoints/step_000006 ")
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -219,8 +220,8 @@ def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, messa
     done = len(log_of(tmp_path / "out"))
     assert done > 0 and (tmp_path / "out" / "ckpt").resolve().name == f"step_{done:06d}"
     line = run.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"error: {server.url}/chat/completions answered {status}: ")
-    assert message in line
+    assert line.startswith("error: ") and message in line
+    assert f"{server.url}/chat/completions answered {status}: " in line
 
 
 def test_without_verdicts_or_rewrites_nothing_is_learned_and_the_run_says_so(runs, tmp_path):

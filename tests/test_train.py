@@ -208,9 +208,7 @@ def test_config_types_files_and_nearest_key(tmp_path, capsys):
             configuration.parse([f"--{bad}"])
     with pytest.raises(SystemExit):
         configuration.parse(["--chunk=16", "--print_config"])
-    file.write_text(capsys.readouterr().out)
-    assert "chunk = 16  # default 32" in file.read_text()
-    assert configuration.parse([str(file)])[0] == configuration.Config(chunk=16)
+    assert json.loads(capsys.readouterr().out) == vars(configuration.Config(chunk=16))
 
 
 def test_arguments_are_answered_before_torch_is_imported():
