@@ -64,7 +64,7 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
     if name not in shapes:
         raise UserError(f"unknown model preset {name!r}; there are: {', '.join(shapes)}")
     layers, heads, kv_heads, d, ff, tied, theta = shapes[name]
-    more = dict(head_dim=d // heads, tie_embeddings=tied, rope_theta=theta)
+    more: dict = dict(head_dim=d // heads, tie_embeddings=tied, rope_theta=theta)
     return ModelConfig(vocab_size, layers, heads, kv_heads, d, ff, **more)
 
 
@@ -312,8 +312,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = Non
     tied = (EMBED, HEAD) if config.tie_embeddings else ()
     state = hub.read_tensors(hub.local_folder(folder), shapes, device, dtype, alike=tied)
     if tied:  # files in use hold one of the two, the other, or both
-        embed = state.setdefault(EMBED, state.get(HEAD))
-        if not torch.equal(embed, state.setdefault(HEAD, embed)):
+        state = {EMBED: state.get(HEAD), HEAD: state.get(EMBED), **state}
+        if not torch.equal(state[EMBED], state[HEAD]):
             config.tie_embeddings = False  # whatever config.json says
     return assemble(config, state)
 

@@ -105,9 +105,9 @@ def without_null(value: dict) -> dict:
     return {key: inner for key, inner in value.items() if inner is not None}
 
 
-def number(hf: dict, key: str, default: float | None, path: Path) -> float:
+def number(hf: dict, key: str, default, path: Path) -> float:
     """A positive number of config.json, UserError if it is none."""
-    value = hf.get(key, default)
+    value: float = hf.get(key, default)
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise UserError(f"{path}: {key} must be a positive number, found {value!r:.80}")
     return value
@@ -186,7 +186,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds neither model.safetensors nor an index of shards; weights in other "
             "files are not read: save them by transformers' save_pretrained"
         )
-    names = read_object(index).get("weight_map")
+    names: dict = read_object(index).get("weight_map", {"": "nothing"})
     for name in names.values() if isinstance(names, dict) else [names]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(f"{index}: weight_map names {name!r:.200}, no shard in the folder")
