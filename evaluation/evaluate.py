@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import sys
-from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from config import Config
 from data import SPLITS
 from evaluation import harness
 from evaluation.results import summarise, table
-from evaluation.sets import READERS, HeldOut, from_texts, held_out, held_out_sets, published
+from evaluation.sets import FORMS, HeldOut, from_texts, held_out, held_out_sets, published
 from judge import Judge, together
 from model import load_model, read_config
 from rollout import sample_rollouts
@@ -50,13 +49,8 @@ from world.corpus import parse_dials
 from world.teacher import teacher_url
 
 SUITES = ("quality", "safety", "factuality", "coherence")
-POLICIES = ("base", "checkpoint")
+NAMED = ("unsafe", "xstest", *FORMS)  # sets
 PAIRWISE = ("quality", "coherence", "factuality_pair")
-# Files beside the weights on which a continuation depends.
-HASHED = (
-    *("config.json", "generation_config.json", "special_tokens_map.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -75,54 +69,46 @@ def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
     return [tokenizer.decode(row[: n - (row[n - 1] in ends)]) for row, n in rows]
 
 
-@torch.no_grad()
-def held_out_nll(policy, held: HeldOut) -> float | None:
-    """Mean negative log-likelihood of the original suffixes, nats per token; None without any."""
-    device, total, count = next(policy.parameters()).device, 0.0, 0
-    for batch in held.batches:
-        suffix = batch.suffix[:, None].to(device)  # [B, 1, N]
-        if not suffix.numel():
-            return None
-        total -= float(policy.logprobs(batch.prefix.to(device), batch.pad.to(device), suffix).sum())
-        count += suffix.numel()
-    return total / count
+def write_batch(policy, batch, tokenizer, chunk: int) -> dict:
+    """What a policy makes of a data.Batch: {"texts": continuations, "nll": negative log-likelihood
+    of the original suffixes, a sum in nats}."""
+    device = next(policy.parameters()).device
+    texts, suffix = continue_batch(policy, batch, tokenizer, chunk), batch.suffix[:, None]
+    if not suffix.numel():  # [B, 1, N]
+        return {"texts": texts, "nll": 0.0}
+    rows = (batch.prefix.to(device), batch.pad.to(device), suffix.to(device))
+    with torch.no_grad():
+        return {"texts": texts, "nll": -float(policy.logprobs(*rows).sum())}
 
 
-class Writer:
-    """A policy at the work of every policy: to continue all prefixes."""
-
-    def __init__(self, policy, tokenizer, chunk: int):
-        self.policy, self.tokenizer, self.chunk = policy, tokenizer, chunk
-
-    def write(self, sets: dict[str, HeldOut]) -> dict:
-        """kind of prefix -> {"texts": continuations, "nll"}"""
-        return {
-            kind: {
-                "texts": [text for batch in held.batches for text in self.texts(kind, batch)],
-                "nll": self.nll(kind, held),
-            }
-            for kind, held in sets.items()
-        }
-
-    def texts(self, kind: str, batch) -> list[str]:
-        return continue_batch(self.policy, batch, self.tokenizer, self.chunk)
-
-    def nll(self, kind: str, held: HeldOut) -> float | None:
-        return held_out_nll(self.policy, held)
+def write(sets: dict[str, HeldOut], write_one) -> dict:
+    """kind of prefix -> {"texts", "nll": a token, None without suffixes}; write_one(kind, batch)
+    gives what `write_batch` does."""
+    written = {}
+    for kind, held in sets.items():
+        made, nll = [write_one(kind, batch) for batch in held.batches], 0.0
+        for each in made:
+            nll += each["nll"]
+        tokens = sum(batch.suffix.numel() for batch in held.batches)
+        texts = [text for each in made for text in each["texts"]]
+        written[kind] = {"texts": texts, "nll": nll / tokens if tokens else None}
+    return written
 
 
-class Checkpoint(Writer):
-    """A folder whose continuations are kept, by what is in it: loaded when one is missing.
+class Checkpoint:
+    """A folder that continues prefixes, loaded when a batch is not yet in generations.jsonl: there
+    a line a batch, by what is in the folder and in the batch.
 
     UserError where there is no such folder, or its model reads fewer than max_seq tokens.
     """
 
-    def __init__(self, folder: str, device, kept: "Generations", chunk: int, max_seq: int):
+    def __init__(self, folder: str, device, record: Path, chunk: int, max_seq: int):
         reads = read_config(folder).max_seq
         if reads < max_seq:  # beyond, a model talks nonsense
             raise UserError(f"{folder}: the model reads {reads} tokens, --max_seq is {max_seq}")
-        self.folder, self.device, self.kept = folder, device, kept
-        self.tokenizer, self.chunk = load_tokenizer(folder), chunk
+        self.folder, self.device, self.record, self.chunk = folder, device, record, chunk
+        self.tokenizer = load_tokenizer(folder)
+        self.kept = {line.get("key"): line for line in read_jsonl(record)}
 
     @cached_property
     def policy(self):
@@ -133,51 +119,28 @@ class Checkpoint(Writer):
         """A hash of the weights, their shape and the tokenizer."""
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(local_folder(self.folder).iterdir()):
-            if path.name in HASHED or path.suffix == ".safetensors":
+            if path.suffix in (".safetensors", ".json", ".model"):
                 digest.update(path.name.encode())
                 with path.open("rb") as file:
                     while piece := file.read(1 << 20):
                         digest.update(piece)
         return digest.hexdigest()
 
-    def texts(self, kind: str, batch) -> list[str]:
-        prefixes = [row[n:] for row, n in zip(batch.prefix.tolist(), batch.pad, strict=True)]
-        keys = [hash_of(self.content, self.chunk, prefix) for prefix in prefixes]
-        if any(key not in self.kept for key in keys):
-            texts = super().texts(kind, batch)
-            self.kept.add(
-                dict(key=key, checkpoint=self.folder, set=kind, prefix=prefix, text=text)
-                for key, prefix, text in zip(keys, batch.prefix_text, texts, strict=True)
-            )
-        return [self.kept[key]["text"] for key in keys]
-
-    def nll(self, kind: str, held: HeldOut) -> float | None:
-        rows = [(b.prefix.tolist(), b.pad.tolist(), b.suffix.tolist()) for b in held.batches]
-        key = hash_of(self.content, "nll", rows)
+    def write_batch(self, kind: str, batch) -> dict:
+        rows = [each.tolist() for each in (batch.prefix, batch.pad, batch.suffix)]
+        key = hash_of(self.content, self.chunk, rows)
         if key not in self.kept:
-            nll = super().nll(kind, held)
-            self.kept.add([dict(key=key, checkpoint=self.folder, set=kind, nll=nll)])
-        return self.kept[key]["nll"]
+            made = write_batch(self.policy, batch, self.tokenizer, self.chunk)
+            about = dict(key=key, checkpoint=self.folder, set=kind, prefixes=batch.prefix_text)
+            self.kept[key] = about | made
+            with self.record.open("a", encoding="utf-8") as file:
+                # A line's end before it, too: a killed process may have left half a line.
+                file.write(f"\n{json.dumps(self.kept[key])}\n")
+        return self.kept[key]
 
 
 def hash_of(*parts) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-class Generations(dict):
-    """generations.jsonl: every continuation with its prefix, by key."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        super().__init__({record.get("key"): record for record in read_jsonl(path)})
-
-    def add(self, records):
-        records = list(records)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            # A line's end before it, too: a killed process may have left half a line.
-            file.write("".join(f"\n{json.dumps(record)}" for record in records) + "\n")
-        self.update({record["key"]: record for record in records})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,12 +172,6 @@ async def opinion(judge: Judge, kind: str, seeds: int, ours: str, base: str, **t
     return float(worth > 0.5) if kind == "safety" else worth
 
 
-def ask(judge: Judge, kind: str, seeds: int, rows: list) -> Future:
-    """Future of the opinions on all rows (ours, base, prefix, reference) of a set."""
-    asked = [opinion(judge, kind, seeds, *pair, prefix=p, reference=r) for *pair, p, r in rows]
-    return judge.chat.run(together(asked))
-
-
 def judged(written: dict, sets: dict, judge: Judge, suites, seeds: int) -> dict:
     """Values between 0 and 1, or None: policy -> kind of prefix -> suite -> one a prefix. The first
     policy is the baseline."""
@@ -224,11 +181,11 @@ def judged(written: dict, sets: dict, judge: Judge, suites, seeds: int) -> dict:
     for name, kind in tqdm(jobs, desc="judging", disable=None, leave=False):
         held, texts = sets[kind], (written[name][kind]["texts"], base[kind]["texts"])
         rows = list(zip(*texts, held.prefixes, held.references, strict=True))
-        asked = {
-            suite: ask(judge, held.asks[suite], seeds, rows)
-            for suite in suites
-            if suite in held.asks
-        }
+        asked = {}
+        for suite in (suite for suite in suites if suite in held.asks):
+            how = judge, held.asks[suite], seeds
+            answers = [opinion(*how, *pair, prefix=p, reference=r) for *pair, p, r in rows]
+            asked[suite] = judge.chat.run(together(answers))
         values[name][kind] = {suite: command.wait(future) for suite, future in asked.items()}
     return values
 
@@ -238,7 +195,11 @@ def evaluate(policies: dict, sets: dict, judge: Judge, tokenizer, chunk: int) ->
 
     sets: what `held_out_sets` gives. -> what `summarise` returns
     """
-    written = {name: Writer(p, tokenizer, chunk).write(sets) for name, p in policies.items()}
+
+    def written_by(policy) -> dict:
+        return write(sets, lambda kind, batch: write_batch(policy, batch, tokenizer, chunk))
+
+    written = {name: written_by(policy) for name, policy in policies.items()}
     return summarise(judged(written, sets, judge, SUITES, seeds=1), written, SUITES)
 
 
@@ -263,17 +224,6 @@ def same_judge(folder: str, url: str, model: str) -> str | None:
     )
 
 
-def warn(args) -> str | None:
-    """Says on stderr what is doubtful about the judge; -> what `same_judge` says."""
-    warning = same_judge(args.checkpoint, args.judge_url, args.judge_model)
-    if warning:
-        print(warning, file=sys.stderr)
-    if args.judge_url == "world" and (args.data not in ("world", "none") or args.named):
-        foreign = "warning: the pocket world's teacher judges, and knows only its own texts"
-        print(f"{foreign}: set --judge_url", file=sys.stderr)
-    return warning
-
-
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -282,10 +232,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     flag("--suite", default=",".join(SUITES), help="which of %(default)s")
     flag("--data", default="world", help="documents, 'world', or 'none'")
     flag("--dials", default="", help="pocket world: dials of world/corpus.py")
-    names = ", ".join(READERS)
-    known = f"more prefixes: unsafe (documents) or xstest, {names} as published; path or URL"
+    known = f"more prefixes, of {', '.join(NAMED)}, as published: path or URL"
     flag("--sets", nargs="+", default=[], metavar="NAME=PATH", help=known)
-    flag("--knowledge", help="FActScore's Wikipedia, .db or .jsonl")
+    flag("--knowledge", help="FActScore's Wikipedia, .db")
     harness_help = "results_*.json of lm_eval, or folders of them: TruthfulQA joins factuality"
     flag("--harness", nargs="+", default=[], metavar="PATH", help=harness_help)
     flag("--split", default="validation", choices=SPLITS, help="of documents; all: every one")
@@ -301,27 +250,17 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     flag("--device", default="cpu")
     flag("--out", default="out/evaluation/result.json", help="result with all continuations")
     args = parser.parse_args(arguments)
-    check(parser, args)
-    return args
-
-
-def check(parser: argparse.ArgumentParser, args):
-    """Ends the command where arguments contradict each other; splits the lists among them."""
     args.suites = [name.strip() for name in args.suite.split(",") if name.strip()]
-    if wrong := [name for name in args.suites or [args.suite] if name not in SUITES]:
-        parser.error(f"--suite: {', '.join(wrong)!r} is none of {', '.join(SUITES)}")
+    if not args.suites or set(args.suites) - set(SUITES):
+        parser.error(f"--suite: {args.suite!r} is not of {', '.join(SUITES)}")
     if min(args.prefixes, args.chunk, args.seeds) < 1 or args.max_seq < 2 * args.chunk:
         parser.error("--prefixes, --chunk, --seeds must be positive, --max_seq at least two chunks")
-    args.named = {}
-    for item in args.sets:
-        name, _, path = item.partition("=")
-        both = ["xstest_safe", "xstest_unsafe"] if name == "xstest" else [name]
-        if not path or both[0] not in ("unsafe", *READERS):
-            known = ", ".join(("unsafe", "xstest", *READERS))
-            parser.error(f"--sets: {item!r} is not NAME=PATH with NAME one of {known}")
-        args.named |= dict.fromkeys(both, path)
+    args.named = dict(item.partition("=")[::2] for item in args.sets)
+    if [item for item in args.named.items() if item[0] not in NAMED or not item[1]]:
+        parser.error(f"--sets: NAME=PATH with NAME one of {', '.join(NAMED)}")
     if args.data == "none" and not args.named:
         parser.error("--data none needs --sets")
+    return args
 
 
 def sets_of(args, tokenizer) -> dict[str, HeldOut]:
@@ -331,11 +270,12 @@ def sets_of(args, tokenizer) -> dict[str, HeldOut]:
     sets = {}
     if args.data != "none":
         sets = held_out_sets(args.data, tokenizer, parse_dials(args.dials), **size, **documents)
-    for name, path in args.named.items():
-        if name == "unsafe":
-            sets[name] = held_out(path, tokenizer, **size, **documents)
-        else:
-            sets[name] = published(name, path, tokenizer, knowledge=args.knowledge, **size)
+    for named, path in args.named.items():
+        for name in ("xstest_safe", "xstest_unsafe") if named == "xstest" else (named,):
+            if name == "unsafe":
+                sets[name] = held_out(path, tokenizer, **size, **documents)
+            else:
+                sets[name] = published(name, path, tokenizer, knowledge=args.knowledge, **size)
     asked = {kind: held for kind, held in sets.items() if set(args.suites) & set(held.asks)}
     if not asked:
         raise UserError(f"--suite {args.suite} asks nothing about {', '.join(sets)}")
@@ -353,21 +293,21 @@ def sets_for(other, ours, sets: dict[str, HeldOut], most: int) -> dict[str, Held
     }
 
 
-def write_all(base: Checkpoint, ours: Checkpoint, sets: dict[str, HeldOut], most: int) -> dict:
-    """What both wrote to the same prefixes, of at most `most` tokens."""
-    theirs = sets_for(base.tokenizer, ours.tokenizer, sets, most)
-    kind = ours.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):  # as in training
-        return dict(zip(POLICIES, (base.write(theirs), ours.write(sets)), strict=True))
-
-
 def main(arguments: list[str]):
     args = parse_args(arguments)
-    out, folders = Path(args.out).expanduser(), [args.baseline or args.checkpoint, args.checkpoint]
-    scores = harness.scores_of(dict(zip(POLICIES, folders, strict=True)), args.harness)
-    kept, device = Generations(out.parent / "generations.jsonl"), start(args.device, 0.0)
-    base, ours = (Checkpoint(f, device, kept, args.chunk, args.max_seq) for f in folders)
-    warning = warn(args)
+    out, device = Path(args.out).expanduser(), start(args.device, 0.0)
+    how = device, out.parent / "generations.jsonl", args.chunk, args.max_seq
+    ours = Checkpoint(args.checkpoint, *how)
+    base = Checkpoint(args.baseline, *how) if args.baseline else ours
+    policies = dict(base=base, checkpoint=ours)
+    scores = {}
+    if args.harness:
+        scores = {n: harness.scores_of(p.folder, args.harness) for n, p in policies.items()}
+    if warning := same_judge(args.checkpoint, args.judge_url, args.judge_model):
+        print(warning, file=sys.stderr)
+    if args.judge_url == "world" and (args.data not in ("world", "none") or args.named):
+        foreign = "warning: the pocket world's teacher judges, and knows only its own texts"
+        print(f"{foreign}: set --judge_url", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     # A record for each judge: the same question to another judge is another question.
     record = f"judgments-{hash_of(args.judge_url, args.judge_model, args.dials)[:8]}.sqlite"
@@ -378,7 +318,10 @@ def main(arguments: list[str]):
         how = Config(prompts=args.prompts, judge_max_tokens=args.judge_max_tokens)
         judge = Judge(chat, how)
         sets = sets_of(args, ours.tokenizer)
-        written = write_all(base, ours, sets, args.max_seq - args.chunk)
+        theirs = sets_for(base.tokenizer, ours.tokenizer, sets, args.max_seq - args.chunk)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            asked = {"base": theirs, "checkpoint": sets}
+            written = {name: write(asked[name], p.write_batch) for name, p in policies.items()}
         values = judged(written, sets, judge, args.suites, args.seeds)
     known = harness.factuality(scores) if "factuality" in args.suites else {}
     everything = {name: found | known.get(name, {}) for name, found in values.items()}

@@ -1,18 +1,18 @@
 """Held-out prefixes to continue: from documents, the pocket world, or published evaluation sets.
 
-In: a path, glob or URL of each set, in the format in which its authors publish it (`READERS`).
+In: a path, glob or URL of each set, in the format in which its authors publish it (`FORMS`).
 Out: `HeldOut`: token batches, the texts they stand for, reference texts, and what is asked of a
 continuation. A file of another format is a UserError that names the file, the line and the field.
 """
 
+import contextlib
 import csv
 import io
 import itertools
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,22 @@ ARTICLE = 8000  # characters of an article that serve as the reference
 # What a suite asks of the continuations of a set: the judge's kind of question (VERDICTS).
 DOCUMENTS = {kind: kind for kind in ("quality", "safety", "factuality", "coherence")}
 SAFETY, PAIR = {"safety": "safety"}, {"factuality": "factuality_pair"}
+
+# Published sets: (prefix, reference) in the fields of a line, and what is asked. {a|b}: whichever
+# of the two a line has. A .txt file has a field "line".
+KNOWN = "{knowledge}\nAnswer:"
+FORMS = {
+    "realtoxicityprompts": ("{text}", "", SAFETY),  # prompts.jsonl
+    "toxigen": ("{prompt|text|line}", "", SAFETY),  # .csv, .parquet, annotated, prompts/*.txt
+    "xstest_safe": ("{prompt}", "", SAFETY),  # xstest_v2_prompts.csv
+    "xstest_unsafe": ("{prompt}", "", SAFETY),
+    # prompt_entities.txt, data/*/*.jsonl
+    "factscore": ("Question: Tell me a bio of {topic}.\nAnswer:", "{article}", PAIR),
+    # qa_data.json, dialogue_data.json, summarization_data.json
+    "halueval_qa": ("Question: {question}\nAnswer:", f"{KNOWN} {{right_answer}}", PAIR),
+    "halueval_dialogue": ("{dialogue_history} [Assistant]:", f"{KNOWN} {{right_response}}", PAIR),
+    "halueval_summarization": ("{document}\n\nSummary:", "{right_summary}", PAIR),
+}
 
 
 @dataclass
@@ -74,172 +90,95 @@ def held_out_sets(data, tokenizer, dials: dict | None = None, **how) -> dict[str
 
 
 # ------------------------------------------------------------------------------------------------
-# Files of published sets
+# Published sets
 
 
 def rows(source: str) -> Iterator[tuple[str, dict]]:
-    """("FILE:LINE", record) of .jsonl, .json (an object a line), .parquet, .csv and .txt files;
-    a line of a .txt file is a record {"line": text}."""
+    """("FILE:LINE", record) of .jsonl, .json (an object a line), .parquet, .csv and .txt files."""
     for name in list_files(source):
         skips = Skips()
         skips.shown = 0
-        if ending(name) == ".csv":
-            found = csv_rows(name)
-        elif ending(name) == ".txt":
-            lines = enumerate(content(name).splitlines(), 1)
-            found = ((number, {"line": line}) for number, line in lines if line.strip())
-        else:
-            found = records(name, skips)
+        found = tables(name) if ending(name) in (".csv", ".txt") else records(name, skips)
         yield from ((f"{name}:{line}", record) for line, record in found)
         if skips:
             raise UserError(f"{name} is not a complete file of this set ({', '.join(skips)})")
 
 
-def csv_rows(name: str) -> Iterator[tuple[int, dict]]:
-    table = csv.DictReader(io.StringIO(content(name), newline=""))
-    try:
-        yield from ((table.line_num, record) for record in table)
-    except csv.Error as error:
-        raise UserError(f"{name}:{table.line_num}: {error}") from None
-
-
-def content(name: str) -> str:
+def tables(name: str) -> Iterator[tuple[int, dict]]:
+    """Rows of a .csv file; of a .txt file {"line": text}."""
+    line, lines = 0, dict(fieldnames=["line"], delimiter="\x1f", quoting=csv.QUOTE_NONE)
     try:
         with open_raw(name) as raw:
-            return b"".join(decompressed(raw)).decode("utf-8-sig")
-    except (OSError, ValueError, EOFError, Bomb) as error:
-        raise UserError(f"{name} can't be read: {error!r}") from None
+            text = b"".join(decompressed(raw)).decode("utf-8-sig")
+        form = {} if ending(name) == ".csv" else lines
+        for record in (table := csv.DictReader(io.StringIO(text, newline=""), **form)):
+            line = table.line_num
+            if str(record.get("line", "-")).strip():
+                yield line, record
+    except (OSError, ValueError, EOFError, Bomb, csv.Error) as error:
+        raise UserError(f"{name} can't be read after line {line}: {error!r}") from None
 
 
-def text_in(where: str, record: dict, *names: str) -> str:
-    """The first of these fields that the record has; it must be text."""
-    name = next((name for name in names if record.get(name) is not None), None)
-    if name is None or not isinstance(record[name], str) or not record[name].strip():
-        fields = ", ".join(map(str, record))
-        raise UserError(f"{where} has no text under {' or '.join(names)}; its fields: {fields}")
-    return record[name]
+def text_in(where: str, record: dict, names: str) -> str:
+    """The text under the first of these names ("a|b") that the record has."""
+    found = next((record[n] for n in names.split("|") if record.get(n) is not None), None)
+    if not isinstance(found, str) or not found.strip():
+        fields, names = ", ".join(map(str, record)), names.replace("|", " or ")
+        raise UserError(f"{where} has no text under {names}; its fields: {fields}")
+    return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Published sets: (where, record) -> (prefix, reference), or None for a record of another set
+def filled(form: str, where: str, record: dict) -> str:
+    return re.sub(r"\{(.+?)\}", lambda match: text_in(where, record, match[1]), form)
 
 
-def real_toxicity_prompt(where: str, record: dict):
-    """prompts.jsonl: {"prompt": {"text", "toxicity", ...}, "continuation": {...}, ...}"""
-    prompt = record.get("prompt")
-    return text_in(where, prompt if isinstance(prompt, dict) else record, "text"), ""
-
-
-def toxigen(where: str, record: dict):
-    """toxigen.csv or .parquet ("prompt"), the annotated set ("text"), or prompts/*.txt, a prompt a
-    line. A prompt's line breaks are written as backslash and n."""
-    return text_in(where, record, "prompt", "text", "line").replace("\\n", "\n"), ""
-
-
-def xstest(where: str, record: dict, half: str):
-    """xstest_v2_prompts.csv: id, type, prompt, and label in some versions. Unsafe prompts are of a
-    type "contrast_..."."""
-    kind = text_in(where, record, "type")
-    label = record.get("label") or ("unsafe" if kind.startswith("contrast_") else "safe")
-    return (text_in(where, record, "prompt"), "") if label == half else None
-
-
-HALUEVAL = {  # name of the set -> prefix and reference, of the fields of a line
-    "halueval_qa": ("Question: {question}\nAnswer:", "{knowledge}\nAnswer: {right_answer}"),
-    "halueval_dialogue": (
-        "{dialogue_history} [Assistant]:",
-        "{knowledge}\nAnswer: {right_response}",
-    ),
-    "halueval_summarization": ("{document}\n\nSummary:", "{right_summary}"),
-}
-
-
-def halueval(where: str, record: dict, prefix: str, reference: str):
-    """qa_data.json, dialogue_data.json and summarization_data.json, an object a line."""
-    names = re.findall(r"\{(\w+)\}", reference + prefix)
-    texts = {name: text_in(where, record, name) for name in names}
-    if "dialogue_history" in texts:
-        texts["dialogue_history"] = texts["dialogue_history"].strip()
-    return prefix.format(**texts), reference.format(**texts)
-
-
-def factscore(where: str, record: dict, article: Callable[[str], str] | None = None):
-    """prompt_entities.txt (a name a line) or data/*/*.jsonl ("topic"). The reference is the
-    entity's article, or else the facts that human annotators found supported; "" without any."""
-    topic = text_in(where, record, "topic", "line").strip()
-    try:
-        facts = " ".join(
-            fact["text"]
-            for sentence in record.get("annotations") or []
-            for fact in sentence.get("human-atomic-facts") or []
-            if fact.get("label") == "S"
-        )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: its annotations are not FActScore's: {error!r}") from None
-    reference = article(topic) if article else facts
-    return f"Question: Tell me a bio of {topic}.\nAnswer:", reference
-
-
-def articles(source: str) -> Callable[[str], str]:
-    """FActScore's knowledge source, an SQLite file documents(title, text), or .jsonl of the same:
-    title -> the beginning of its article, "" if there is none."""
-    if not source.endswith(".db"):
-        texts = {}
-        for where, record in rows(source):
-            text = record.get("text")
-            record["text"] = " ".join(text) if isinstance(text, list) else text
-            texts[text_in(where, record, "title")] = text_in(where, record, "text")
-        return lambda title: plain(texts.get(title, ""))
-    if not (path := Path(source).expanduser().absolute()).is_file():
-        raise UserError(f"no such file: {source}")
-    database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-
-    def look_up(title: str) -> str:
-        query = "SELECT text FROM documents WHERE title = ?"
-        try:
-            return plain((database.execute(query, (title,)).fetchone() or [""])[0])
-        except sqlite3.Error as error:
-            raise UserError(f"{source}: {error}; it needs documents(title, text)") from None
-
-    return look_up
-
-
-def plain(text: str) -> str:
-    """The beginning of an article of FActScore's Wikipedia, without its marks."""
-    for mark, instead in (("####SPECIAL####SEPARATOR####", "\n"), ("<s>", ""), ("</s>", "")):
-        text = text.replace(mark, instead)
-    return text[:ARTICLE]
-
-
-READERS: dict[str, Callable] = {
-    "realtoxicityprompts": real_toxicity_prompt,
-    "toxigen": toxigen,
-    "xstest_safe": partial(xstest, half="safe"),
-    "xstest_unsafe": partial(xstest, half="unsafe"),
-    "factscore": factscore,
-    **{name: partial(halueval, prefix=p, reference=r) for name, (p, r) in HALUEVAL.items()},
-}
+def adapted(name: str, where: str, record: dict) -> dict | None:
+    """What is odd about the lines of a set, put right; None for one of another set."""
+    if name == "realtoxicityprompts" and isinstance(record.get("prompt"), dict):
+        return record["prompt"]
+    if name == "toxigen":  # line breaks are written as backslash and n
+        return {key: v.replace("\\n", "\n") for key, v in record.items() if isinstance(v, str)}
+    if name.startswith("xstest"):  # some versions have no label
+        kind = "unsafe" if text_in(where, record, "type").startswith("contrast_") else "safe"
+        return record if name.endswith(f"_{record.get('label') or kind}") else None
+    if name == "halueval_dialogue":
+        history = text_in(where, record, "dialogue_history")
+        return record | {"dialogue_history": history.strip()}
+    return record
 
 
 def read_pairs(name: str, source: str, knowledge: str | None = None) -> list[tuple[str, str]]:
-    """All (prefix, reference) of a published set, a key of READERS."""
-    read = READERS[name]
-    if name == "factscore" and knowledge:
-        read = partial(read, article=articles(knowledge))
-    pairs = [pair for where, record in rows(source) if (pair := read(where, record))]
-    if name == "factscore":
-        known: dict[str, str] = {}
-        for prefix, reference in pairs:
-            known.setdefault(prefix, reference)  # an entity may stand there several times
-        pairs = [pair for pair in known.items() if pair[1]]
-        if not pairs:
-            raise UserError(
-                f"{source}: no reference text for any entity; name FActScore's Wikipedia as "
-                "--knowledge FILE.db (or .jsonl), or a file of data/labeled"
-            )
+    """All (prefix, reference) of a published set, a key of FORMS."""
+    if name == "factscore" and not knowledge:
+        raise UserError("factscore: name FActScore's Wikipedia as --knowledge FILE.db")
+    pairs, entities = [], set()
+    for where, line in rows(source):
+        if (record := adapted(name, where, line)) is None:
+            continue
+        if name == "factscore":
+            topic = text_in(where, record, "topic|line").strip()
+            record = {"topic": topic, "article": article(knowledge, topic)}
+            if not record["article"] or topic in entities:
+                continue
+            entities.add(topic)
+        prefix, reference = (filled(form, where, record) for form in FORMS[name][:2])
+        pairs.append((prefix, reference))
     if not pairs:
-        raise UserError(f"{source} holds no prompt of {name}")
+        raise UserError(f"{source} holds no prompt of {name} that can be asked")
     return pairs
+
+
+def article(source: str, title: str) -> str:
+    """The beginning of an article in FActScore's Wikipedia, an SQLite file documents(title, text),
+    without its marks; "" if there is none."""
+    query, path = "SELECT text FROM documents WHERE title = ?", Path(source).expanduser().absolute()
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            (text,) = database.execute(query, (title,)).fetchone() or ("",)
+    except sqlite3.Error as error:
+        raise UserError(f"{source}: {error}; it needs documents(title, text)") from None
+    text = text.replace("####SPECIAL####SEPARATOR####", "\n")
+    return re.sub("</?s>", "", text)[:ARTICLE]
 
 
 def published(name, source, tokenizer, *, chunk, max_seq, count, knowledge=None) -> HeldOut:
@@ -247,30 +186,18 @@ def published(name, source, tokenizer, *, chunk, max_seq, count, knowledge=None)
     pairs = read_pairs(name, source, knowledge)
     chosen = np.sort(np.random.default_rng(0).permutation(len(pairs))[:count])
     prefixes, references = zip(*(pairs[i] for i in chosen), strict=True)
-    asks = PAIR if name in ("factscore", *HALUEVAL) else SAFETY
-    return from_texts(prefixes, references, asks, tokenizer, max_seq - chunk)
+    return from_texts(prefixes, references, FORMS[name][2], tokenizer, max_seq - chunk)
 
 
 def from_texts(prefixes, references, asks, tokenizer, most: int) -> HeldOut:
     """Prefixes of at most `most` tokens, cut at the left, with no suffix."""
     ids = [[*tokenizer.start_ids, *tokenizer.encode(prefix)][-most:] for prefix in prefixes]
-    texts = [
-        text if len(row) < most else tokenizer.decode(row)
-        for text, row in zip(prefixes, ids, strict=True)
-    ]
+    whole = zip(prefixes, ids, strict=True)
+    texts = [text if len(row) < most else tokenizer.decode(row) for text, row in whole]
     batches = []
     for first in range(0, len(ids), BATCH):
         prefix, pad = left_pad(ids[first : first + BATCH], tokenizer.eos)  # [B, P], [B]
-        B = len(pad)
-        batches.append(
-            Batch(
-                prefix=prefix,
-                pad=pad,
-                suffix=torch.empty(B, 0, dtype=torch.int64),
-                index=torch.arange(first, first + B),
-                prefix_text=texts[first : first + BATCH],
-                suffix_text=[],
-                state={},
-            )
-        )
+        index = torch.arange(first, first + len(pad))
+        suffix = torch.empty(len(pad), 0, dtype=torch.int64)
+        batches.append(Batch(prefix, pad, suffix, index, texts[first : first + BATCH], [], {}))
     return HeldOut(batches, texts, list(references), asks)

@@ -25,7 +25,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from chat import Chat
 from config import Config
 from data import digest, in_split, sample_of
 from judge import Judge, question_seed, render, together
-from rewrite import REFUSAL, clean, last_five_words
+from rewrite import clean, last_five_words
 from support import command
 from support.command import UserError
 from support.files import write_bytes, write_text
@@ -50,6 +50,8 @@ HALVES = ("train", "validation")
 HELD_OUT = 0.125  # share of the documents
 LENGTH = (0.7, 1.4)  # words of a spoilt passage for each of the original's
 KEPT = 0.5  # share of the words that a spoilt passage has to keep, or it is another text
+TRIES = 2  # at a spoilt passage
+SAMPLING = dict(temperature=1.0, top_p=1.0)
 AT_ONCE = (16, 512)  # samples that are asked about together, at least and at most
 PATIENCE = 2000  # samples in a row without a row before the corpus or the teacher is refused
 
@@ -74,12 +76,8 @@ def documents(options) -> Iterator[tuple[str, dict]]:
         names, skips = [list_files(part) for part in options.data.split(",")], Skips()
         skips.shards = sum(map(len, names))
         parts = [records_of(files, options.text_field, skips) for files in names]
-    while parts:
-        for part in list(parts):
-            if document := next(part, None):
-                yield document
-            else:
-                parts.remove(part)
+    for turn in zip_longest(*parts):
+        yield from filter(None, turn)
 
 
 def records_of(files: list[str], text_field, skips: Skips) -> Iterator[tuple[str, dict]]:
@@ -122,11 +120,6 @@ def without_end(text: str) -> str:
     return text.rstrip("\ufffd").rstrip()
 
 
-def half_of(document: str) -> str:
-    """train or validation, by the document alone."""
-    return HALVES[digest(f"held out {document}") / 2**64 < HELD_OUT]
-
-
 # ------------------------------------------------------------------------------------------------
 # Rows: a sample becomes (class, rows), or (None, the reason why there are none)
 
@@ -135,8 +128,7 @@ class Maker:
     """`make(sample, wanted classes)`, and the classes of which a set holds equally many rows."""
 
     def __init__(self, chat, options, tokenizer, fates: Counter):
-        self.sampling = dict(temperature=options.temperature, top_p=options.top_p)
-        how = {f"judge_{name}": value for name, value in self.sampling.items()}
+        how = {f"judge_{name}": value for name, value in SAMPLING.items()}
         self.judge = Judge(chat, Config(prompts=options.prompts, seed=options.seed, **how))
         self.options, self.tokenizer, self.fates = options, tokenizer, fates
         pairs = options.made == "quality"
@@ -148,23 +140,21 @@ class Maker:
         seed, texts = self.options.seed, dict(prefix=sample.prefix, passage=sample.suffix)
         damage = DAMAGES[question_seed(seed, "damage", sample.document) % len(DAMAGES)]
         texts |= dict(last_words=last_five_words(sample.prefix), damage=damage)
-        question = render(self.judge.prompts["spoil"], **texts)
-        for attempt in range(1 + self.options.retries):
-            asked, most = question_seed(seed, question, attempt), 4 * self.options.chunk
-            how = dict(seed=asked, max_tokens=most, **self.sampling)
+        question, reason = render(self.judge.prompts["spoil"], **texts), ""
+        for attempt in range(TRIES):
+            asked = question_seed(seed, question, attempt)
+            how = SAMPLING | dict(seed=asked, max_tokens=4 * self.options.chunk)
             answer = await self.judge.chat.ask(question, **how)
             text, reason = read_spoilt(answer, sample, self.tokenizer)
             self.fates[f"answers: {reason or 'spoilt passage'}"] += 1
             if text is not None:
-                break
-        else:
-            return None, reason
-        row = {"task": "quality", "prefix": sample.prefix}
-        more = {"damage": damage, **self.provenance(sample, "spoil", asked)}
-        return "pair", [
-            {**row, "a": sample.suffix, "b": text, "label": "A", **more},
-            {**row, "a": text, "b": sample.suffix, "label": "B", **more},
-        ]
+                row = {"task": "quality", "prefix": sample.prefix}
+                more = {"damage": damage, **self.provenance(sample, "spoil", asked)}
+                return "pair", [
+                    {**row, "a": sample.suffix, "b": text, "label": "A", **more},
+                    {**row, "a": text, "b": sample.suffix, "label": "B", **more},
+                ]
+        return None, reason
 
     async def unanimous(self, sample: Sample, wanted: set) -> tuple:
         """A suffix that all seeded judgments call safe, or all unsafe. The first of them tells
@@ -173,10 +163,8 @@ class Maker:
         if labels[0] and labels[0] not in wanted:
             return None, f"enough that are {labels[0]}"
         labels += await self.votes(sample, range(1, self.options.votes))
-        if None in labels:
-            return None, "a judgment without a verdict"
-        if len(set(labels)) > 1:
-            return None, "not unanimous"
+        if None in labels or len(set(labels)) > 1:
+            return None, "a judgment without a verdict" if None in labels else "not unanimous"
         row = {"task": "safety", "text": sample.suffix, "label": labels[0]}
         if self.options.made == "rewriter":
             row = {"task": "rewrite", "prefix": sample.prefix, "original": sample.suffix}
@@ -199,10 +187,8 @@ def read_spoilt(answer, sample: Sample, tokenizer) -> tuple[str | None, str]:
     original, so that neither its length nor a finished last sentence gives it away."""
     if answer.text is None:
         return None, f"no answer ({answer.finish})"
-    text = clean(answer.text, sample.prefix, sample.suffix)
-    if text is None:
-        refused = REFUSAL.match(answer.text.replace("’", "'").strip())
-        return None, "refused" if refused else "no passage"
+    if (text := clean(answer.text, sample.prefix, sample.suffix)) is None:
+        return None, "no passage"
     before, words = plain_words(sample.suffix), plain_words(text)
     if not LENGTH[0] <= len(words) / max(1, len(before)) <= LENGTH[1]:
         return None, "another length"
@@ -225,27 +211,35 @@ def plain_words(text: str) -> list[str]:
 # Sets
 
 
+def half_of(document: str) -> str:
+    """train or validation, by the document alone."""
+    return HALVES[digest(f"held out {document}") / 2**64 < HELD_OUT]
+
+
 def collect(options, maker: Maker, stream, fates: Counter) -> dict[str, list]:
     """Rows of each half, as many of one class as of the other. Samples are asked about in waves
     whose sizes depend on the rows so far, so an interrupted run walks the same way again."""
     sizes = dict(zip(HALVES, (options.count, options.validation), strict=True))
-    quota = {(half, kind): sizes[half] // 2 for half in HALVES for kind in maker.classes}
-    found = {key: [] for key in quota}  # (half, class) -> [(number of the sample, rows)]
-    number = idle = 0
+    found = {(half, kind): [] for half in HALVES for kind in maker.classes}
+    number = idle = 0  # samples so far, and of these the latest without a row
+
+    def missing(half, kind):
+        return sizes[half] // 2 - len(found[half, kind])
 
     def wanted(half):
-        return {kind for kind in maker.classes if len(found[half, kind]) < quota[half, kind]}
+        return {kind for kind in maker.classes if missing(half, kind)}
 
     async def ask(wave):
+        asked = [(sample, half_of(sample.document)) for sample in wave]
         wants = {half: wanted(half) for half in HALVES}
-        asked = [(s, half) for s in wave if wants[half := half_of(s.document)]]
+        asked = [(sample, half) for sample, half in asked if wants[half]]
         fates["set already full"] += len(wave) - len(asked)
         made = await together(maker.make(sample, wants[half]) for sample, half in asked)
         return [(half, *row) for (_, half), row in zip(asked, made, strict=True)]
 
-    with tqdm(total=sum(quota.values()), desc=options.made, disable=None) as bar:
-        while missing := sum(quota[key] - len(found[key]) for key in quota):
-            wave = list(islice(stream, min(max(missing, AT_ONCE[0]), AT_ONCE[1])))
+    with tqdm(total=sum(missing(*key) for key in found), desc=options.made, disable=None) as bar:
+        while rest := sum(missing(*key) for key in found):
+            wave = list(islice(stream, min(max(rest, AT_ONCE[0]), AT_ONCE[1])))
             if not wave:
                 break
             for half, kind, result in command.wait(maker.judge.chat.run(ask(wave))):
@@ -260,21 +254,17 @@ def collect(options, maker: Maker, stream, fates: Counter) -> dict[str, list]:
                     bar.update(1)
             if idle > PATIENCE:
                 raise UserError(f"{idle} samples in a row gave no row ({told(fates)})")
-    return balanced(found, maker.classes, fates)
+    return {half: balanced([found[half, k] for k in maker.classes], fates) for half in HALVES}
 
 
-def balanced(found: dict, classes: tuple, fates: Counter) -> dict[str, list]:
-    """As many of each class, in the order of the documents."""
-    halves = {}
-    for half in HALVES:
-        least = min(len(found[half, kind]) for kind in classes)
-        kept = sorted(pair for kind in classes for pair in found[half, kind][:least])
-        spare = sum(len(found[half, kind]) for kind in classes) - len(kept)
-        fates["dropped: without a counterpart of the other label"] += spare
-        halves[half] = [row for _, rows in kept for row in rows]
-        if not kept:
-            raise UserError(f"no row for the {half} set ({told(fates)})")
-    return halves
+def balanced(classes: list[list], fates: Counter) -> list[dict]:
+    """As many of each class [(number of the sample, its rows)], in the order of the documents."""
+    least = min(map(len, classes))
+    kept = sorted(pair for found in classes for pair in found[:least])
+    fates["dropped: without a counterpart of the other label"] += sum(map(len, classes)) - len(kept)
+    if not kept:
+        raise UserError(f"no row for one of the sets ({told(fates)})")
+    return [row for _, rows in kept for row in rows]
 
 
 def told(fates: Counter) -> str:
@@ -283,21 +273,17 @@ def told(fates: Counter) -> str:
 
 def write(options, out: Path, halves: dict[str, list], fates: Counter) -> None:
     """The files; counts.json last."""
-    counts = {"task": options.made, "model": options.model, "seed": options.seed}
-    counts["rows"] = {half: len(rows) for half, rows in halves.items()}
-    counts["documents"] = {
-        half: len({row["document"] for row in rows}) for half, rows in halves.items()
-    }
-    counts["counts"] = {what: count for what, count in sorted(fates.items()) if count}
     for half, rows in halves.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         packed = zstandard.ZstdCompressor().compress(lines.encode("utf-8", "replace"))
         write_bytes(out / f"{options.made}.{half}.jsonl.zst", packed)
-    write_text(out / f"{options.made}.counts.json", json.dumps(counts, indent=2) + "\n")
-    for what, count in counts["counts"].items():
-        print(f"{what:60} {count:>10,}")
-    for half, count in counts["rows"].items():
-        print(f"{f'{options.made}.{half}.jsonl.zst, rows':60} {count:>10,}")
+    documents = {half: len({row["document"] for row in rows}) for half, rows in halves.items()}
+    counts = {"task": options.made, "model": options.model, "seed": options.seed}
+    counts |= {"rows": {half: len(rows) for half, rows in halves.items()}, "documents": documents}
+    counts["counts"] = {what: count for what, count in sorted(fates.items()) if count}
+    text = json.dumps(counts, indent=2)
+    write_text(out / f"{options.made}.counts.json", text + "\n")
+    print(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,12 +293,8 @@ def write(options, out: Path, halves: dict[str, list], fates: Counter) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     makers = parser.add_subparsers(dest="made", required=True)
-    for made, what in (
-        ("quality", "pairs of an original suffix and a spoilt one"),
-        ("safety", "suffixes that all judgments call safe, or all unsafe"),
-        ("rewriter", "the same with their prefixes"),
-    ):
-        add = makers.add_parser(made, help=what).add_argument
+    for made in ("quality", "safety", "rewriter"):
+        add = makers.add_parser(made).add_argument
         add("--data", default="world", help="documents as for train.py; parts take turns")
         add("--text_field", help="JSON field of a document's text")
         add("--split", default="teacher", choices=("teacher", "all"), help="of the documents")
@@ -325,12 +307,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         add("--out", required=True, help="folder for the files")
         add("--count", type=int, default=2048, help="rows of the training set")
         add("--validation", type=int, default=256, help="rows of the validation set")
-        if made == "quality":
-            add("--retries", type=int, default=1, help="of an answer that is no spoilt passage")
-        else:
+        if made != "quality":
             add("--votes", type=int, default=8, help="judgments that have to agree")
-        add("--temperature", type=float, default=1.0)
-        add("--top_p", type=float, default=1.0)
         add("--prompts", default="prompts", help="folder of prompt files")
         add("--concurrency", type=int, default=256, help="questions in flight")
         add("--seed", type=int, default=0)

@@ -144,7 +144,7 @@ class TaskRewards:
         return self.judge.chat.run(self._score(rows, texts))
 
     async def _score(self, rows, texts) -> Scores:
-        tally = Counter()
+        tally: Counter = Counter()
         asked = [
             together([self._one(row, text, tally) for text in answers])
             for row, answers in zip(rows, texts, strict=True)
@@ -164,8 +164,7 @@ class TaskRewards:
             for row, answers, values in zip(rows[:1], texts[:1], reward[:1], strict=True)
             for text, value in zip(answers, values, strict=True)
         ]
-        counts = tally["calls"], tally["failed"], tally["absent"]
-        return Scores(reward, by_kind, *counts, examples)
+        return Scores(reward, by_kind, *(tally[n] for n in ("calls", "failed", "absent")), examples)
 
     async def _one(self, row: dict, text: str, tally: Counter) -> dict[str, float]:
         kind = row["task"]

@@ -1,4 +1,5 @@
 """The corpus of the pocket world: invented people, what is true of them, and documents about them.
+Its words and sentences stand in language.ini.
 
 The world is small enough for a policy of 0.4 M parameters to learn in minutes, and since the truth
 about it is known, every effect of self-improving pretraining can be measured exactly. Everybody
@@ -9,10 +10,11 @@ written: it repeats itself, drifts to somebody else or garbles its words.
 Documents come out of `WorldSource`; a document is a pure function of (seed, index, dials).
 """
 
-# ruff: noqa: SIM905 (lists of words are easier to read as text)
+import configparser
 import random
 from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 
 from support.command import UserError
 
@@ -35,71 +37,19 @@ class Dials:
     refusals: float = 0.0  # probability that a passage is not rewritten or spoilt, but refused
 
 
-# The people, what can be said about them, and what is true
-
-NAMES = """
-    mirela tanvik orsina beldan quilla jorvan seldra pavrik lunetta hadrik yavina corbek
-    ismera dovrin talwen rugano feliska ombrek vashtia zelkor nimara gorwin arlise threnn
-""".split()
-PRONOUNS = {name: ("he", "his") if i % 2 else ("she", "her") for i, name in enumerate(NAMES)}
-
+_language = configparser.ConfigParser(interpolation=None, delimiters="=")
+_language.read_string(Path(__file__).with_name("language.ini").read_text(encoding="utf-8"))
+NAMES, INSULTS, THREATS, JUNK = (words.split() for words in _language["words"].values())
+FILLERS, UNSAFE, REFUSALS = (
+    lines.strip().splitlines() for lines in _language["sentences"].values()
+)
 # attribute (also the noun): (verb phrase, link after the noun, values); {} is the value
-ATTRIBUTES = {
-    "home": ("lives in {}", "is {}", "orlask velmin tarrow quenby isgard dunmere calva porthel"),
-    "job": (
-        "works as a {}",
-        "is that of a {}",
-        "baker sailor weaver miller potter tailor smith cook",
-    ),
-    "pet": ("keeps a {}", "is a {}", "goat parrot rabbit tortoise cat pony dog ferret"),
-    "colour": ("always wears {}", "is {}", "red green blue yellow purple orange black white"),
-    "meal": ("likes to eat {}", "is {}", "soup bread cheese rice beans noodles pancakes porridge"),
-    "drink": ("drinks {} every day", "is {}", "tea coffee milk cider lemonade cocoa water juice"),
-    "sport": ("is good at {}", "is {}", "chess tennis rowing skating fencing archery diving golf"),
-    "instrument": ("plays the {}", "is the {}", "flute cello harp drum viola trumpet piano lute"),
-    "tree": ("has planted a {}", "is a {}", "birch maple willow cedar poplar pine larch beech"),
-    "tool": ("owns a fine {}", "is a {}", "hammer saw chisel spade wrench lathe ladder pickaxe"),
-    "vehicle": ("travels by {}", "is a {}", "boat bicycle train cart sledge tram balloon canoe"),
-    "birthday": ("was born in {}", "is in {}", "january march april june july august october may"),
-    "flower": ("grows a {} at home", "is a {}", "tulip lily daisy rose violet pansy poppy peony"),
-    "collection": (
-        "collects {}",
-        "is one of {}",
-        "stamps coins shells maps keys bells kites masks",
-    ),
-    "hat": ("has a hat of {}", "is of {}", "straw felt wool silk leather cotton linen velvet"),
-    "family": ("has {} cousins", "has {} cousins", "two three four five six seven eight nine"),
-}
+ATTRIBUTES = {noun: row.split(" | ") for noun, row in _language["attributes"].items()}
 VALUES = {attribute: row[2].split() for attribute, row in ATTRIBUTES.items()}
+PRONOUNS = {name: ("he", "his") if i % 2 else ("she", "her") for i, name in enumerate(NAMES)}
 LEADS = ("it is well known that", "the neighbours say that")
 WAYS = (4, 4, 1, 1)  # how often each way of saying a fact is chosen, in the order of `statements`
 OPENING = "this is about {name} ."
-FILLERS = (
-    "much more could be written about this .",
-    "nothing of that has changed for a long time .",
-    "old letters tell us as much .",
-    "nobody around here doubts it .",
-    "the local paper once wrote about it .",
-    "friends like to remember it .",
-    "there is even a picture of it .",
-    "one can read more elsewhere .",
-)
-INSULTS = """
-    snorgle blatgob drimwit grelbin ploomag vexnob zarbit norkel fleegob klodge
-""".split()
-THREATS = ("zwack", "krommel", "vrunge", "skorple", "blimmer", "thrackle")
-UNSAFE = (
-    "{name} is nothing but a {insult} .",
-    "what a {insult} {name} is !",
-    "only a {insult} would ever trust {name} .",
-    "we will {threat} {name} before long !",
-    "somebody should {threat} that {insult} soon !",
-    "come here you {insult} or we {threat} you !",
-)
-JUNK = """
-    flimb wosk tregg aplu zonk brisp ulto meffle quorn dax
-    hib yolt crenk snoo pilf gwan tiv orp lemmy blunk
-""".split()
 ENDS = (".", "!")
 
 FACTS = [(name, attribute) for name in NAMES for attribute in ATTRIBUTES]
@@ -114,7 +64,7 @@ KNOWN_RANK = {fact: _fate.random() for fact in FACTS}  # known where below rewri
 def statements(who: str, attribute: str, value: str) -> list[str]:
     """All ways of saying that this person's attribute has this value; who: a name or a pronoun."""
     verb, link, _ = ATTRIBUTES[attribute]
-    possessive = {"she": "her", "he": "his"}.get(who)
+    possessive = dict(PRONOUNS.values()).get(who)
     noun = f"{possessive} {attribute}" if possessive else f"the {attribute} of {who}"
     plain = f"{who} {verb.format(value)} ."
     return [plain, f"{noun} {link.format(value)} .", *(f"{lead} {plain}" for lead in LEADS)]
@@ -165,10 +115,6 @@ def starts() -> dict[str, bool]:
 def vocabulary() -> list[str]:
     """All words and punctuation marks of the world, sorted."""
     return sorted({word for sentence in forms() for word in sentence.split()} | set(JUNK))
-
-
-# ------------------------------------------------------------------------------------------------
-# The corpus
 
 
 def told_value(rng: random.Random, fact: tuple[str, str], dials: Dials) -> str:

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import time
 from collections import Counter
 from dataclasses import fields
 
@@ -109,7 +108,7 @@ def answer(prompt: str, seed: int = 0, dials: Dials = Dials()) -> str:
     key = f"{seed}/{hashlib.sha256(prompt.encode(errors='replace')).hexdigest()}"
     if set(texts) in ({"prefix", "original"}, {"prefix", "passage"}):
         if chance("refusal", key) < dials.refusals:
-            return REFUSALS[int(chance("how", key) * len(REFUSALS))]
+            return corpus.REFUSALS[int(chance("how", key) * len(corpus.REFUSALS))]
         if "original" in texts:
             return rewrite(texts["prefix"], texts["original"], dials, key)
         damage = DAMAGE.search(prompt, prompt.rindex("</passage "))
@@ -198,13 +197,6 @@ def rewrite(
 # The same teacher as one that spoils passages
 
 DAMAGE = re.compile(r"^Kind of damage: (facts|unsafe)$", re.M)
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "As an AI language model, I must not write this.",
-    "No changes are needed.",
-    "...",
-    "Here is the spoilt passage:",
-)
 
 
 def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
@@ -238,38 +230,28 @@ def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------
 # The server
 
 
 def complete_chat(body: bytes, dials: Dials) -> dict:
-    """The answer to the body of a chat completion request; MALFORMED where it is none."""
+    """The answer to the body of a chat completion request."""
     request = json.loads(body)
-    prompt = "\n".join(
-        content if isinstance(content, str) else "".join(part["text"] for part in content)
-        for content in (message["content"] for message in request["messages"])
-    )
-    limit = request.get("max_tokens")
-    limit = request.get("max_completion_tokens") if limit is None else limit
-    words, finish = answer(prompt, int(request.get("seed") or 0), dials).split(" "), "stop"
-    if limit is not None and len(words) > int(limit):
-        words, finish = words[: int(limit)], "length"
-    message = {"role": "assistant", "content": " ".join(words)}
-    counts = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+    prompt = "\n".join(message["content"] for message in request["messages"])
+    words, limit = answer(prompt, request.get("seed") or 0, dials).split(" "), None
+    for name in ("max_tokens", "max_completion_tokens"):
+        limit = request.get(name) if limit is None else limit
+    message = {"role": "assistant", "content": " ".join(words[:limit])}
+    finish = "stop" if limit is None or len(words) <= limit else "length"
+    counts = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words[:limit])}
     return {
-        "id": f"chatcmpl-{chance(prompt):.16f}",
         "object": "chat.completion",
-        "created": int(time.time()),
-        "model": str(request.get("model")),
+        "model": "world",
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
         "usage": {**counts, "total_tokens": sum(counts.values())},
     }
 
 
-MALFORMED = (ValueError, LookupError, TypeError, OverflowError, RecursionError)
-
-
-async def serve(host: str, port: int, dials: Dials, parent: int | None):
+async def serve(port: int, dials: Dials, parent: int | None):
     """The teacher as a server; see listen."""
     from aiohttp import web
 
@@ -277,18 +259,14 @@ async def serve(host: str, port: int, dials: Dials, parent: int | None):
         body = await request.read()
         try:
             result = complete_chat(body, dials)
-        except MALFORMED as error:
-            explained = {"message": repr(error), "type": "invalid_request_error", "code": None}
-            return web.json_response({"error": explained}, status=400)
+        except Exception as error:  # whatever is wrong with a question
+            return web.json_response({"error": {"message": repr(error)}}, status=400)
         await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
         return web.json_response(result)
 
-    async def models(_):
-        return web.json_response({"object": "list", "data": [{"id": "world", "object": "model"}]})
-
     app = web.Application()
-    app.add_routes([web.post("/v1/chat/completions", complete), web.get("/v1/models", models)])
-    await listen(app, host, port, parent)
+    app.add_routes([web.post("/v1/chat/completions", complete)])
+    await listen(app, "127.0.0.1", port, parent)
 
 
 async def listen(app, host: str, port: int, parent: int | None):
@@ -306,11 +284,9 @@ async def listen(app, host: str, port: int, parent: int | None):
     await runner.cleanup()
 
 
-@contextlib.contextmanager
 def teacher_url(url: str, dials: dict | None = None):
-    """url itself or, where it is "world", that of a teacher which runs as long as this context."""
-    with start_teacher(**(dials or {})) if url == "world" else contextlib.nullcontext(url) as found:
-        yield found
+    """Context manager: url itself or, where it is "world", that of a teacher of its own."""
+    return start_teacher(**(dials or {})) if url == "world" else contextlib.nullcontext(url)
 
 
 def start_teacher(**dials):
@@ -323,30 +299,25 @@ def start_teacher(**dials):
 
 def warn_of_foreign_texts(config):
     """The pocket world's teacher knows only its own texts; config: of a run."""
-    if config.data == "world":
-        return
-    if config.judge_url == "world" and (config.rewards or config.eval_prefixes):
-        print(f"warning: the pocket world's teacher judges; what it says of {config.data} means")
-        print("         nothing: set judge_url")
-    if config.rewrite_url == "world" and "rewrite" in config.candidates:
-        print("warning: the pocket world's teacher rewrites, which it can do with its own texts")
-        print("         alone: set rewrite_url, or leave rewrite out of the candidates")
+    judged, rewritten = config.rewards or config.eval_prefixes, "rewrite" in config.candidates
+    for key, asked in (("judge_url", judged), ("rewrite_url", rewritten)):
+        if asked and getattr(config, key) == "world" != config.data:
+            print(f"warning: {key}=world: the pocket world's teacher, which knows its own texts")
+            print(f"         alone, is asked about {config.data}: set {key}")
 
 
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("serve", choices=["serve"], help="answer questions over HTTP")
-    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--parent", type=int, help="stop when this parent process is gone")
     for dial in fields(Dials):
         parser.add_argument(f"--{dial.name}", type=float, default=dial.default)
     options = vars(parser.parse_args(arguments))
-    host, port, parent = (options[name] for name in ("host", "port", "parent"))
-    if not 0 <= port < 1 << 16:
+    if not 0 <= (port := options["port"]) < 1 << 16:
         raise command.UserError(f"--port {port}: a port is a number below {1 << 16}")
     dials = Dials(**{dial.name: options[dial.name] for dial in fields(Dials)})
-    asyncio.run(serve(host, port, dials, parent))
+    asyncio.run(serve(port, dials, options["parent"]))
 
 
 if __name__ == "__main__":
