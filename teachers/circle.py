@@ -10,7 +10,7 @@ In: nothing; the pocket world and its exact teacher. For each seed, all by train
   3. judge        a cold start on supervised answers, just enough to answer in form; then GRPO
   4. rewriter     the same; unsafe suffixes are rewarded by the judge of step 3, served by serve.py
   5. policy       self-improving pretraining with these two, served, as its only teachers
-Out: OUT/seedN (run folders), a table, OUT/circle.json. Judge, rewriter and policy are evaluated by
+Out: OUT/seedN (run folders), OUT/circle.json. Judge, rewriter and policy are evaluated by
 the exact teacher. What is finished is not done again.
 """
 
@@ -25,31 +25,24 @@ from pathlib import Path
 
 from support import command
 from support.command import UserError, python
-from support.files import markdown, read_jsonl, write_text
+from support.files import write_text
 from support.sources import Skips, records
 from support.tokenizer import from_words
 from teachers.serve import start_server
 from world.corpus import Dials, document, vocabulary
 from world.teacher import rewrite
-from world.truth import examine, quality, read_prefix, safe
+from world.truth import examine, read_prefix, safe
 
 PROMPTS = command.ROOT / "prompts" / "tiny"  # letters and line ends: a small model reads few tokens
 PEOPLE = 6  # a small world: its 96 facts are learned in minutes
 LESSONS = Dials(share_myths=0.0, share_false=0.4, share_unsafe=0.15, share_poor=0.15, people=PEOPLE)
 MARKS = {"sound": "+", "filler": "", "begun": "", "unfinished": ""}  # of any other sentence: -
+LESSON_COUNT = 50_000
 ROWS = dict(quality=12_000, safety=4_000, rewriter=8_000)
 SUPERVISED = dict(objective="nll", candidates="suffix", rewards="")
-NEXT_TOKEN = SUPERVISED | dict(
-    nll_prefix=True,
-    chunk=32,
-    max_seq=96,
-    batch_size=32,
-    max_steps=800,
-    learning_rate=3e-3,
-    warmup_steps=30,
-    eval_prefixes=0,
-)
-GRPO = dict(objective="grpo", candidates="rollouts", save_every=100)
+NEXT_TOKEN = SUPERVISED | dict(nll_prefix=True, chunk=32, max_seq=96, batch_size=32, max_steps=800)
+NEXT_TOKEN |= dict(learning_rate=3e-3, warmup_steps=30, eval_prefixes=0)
+GRPO = dict(objective="grpo", candidates="rollouts", save_every=100, eval_prefixes=1000)
 # An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
 # A higher rate would teach the form sooner, and destroy what the lessons have taught.
 JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=160, batch_size=32, learning_rate=5e-4)
@@ -72,11 +65,10 @@ def run(module: str, *arguments, **flags):
         raise UserError(f"{module} {' '.join(map(str, arguments))} {flags} failed: {said}")
 
 
-def train(module: str, *arguments, out: Path, **flags) -> float:
-    """A run of train.py or teachers/train.py, unless it is finished. -> seconds of its steps."""
+def train(*command_line, out: Path, **flags):
+    """A run of train.py or teachers/train.py, unless it is finished."""
     if not (out / "summary.json").exists():
-        run(module, *arguments, out_dir=out, **flags)
-    return sum(line["seconds.step"] for line in read_jsonl(out / "log.jsonl"))
+        run(*command_line, out_dir=out, **flags)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -102,12 +94,6 @@ def lesson(number: int, seed: int) -> str:
     return text.strip()
 
 
-def write_lessons(path: Path, seed: int, count: int = 50_000):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": lesson(number, seed)}) + "\n" for number in range(count))
-    write_text(path, "".join(lines))
-
-
 # ------------------------------------------------------------------------------------------------
 # 2. Sets
 
@@ -118,8 +104,7 @@ def write_sets(out: Path, seed: int):
     Of unsafe originals one in four: to mend is learned sooner than to copy."""
     for made, count in ROWS.items():
         size = dict(chunk=32, max_seq=64, count=count, seed=seed, dials=f"people={PEOPLE}")
-        run("teachers.sets", made, data="world", out=out, **size)
-    for made in ROWS:
+        run("teachers.sets", made, out=out, **size)
         rows = [row for _, row in records(str(out / f"{made}.train.jsonl.zst"), Skips())]
         kept = [row for row in rows if row.get("safe", True) or int(row["document"], 16) % 4 == 0]
         lines = (json.dumps(row | {"answer": model_answer(row)}) + "\n" for row in kept)
@@ -127,13 +112,11 @@ def write_sets(out: Path, seed: int):
 
 
 def model_answer(row: dict) -> str:
-    if row["task"] != "rewrite":
-        return row["label"]
-    if row["safe"]:
-        return row["original"]
-    able = Dials(rewriter_flaws=0.0)
-    mended = rewrite(row["prefix"], row["original"], able, faults=("unsafe",))
-    return row["original"][: -len(row["original"].lstrip())] + mended
+    if row["task"] != "rewrite" or row["safe"]:
+        return row["original" if row["task"] == "rewrite" else "label"]
+    able, original = Dials(rewriter_flaws=0.0), row["original"]
+    mended = rewrite(row["prefix"], original, able, faults=("unsafe",))
+    return original[: -len(original.lstrip())] + mended
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,72 +124,69 @@ def model_answer(row: dict) -> str:
 
 
 def circle(out: Path, seed: int) -> dict:
-    """All stages of one seed. -> its figures: shares between 0 and 1, seconds."""
-    sets, base = out / "sets", out / "base"
+    """All stages of one seed. -> its figures, shares between 0 and 1."""
+    sets, base, start, policy = (out / name for name in ("sets", "base", "start", "policy"))
     if not (sets / "rewriter.cold.jsonl").exists():
-        write_lessons(out / "lessons.jsonl", seed)
+        sets.mkdir(parents=True, exist_ok=True)
+        lessons = (json.dumps({"text": lesson(n, seed)}) + "\n" for n in range(LESSON_COUNT))
+        write_text(out / "lessons.jsonl", "".join(lessons))
         from_words([*vocabulary(), "SAFE", "UNSAFE"]).save(out / "words")  # a verdict is a token
         write_sets(sets, seed)
     common = dict(seed=seed, prompts=PROMPTS, baseline=False, base_steps=0)
     lessons = dict(data=out / "lessons.jsonl", tokenizer=out / "words", model="world-teacher")
-    seconds = {"lessons": train("train", out=base, **common, **lessons, **NEXT_TOKEN)}
-    seconds["start"] = train("train", out=out / "start", **common, **START)
-
-    def files(made: tuple, which: str) -> str:
-        return ",".join(str(sets / f"{name}.{which}") for name in made)
+    train("train", out=base, **common | lessons | NEXT_TOKEN)
+    train("train", out=start, **common | START)
 
     def teacher(name: str, made: tuple, cold: dict, grpo: dict) -> Path:
         """Cold start, then GRPO. -> the run folder of the latter."""
-        first, second = out / f"{name}_cold", out / name
-        flags = common | SUPERVISED | cold
-        flags |= dict(data=files(made, "cold.jsonl"), eval_prefixes=0, init_from=base / "ckpt")
-        seconds[f"{name}_cold"] = train("teachers.train", name, out=first, **flags)
-        flags = common | GRPO | grpo
-        flags |= dict(data=files(made, "train.jsonl.zst"), eval_prefixes=1000)
-        flags["init_from"] = first / "ckpt"
-        seconds[name] = train("teachers.train", name, out=second, **flags)
-        return second
+        folder = base
+        for stage, ending, flags in (
+            (f"{name}_cold", "cold.jsonl", SUPERVISED | dict(eval_prefixes=0) | cold),
+            (name, "train.jsonl.zst", GRPO | grpo),
+        ):
+            data = ",".join(str(sets / f"{each}.{ending}") for each in made)
+            flags = common | flags | dict(data=data, init_from=folder / "ckpt")
+            folder = out / stage
+            train("teachers.train", name, out=folder, **flags)
+        return folder
 
     judge = teacher("judge", ("quality", "safety"), JUDGE_COLD, JUDGE)
     with start_server(judge / "ckpt") as judge_url:
         asked = dict(judge_url=judge_url, judge_temperature=0.6, judge_top_p=0.6)
         rewriter = teacher("rewriter", ("rewriter",), REWRITER_COLD, REWRITER | asked)
         with start_server(rewriter / "ckpt") as rewrite_url:
-            asked |= dict(rewrite_url=rewrite_url)
-            flags = common | dict(init_from=out / "start" / "ckpt") | POLICY | asked
-            seconds["policy"] = train("train", out=out / "policy", **flags)
-    result = out / "policy" / "evaluation.json"
-    if not result.exists():
-        policy, start = out / "policy" / "ckpt", out / "start" / "ckpt"
-        size = ("--max_seq", 64, "--dials", f"people={PEOPLE}")
-        run("evaluation.evaluate", policy, "--baseline", start, *size, "--out", result)
-    return figures(judge, rewriter, result) | {f"seconds.{k}": v for k, v in seconds.items()}
+            asked |= dict(rewrite_url=rewrite_url, init_from=start / "ckpt")
+            train("train", out=policy, **common | POLICY | asked)
+    if not (policy / "evaluation.json").exists():
+        how = dict(baseline=start / "ckpt", max_seq=64, dials=f"people={PEOPLE}")
+        run("evaluation.evaluate", policy / "ckpt", out=policy / "evaluation.json", **how)
+    return figures(judge, rewriter, policy)
 
 
 # ------------------------------------------------------------------------------------------------
 # What came out
 
 
-def figures(judge: Path, rewriter: Path, result: Path) -> dict:
+def figures(judge: Path, rewriter: Path, policy: Path) -> dict:
     out = {}
-    for name, policy in (("cold", "base"), ("grpo", "method")):
-        found = json.loads((judge / "summary.json").read_text())["policies"][policy]
+    judged, rewrote = (read_json(run / "summary.json") for run in (judge, rewriter))
+    for name, label in (("cold", "base"), ("grpo", "method")):
+        found, texts = judged["policies"][label], rewrote["continuations"][label]["safe"]
         out |= {f"judge.{kind}.{name}": found[kind]["reward"] for kind in ("quality", "safety")}
-        summary = json.loads((rewriter / "summary.json").read_text())
-        texts, rows = summary["continuations"][policy]["safe"], summary["rows"]
-        pairs = list(zip(texts, rows, strict=True))
+        pairs = list(zip(texts, rewrote["rows"], strict=True))
         copied = [text.strip() == row["original"].strip() for text, row in pairs if row["safe"]]
-        mended = [(text, row) for text, row in pairs if not row["safe"]]
         out[f"rewriter.copied.{name}"] = statistics.mean(copied)
-        out[f"rewriter.safe.{name}"] = statistics.mean(safe(text) for text, _ in mended)
-        better = [quality(r["prefix"], t) > quality(r["prefix"], r["original"]) for t, r in mended]
-        out[f"rewriter.better.{name}"] = statistics.mean(better)
-    policies = json.loads(result.read_text())["policies"]
-    for name in ("base", "checkpoint"):
+        mended = [safe(text) for text, row in pairs if not row["safe"]]
+        out[f"rewriter.safe.{name}"] = statistics.mean(mended)
+    for name, kinds in read_json(policy / "evaluation.json")["policies"].items():
         for measure in ("quality", "safety", "factuality"):
-            each = [cell[measure] for cell in policies[name].values()]
+            each = [cell[measure] for cell in kinds.values()]
             out[f"policy.{measure}.{name}"] = statistics.mean(each)
     return out
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str]):
@@ -214,22 +194,16 @@ def main(arguments: list[str]):
     flag.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag.add_argument("--out", type=Path, default=Path("out/circle"))
     options = flag.parse_args(arguments)
+    folders = {seed: options.out / f"seed{seed}" for seed in options.seeds}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {
-            seed: pool.submit(circle, options.out / f"seed{seed}", seed) for seed in options.seeds
-        }
+        runs = {seed: pool.submit(circle, folder, seed) for seed, folder in folders.items()}
         try:
             found = {seed: command.wait(run) for seed, run in runs.items()}
         finally:  # of what failed or was interrupted, no other seed begins
             pool.shutdown(cancel_futures=True)
-    write_text(options.out / "circle.json", json.dumps(found, indent=2) + "\n")
-    rows = [["", "mean", "each seed"]]
-    for name in next(iter(found.values())):
-        scale, digits = (1, 0) if name.startswith("seconds") else (100, 1)
-        each = [scale * row[name] for row in found.values()]
-        shown = [f"{value:.{digits}f}" for value in (statistics.mean(each), *each)]
-        rows.append([name, shown[0], ", ".join(shown[1:])])
-    print(markdown(rows))
+    text = json.dumps(found, indent=2)
+    write_text(options.out / "circle.json", text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

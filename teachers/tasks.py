@@ -46,13 +46,9 @@ class Rows:
         self.rows, skips = [], Skips()
         for name in list_files(source):
             for line, row in records(name, skips):
-                if row.get("task") not in KINDS[teacher]:
-                    raise UserError(
-                        f"{name}:{line}: a {teacher} learns from rows of "
-                        f"{' or '.join(KINDS[teacher])}, made by teachers/sets.py; "
-                        f"this one says task {row.get('task')!r}"
-                    )
-                self.rows.append(json.dumps(check(row, f"{name}:{line}")))
+                if wrong := fault(row, teacher):
+                    raise UserError(f"{name}:{line}: {wrong}")
+                self.rows.append(json.dumps(row))
         if not self.rows:
             raise UserError(f"{source} holds no rows")
         self.rows.sort(key=digest)  # mixes the files: a window of the stream's shuffle may be small
@@ -62,20 +58,18 @@ class Rows:
             yield self.rows[number], {"row": number + 1}
 
 
-def check(row: dict, where: str) -> dict:
-    """The row, if its texts are there and its label is one."""
-    kind = row["task"]
-    lacking = [name for name in SHOWN[kind] if not isinstance(row.get(name), str)]
-    if lacking:
-        raise UserError(f"{where}: the row has no text {', '.join(map(repr, lacking))}")
-    if not isinstance(row.get("answer", ""), str):
-        raise UserError(f"{where}: an 'answer' is a text")
-    if kind == "rewrite" and not isinstance(row.get("safe"), bool):
-        raise UserError(f"{where}: a row of task 'rewrite' says whether its original is 'safe'")
-    if kind != "rewrite" and row.get("label") not in VERDICTS[kind]:
-        labels = ", ".join(VERDICTS[kind])
-        raise UserError(f"{where}: label {row.get('label')!r} is none of {labels}")
-    return row
+def fault(row: dict, teacher: str) -> str:
+    """What is wrong with a row, "" if nothing."""
+    kind, kinds = row.get("task"), KINDS[teacher]
+    if kind not in kinds:
+        return f"a {teacher} learns from rows of task {' or '.join(kinds)}, not {kind!r}"
+    texts = [*SHOWN[kind], *(["answer"] if "answer" in row else [])]
+    if lacking := [name for name in texts if not isinstance(row.get(name), str)]:
+        return f"the row has no text {', '.join(map(repr, lacking))}"
+    if kind == "rewrite":
+        return "" if isinstance(row.get("safe"), bool) else "'safe' must be true or false"
+    labels = f"label {row.get('label')!r} is none of {', '.join(VERDICTS[kind])}"
+    return "" if row.get("label") in VERDICTS[kind] else labels
 
 
 def prompt_of(row: dict, prompts: dict) -> str:
@@ -167,27 +161,24 @@ class TaskRewards:
         return Scores(reward, by_kind, *(tally[n] for n in ("calls", "failed", "absent")), examples)
 
     async def _one(self, row: dict, text: str, tally: Counter) -> dict[str, float]:
-        kind = row["task"]
+        kind, original = row["task"], row.get("original", "")
         if kind != "rewrite":
             label = parse(kind, text)
             right, readable = float(label == row["label"]), float(label is not None)
             return {kind: right, f"{kind}.readable": readable}
-        passage, original = clean(text, row["prefix"], row["original"]), row["original"]
+        passage = clean(text, row["prefix"], original)
         if row["safe"]:
             return {"safe": float(passage == original), "safe.overlap": overlap(passage, original)}
+        quality = safety = 0.0  # of a refusal, or nothing
+        if passage is not None:
+            how = dict(samples=self.judge.samples, tally=tally)
+            pair = self.judge.worth("quality", passage, original, prefix=row["prefix"], **how)
+            quality, safety = await together([pair, self.judge.worth("safety", passage, **how)])
         kept = {"unsafe.overlap": overlap(passage, original)}
-        if passage is None:  # a refusal, or nothing
-            return kept | {"unsafe": 0.0, "unsafe.quality": 0.0, "unsafe.safety": 0.0}
-        how = dict(samples=self.judge.config.judge_samples, tally=tally)
-        pair = self.judge.worth("quality", passage, original, prefix=row["prefix"], **how)
-        quality, safety = await together([pair, self.judge.worth("safety", passage, **how)])
         if np.isnan(quality + safety):
             return kept  # no verdict, no reward
-        return kept | {
-            "unsafe": (quality + safety) / 2,
-            "unsafe.quality": quality,
-            "unsafe.safety": safety,
-        }
+        parts = {"unsafe.quality": quality, "unsafe.safety": safety}
+        return kept | {"unsafe": (quality + safety) / 2} | parts
 
 
 def overlap(passage: str | None, original: str) -> float:
@@ -202,23 +193,17 @@ def overlap(passage: str | None, original: str) -> float:
 
 def held_out_stream(config: Config, teacher: str, tokenizer) -> TaskStream:
     """The rows that teachers/sets.py wrote to *.validation.jsonl.zst beside *.train.jsonl.zst."""
-    names = config.data.split(",")
-    if not all(".train." in name for name in names):
+    if not all(".train." in name for name in config.data.split(",")):
         raise UserError(
             f"data={config.data}: the evaluation of a teacher reads the file named .validation. "
             f"beside each file named .train.; rename it, or set eval_prefixes=0"
         )
-    return TaskStream(
-        Rows(config.data.replace(".train.", ".validation."), teacher),
-        tokenizer,
-        chunk=config.chunk,
-        max_seq=config.max_seq,
-        batch_size=min(64, config.eval_prefixes),
-        epochs=1,
-        prompts=config.prompts,
-        folder=config.init_from,
-        supervised=False,
+    rows = Rows(config.data.replace(".train.", ".validation."), teacher)
+    size = dict(
+        chunk=config.chunk, max_seq=config.max_seq, batch_size=min(64, config.eval_prefixes)
     )
+    how = dict(prompts=config.prompts, folder=config.init_from, supervised=False)
+    return TaskStream(rows, tokenizer, epochs=1, **size, **how)
 
 
 @torch.no_grad()

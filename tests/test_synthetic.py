@@ -1,66 +1,62 @@
 """Synthetic sets: labels are true, nothing leaks, and kill -9 costs no answer and no byte."""
 
+import hashlib
 import json
 import sqlite3
 import subprocess
 import time
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import zstandard
 
 from chat import Answer
 from rewrite import clean
-from support.command import UserError, python
+from support.command import ROOT, UserError, python
 from support.tokenizer import load_tokenizer
 from teachers import sets as synthetic
 from teachers.sets import Sample, read_spoilt
 from world import corpus, teacher
 from world import truth as true
 
-ROOT = Path(__file__).parents[1]
-
-
-SETS = ("quality", "safety", "rewriter")
-
-
-def make(task, out, url):
-    flag = "--rewrite_url" if task == "quality" else "--judge_url"
-    synthetic.main([task, f"--out={out}", "--count=60", "--validation=12", f"{flag}={url}"])
-    sets = []
-    for name in synthetic.HALVES:
-        with zstandard.open(out / f"{task}.{name}.jsonl.zst", "rt", encoding="utf-8") as file:
-            sets.append([json.loads(line) for line in file])
-    return *sets, json.loads((out / f"{task}.counts.json").read_text())["counts"]
+SETS = {  # sha256 of the rows of both halves: those that were published
+    "quality": "072cee9840db4d87",
+    "safety": "129ac3f3ed8bef1b",
+    "rewriter": "a6960a0552c862a0",
+}
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sets")
+    """Name -> (rows for training, rows for validation, counts), of a teacher that errs."""
+    found, out = {}, tmp_path_factory.mktemp("sets")
     with teacher.start_teacher(noise=0.05, refusals=0.2) as url:
-        return {task: make(task, out, url) for task in SETS}
+        for made, published in SETS.items():
+            flag = "--rewrite_url" if made == "quality" else "--judge_url"
+            synthetic.main([made, f"--out={out}", "--count=60", "--validation=12", f"{flag}={url}"])
+            halves = []
+            for half in synthetic.HALVES:
+                with zstandard.open(out / f"{made}.{half}.jsonl.zst", "rt", encoding="utf-8") as f:
+                    halves.append(f.read())
+            assert hashlib.sha256("".join(halves).encode()).hexdigest()[:16] == published
+            rows = [list(map(json.loads, text.splitlines())) for text in halves]
+            found[made] = *rows, json.loads((out / f"{made}.counts.json").read_text())["counts"]
+    return found
 
 
 @pytest.mark.parametrize("damage", synthetic.DAMAGES)
 def test_what_the_world_spoils_is_truly_worse(damage):
-    same = 0
-    clean = corpus.Dials(share_unsafe=0, share_poor=0)
+    same, clean = 0, corpus.Dials(share_unsafe=0, share_poor=0)
     for text, at in islice(corpus.WorldSource(0, clean, "teacher").documents(), 300):
         words = text.split()
         prefix, passage = " ".join(words[:64]), " ".join(words[64:96])
         worse = teacher.spoil(prefix, passage, damage, str(at))
-        assert worse == teacher.spoil(prefix, passage, damage, str(at))
         assert len(worse.split()) == len(passage.split())
-        if worse == passage:
-            same += 1
-            continue
-        assert true.quality(prefix, worse) < true.quality(prefix, passage) - 0.01
-        assert true.safe(worse) == (damage == "facts")
-        if damage == "facts":
-            shares = [true.true_share(prefix, each) or 0 for each in (passage, worse)]
-            assert shares[1] < shares[0]
+        same += worse == passage
+        if worse != passage:
+            assert true.quality(prefix, worse) < true.quality(prefix, passage) - 0.01
+            assert true.safe(worse) == (damage == "facts")
     assert same < 0.1 * 300
 
 
@@ -75,31 +71,30 @@ def test_pairs_are_labelled_truly_and_shown_in_both_orders(sets):
         assert bad < good and len(one["a"].split()) == len(one["b"].split())
         assert one["damage"] != "unsafe" or not true.safe(one["b"])
     assert min(damages.values()) > 10 and set(damages) == set(synthetic.DAMAGES)
-    found = {"refused", "no passage", "unchanged", "spoilt passage"}
-    assert {what.removeprefix("answers: ") for what in counts} > found
+    assert counts["answers: no passage"] and counts["answers: unchanged"]
 
 
-def test_labels_of_safety_are_unanimous_true_and_balanced(sets):
-    for task in ("safety", "rewriter"):
-        train, validation, counts = sets[task]
-        assert counts["dropped: not unanimous"] > 10
-        for rows in (train, validation):
-            safe = [row["label"] == "SAFE" if task == "safety" else row["safe"] for row in rows]
-            assert sum(safe) * 2 == len(rows) == (60 if rows is train else 12)
-            for row, is_safe in zip(rows, safe, strict=True):
-                text = row["text" if task == "safety" else "original"]
-                assert true.safe(text) == is_safe and text == text.rstrip()
-                if task == "rewriter":  # an exact copy is recognised as one
-                    assert clean(text.strip(), row["prefix"], text) == text
+@pytest.mark.parametrize("made, key", [("safety", "text"), ("rewriter", "original")])
+def test_labels_of_safety_are_unanimous_true_and_balanced(sets, made, key):
+    *halves, counts = sets[made]
+    assert counts["dropped: not unanimous"] > 10
+    for rows, size in zip(halves, (60, 12), strict=True):
+        safe = [row["label"] == "SAFE" if made == "safety" else row["safe"] for row in rows]
+        assert sum(safe) * 2 == len(rows) == size
+        for row, is_safe in zip(rows, safe, strict=True):
+            text = row[key]
+            assert true.safe(text) == is_safe and text == text.rstrip()
+            if made == "rewriter":  # an exact copy is recognised as one
+                assert clean(text.strip(), row["prefix"], text) == text
 
 
 def test_no_document_is_trained_on_and_validated_on_and_rows_say_where_they_are_from(sets):
     train, validation = (
-        {row["document"] for task in sets for row in sets[task][half]} for half in (0, 1)
+        {row["document"] for made in sets for row in sets[made][half]} for half in (0, 1)
     )
     assert train and validation and not train & validation
-    for task, key in (("quality", "a"), ("safety", "text"), ("rewriter", "original")):
-        rows = [*sets[task][0], *sets[task][1]]
+    for made, key in (("quality", "a"), ("safety", "text"), ("rewriter", "original")):
+        rows = [*sets[made][0], *sets[made][1]]
         assert len({row[key] for row in rows}) == len(rows)
         assert {"document", "source", "model", "prompt_hash", "seed"} < set(rows[0])
 
@@ -114,17 +109,13 @@ TRUE = SUFFIX.strip()
         (TRUE.replace("two", "nine"), ""),
         (f"Here is the spoilt passage:\n\n{TRUE.replace('corn', 'sand')}", ""),
         (f"The mill stands in {TRUE.replace('two', 'nine')}, and more", ""),
-        (f"{TRUE}.", "unchanged"),
-        (TRUE.upper(), "unchanged"),
         (f"{TRUE} or nine", "unchanged"),  # as far as it is as long
         (TRUE.replace("two hundred years", ""), "unchanged"),  # but cut
         ("Orlask has ground corn for nine", "another length"),
         (f"{TRUE} {TRUE}", "another length"),
         ("They sang songs of the wide sea until dawn broke cold", "another text"),
-        ("I'm sorry, but I can't write that.", "refused"),
-        ("As an AI, I won't.", "refused"),
+        ("I'm sorry, but I can't write that.", "no passage"),
         ("Here is the spoilt passage:", "no passage"),
-        ("No changes are needed.", "no passage"),
         (None, "no answer (length)"),
     ],
 )
@@ -175,13 +166,12 @@ def wait_for_answers(path, least):
 
 def test_parts_take_turns_and_name_their_source(tmp_path):
     for part, count in (("a", 3), ("b", 1)):
-        lines = [
-            {"text": f"{part}{n}", "meta": {"redpajama_set_name": f"RedPajama{part}"}}
-            for n in range(count)
-        ]
-        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    names = ",".join(str(tmp_path / f"{part}.jsonl") for part in "ab")
-    options = synthetic.parse(["quality", f"--data={names}", "--out=x"])
+        about = {"meta": {"redpajama_set_name": f"RedPajama{part}"}}
+        lines = [json.dumps({"text": f"{part}{n}"} | about) for n in range(count)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    options = synthetic.parse(
+        ["quality", f"--data={tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--out=x"]
+    )
     read = list(synthetic.documents(options))
     assert [text for text, _ in read] == ["a0", "b0", "a1", "a2"]
     assert read[1][1] == {"source": "RedPajamab"}
@@ -206,5 +196,5 @@ def test_bad_input_is_one_line(tmp_path, flags, words):
 
 def test_a_teacher_that_always_refuses_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "PATIENCE", 50)
-    with pytest.raises(UserError, match="no row .*refused"):
+    with pytest.raises(UserError, match="no row .*no passage"):
         synthetic.main(["quality", f"--out={tmp_path}", "--count=16", "--dials=refusals=1"])
