@@ -299,10 +299,10 @@ def main(arguments: list[str]):
     how = device, out.parent / "generations.jsonl", args.chunk, args.max_seq
     ours = Checkpoint(args.checkpoint, *how)
     base = Checkpoint(args.baseline, *how) if args.baseline else ours
-    policies = dict(base=base, checkpoint=ours)
     scores = {}
     if args.harness:
-        scores = {n: harness.scores_of(p.folder, args.harness) for n, p in policies.items()}
+        folders = dict(base=base.folder, checkpoint=ours.folder)
+        scores = {name: harness.scores_of(f, args.harness) for name, f in folders.items()}
     if warning := same_judge(args.checkpoint, args.judge_url, args.judge_model):
         print(warning, file=sys.stderr)
     if args.judge_url == "world" and (args.data not in ("world", "none") or args.named):
@@ -315,13 +315,13 @@ def main(arguments: list[str]):
         teacher_url(args.judge_url, parse_dials(args.dials)) as url,
         Chat(url, args.judge_model, cache=out.parent / record) as chat,
     ):
-        how = Config(prompts=args.prompts, judge_max_tokens=args.judge_max_tokens)
-        judge = Judge(chat, how)
+        asked = Config(prompts=args.prompts, judge_max_tokens=args.judge_max_tokens)
+        judge = Judge(chat, asked)
         sets = sets_of(args, ours.tokenizer)
         theirs = sets_for(base.tokenizer, ours.tokenizer, sets, args.max_seq - args.chunk)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            asked = {"base": theirs, "checkpoint": sets}
-            written = {name: write(asked[name], p.write_batch) for name, p in policies.items()}
+            written = {"base": write(theirs, base.write_batch)}
+            written["checkpoint"] = write(sets, ours.write_batch)
         values = judged(written, sets, judge, args.suites, args.seeds)
     known = harness.factuality(scores) if "factuality" in args.suites else {}
     everything = {name: found | known.get(name, {}) for name, found in values.items()}

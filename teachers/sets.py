@@ -51,7 +51,6 @@ HELD_OUT = 0.125  # share of the documents
 LENGTH = (0.7, 1.4)  # words of a spoilt passage for each of the original's
 KEPT = 0.5  # share of the words that a spoilt passage has to keep, or it is another text
 TRIES = 2  # at a spoilt passage
-SAMPLING = dict(temperature=1.0, top_p=1.0)
 AT_ONCE = (16, 512)  # samples that are asked about together, at least and at most
 PATIENCE = 2000  # samples in a row without a row before the corpus or the teacher is refused
 
@@ -128,8 +127,7 @@ class Maker:
     """`make(sample, wanted classes)`, and the classes of which a set holds equally many rows."""
 
     def __init__(self, chat, options, tokenizer, fates: Counter):
-        how = {f"judge_{name}": value for name, value in SAMPLING.items()}
-        self.judge = Judge(chat, Config(prompts=options.prompts, seed=options.seed, **how))
+        self.judge = Judge(chat, Config(prompts=options.prompts, seed=options.seed))
         self.options, self.tokenizer, self.fates = options, tokenizer, fates
         pairs = options.made == "quality"
         self.classes = ("pair",) if pairs else ("SAFE", "UNSAFE")
@@ -143,7 +141,7 @@ class Maker:
         question, reason = render(self.judge.prompts["spoil"], **texts), ""
         for attempt in range(TRIES):
             asked = question_seed(seed, question, attempt)
-            how = SAMPLING | dict(seed=asked, max_tokens=4 * self.options.chunk)
+            how = self.judge.sampling | dict(seed=asked, max_tokens=4 * self.options.chunk)
             answer = await self.judge.chat.ask(question, **how)
             text, reason = read_spoilt(answer, sample, self.tokenizer)
             self.fates[f"answers: {reason or 'spoilt passage'}"] += 1

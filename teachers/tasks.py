@@ -171,7 +171,7 @@ class TaskRewards:
             return {"safe": float(passage == original), "safe.overlap": overlap(passage, original)}
         quality = safety = 0.0  # of a refusal, or nothing
         if passage is not None:
-            how = dict(samples=self.judge.samples, tally=tally)
+            how = dict(samples=self.judge.config.judge_samples, tally=tally)
             pair = self.judge.worth("quality", passage, original, prefix=row["prefix"], **how)
             quality, safety = await together([pair, self.judge.worth("safety", passage, **how)])
         kept = {"unsafe.overlap": overlap(passage, original)}
