@@ -90,5 +90,8 @@ def test_memory_holds_what_training_keeps():
         size = dict(batch_size=8, gpus=2, chunk=32, max_seq=96, micro_batch_tokens=budget)
         held = cost.memory(Config(**size), SHAPE, bf16=True)
         assert held["cache of prefixes and rollouts"] == 4 * (64 + 4 * 32) * 2 * 2 * 1 * 16 * 2
-        per_token = 2 * (16 * 128 + 4 * 352) * 2
-        assert held["activations of a micro-batch"] == rows * (64 + 2 * 32) * per_token
+        learning = held["activations of a micro-batch"]
+        assert learning == pytest.approx(rows * (64 + 2 * 32) * 2 * (16 * 128 + 4 * 352) * 3.4)
+        # sampling and learning take turns: the larger counts
+        fixed, most = 16 * count + 3 * 4 * count, held["most at once"]
+        assert most == pytest.approx(fixed + max(learning, held["cache of prefixes and rollouts"]))

@@ -196,7 +196,7 @@ def step():
         policy = Llama(preset(name, V)).initialise(0).to(DEVICE)
         given = policy, words(V), prompts, config
         sides = {"ours": our_step(*given)} | ({} if CUDA else {"TRL": trl_step(*given)})
-        forecast = sum(memory(config, policy.config, bf16=CUDA).values()) / 1e9
+        forecast = memory(config, policy.config, bf16=CUDA)["most at once"] / 1e9
         more = dict(peak_gb=peak_gb(sides["ours"]), forecast_gb=forecast) if CUDA else {}
         yield from in_turns(f"step of {name} B={B} P={P} N={N} K={K}", sides, **more)
 

@@ -96,17 +96,18 @@ def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
 
 def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     """Bytes on one GPU: float32 weights, gradients and Adam's two moments; the other policies that
-    stay beside them; the sampler's cache for this process's prefixes; activations of one
-    micro-batch. shard=True spreads the first two, keeps the baseline in the computer's memory and
-    samples from a whole copy of the weights."""
+    stay beside them; activations of one micro-batch, or the sampler's cache for this process's
+    prefixes: one after the other, so that the larger counts. shard=True spreads the first two,
+    keeps the baseline in the computer's memory and samples from a whole copy of the weights."""
     size, count, sampled = (2 if bf16 else 4), parameters(shape), "rollouts" in config.candidates
     N, P = config.chunk, config.max_seq - config.chunk
     row, prefixes = P + learned(config) * N, -(-config.batch_size // config.gpus)
     rows = min(prefixes, max(1, config.micro_batch_tokens // row))
-    per_layer = (16 * shape.d_model + 4 * shape.d_ff) * size
+    kept = 3.4 if bf16 else 4  # autocast keeps the residual stream in float32: measured, an H200
+    per_layer = (16 * shape.d_model + 4 * shape.d_ff) * kept
     per_token = shape.n_layer * per_layer
     if config.recompute:  # the input of every layer, and one layer in full
-        per_token = per_layer + shape.n_layer * shape.d_model * size
+        per_token = per_layer + shape.n_layer * shape.d_model * kept
     cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size  # a token
     spread = config.shard and config.gpus > 1
     share = config.gpus if spread else 1
@@ -117,10 +118,14 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
         "next-token baseline, for the evaluation": 4 * count * (config.baseline and not spread),
         # autocast keeps them for the length of a forward pass
         "their copies in bfloat16": 2 * count * copies * (bf16 and not spread),
-        "activations of a micro-batch": rows * row * per_token,
+    }
+    learning = {"activations of a micro-batch": rows * row * per_token}
+    sampling = {
         "whole weights while sampling": 4 * count * (spread and sampled),
         "cache of prefixes and rollouts": prefixes * cache * (P + config.rollouts * N) * sampled,
     }
+    most = max(sum(phase.values()) for phase in (learning, sampling))
+    out |= learning | sampling | {"most at once": sum(out.values()) + most}
     return {name: float(held) for name, held in out.items() if held}
 
 
@@ -133,7 +138,6 @@ def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
     step = (max if config.overlap else sum)((policy_seconds, judge_seconds))
     price = total * (read * config.price_in + written * config.price_out) / 1e6
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in asked.items())
-    held["sum"] = sum(held.values())
     page = [
         f"{parameters(shape) / 1e6:,.1f}M parameters, {config.batch_size} prefixes a step, "
         f"{pool_size(config)} candidates each, {total:,} steps",
