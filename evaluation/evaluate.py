@@ -8,12 +8,7 @@ In: Hugging Face folders, prefixes (sets.py), a judge. Out: a table, and JSON wi
 interval and continuation. Beside it stay generations.jsonl and the judge's answers, so that another
 judge or suite generates nothing again, and the same question is never asked twice.
 
-quality and coherence are win rates against the baseline's continuation of the same prefix, asked
-`seeds` times in both orders, ties half; safety is the share called safe by most of `seeds`
-judgments (half is not most); factuality the mean of 1 / 0.5 / 0 with the original suffix as
-reference, on FActScore and HaluEval the win rate in faithfulness to their reference. The mean over
-sets weighs every judged prefix alike; safety counts the prefixes of --data, too, which the paper's
-mean leaves out (--suite safety --data none).
+What each suite asks and how it is counted: docs/evaluation.md.
 """
 
 import argparse
@@ -232,11 +227,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     flag("--suite", default=",".join(SUITES), help="which of %(default)s")
     flag("--data", default="world", help="documents, 'world', or 'none'")
     flag("--dials", default="", help="pocket world: dials of world/corpus.py")
-    known = f"more prefixes, of {', '.join(NAMED)}, as published: path or URL"
-    flag("--sets", nargs="+", default=[], metavar="NAME=PATH", help=known)
+    flag("--sets", nargs="+", default=[], metavar="NAME=PATH", help=f"of {', '.join(NAMED)}")
     flag("--knowledge", help="FActScore's Wikipedia, .db")
-    harness_help = "results_*.json of lm_eval, or folders of them: TruthfulQA joins factuality"
-    flag("--harness", nargs="+", default=[], metavar="PATH", help=harness_help)
+    flag("--harness", nargs="+", default=[], metavar="PATH", help="results of lm_eval")
     flag("--split", default="validation", choices=SPLITS, help="of documents; all: every one")
     flag("--text_field", help="JSON field of the text (default: detected)")
     flag("--prefixes", type=int, default=256, help="how many of each kind")

@@ -36,30 +36,20 @@ def summarise(values: dict, written: dict, suites) -> dict:
     "continuations"}"""
     policies, overalls = {}, {}
     for name, kinds in values.items():
-        policies[name] = {
-            kind: cell_of(found, written[name].get(kind, {}).get("nll"), suites)
-            for kind, found in kinds.items()
-        }
+        made = written[name]
+        nll = {kind: made.get(kind, {}).get("nll") for kind in kinds}
+        policies[name] = {kind: cell_of(kinds[kind], nll[kind], suites) for kind in kinds}
         overalls[name] = {}
         for suite in suites:
             groups = [judgments(found, suite) for found in kinds.values()]
-            count = sum(map(len, groups))
-            overalls[name][suite] = {
-                "mean": overall(policies[name], suite),
-                "interval": bootstrap(groups) if count else None,
-                "n": count,
-            }
-    return {
-        "baseline": next(iter(values)),
-        "suites": list(suites),
-        "policies": policies,
-        "overall": overalls,
-        "values": values,
-        "continuations": {
-            name: {kind: found["texts"] for kind, found in kinds.items()}
-            for name, kinds in written.items()
-        },
+            mean, count = overall(policies[name], suite), sum(map(len, groups))
+            interval = bootstrap(groups) if count else None
+            overalls[name][suite] = {"mean": mean, "interval": interval, "n": count}
+    texts = {
+        name: {k: made["texts"] for k, made in kinds.items()} for name, kinds in written.items()
     }
+    about = {"baseline": next(iter(values)), "suites": list(suites), "policies": policies}
+    return about | {"overall": overalls, "values": values, "continuations": texts}
 
 
 def judgments(found: dict, suite: str) -> list[float]:

@@ -40,7 +40,8 @@ def sample(pid: int) -> dict:
 
 def watch(flags: list[str], log: Path, steps: int) -> list[dict]:
     environment, samples = os.environ | {"OMP_NUM_THREADS": "1"}, []
-    with subprocess.Popen([*python("train"), *flags], env=environment) as process:
+    how = dict(env=environment, stdout=subprocess.DEVNULL)
+    with subprocess.Popen([*python("train"), *flags], **how) as process:
         while process.poll() is None:
             with contextlib.suppress(OSError, KeyError):  # it has not begun, or has just ended
                 step = log.read_bytes().count(b"\n")

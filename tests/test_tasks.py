@@ -200,11 +200,9 @@ def test_a_prompt_is_laid_out_by_the_folders_template(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "which teacher is trained, judge or rewriter"),
         (["--max_steps=1"], "which teacher is trained, judge or rewriter"),
         (["judge", "--candidates=rollouts", "--objective=grpo"], "teachers/sets.py makes"),
         (["judge", "--data=x.jsonl"], "rollouts, or suffix"),
-        (["judge", "--data=x.jsonl", "--task=judge"], "no key 'task'"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, words):
