@@ -531,12 +531,12 @@ def _attention_backward(grad, q, k, v, out, lse, pad, prefix: int, length: int, 
     dq, dk, dv, delta = _token_major(q), _token_major(k), _token_major(k), torch.empty_like(lse)
     inputs = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     sizes = [H, H // Hkv, T, prefix, max(length, 1), scale * LOG2E]
-    config = _config("backward_query", D)
+    config = _config("backward_query", D)  # 1. dQ and delta: a program a tile of queries
     _backward_query[(_tiles(prefix, T, config["BM"]) * B * H,)](
         q, k, v, out, grad, lse, delta, dq, pad, *inputs, *out.stride()[:3], *grad.stride()[:3],
         *sizes, **config,
     )  # fmt: skip
-    config = _config("backward_key", D)
+    config = _config("backward_key", D)  # 2. dK and dV: a program a tile of keys, all G heads
     _backward_key[(_tiles(prefix, T, config["BN"]) * B * Hkv,)](
         q, k, v, grad, lse, delta, dk, dv, pad, *inputs, *grad.stride()[:3], *dk.stride()[:3],
         *sizes, **config,
@@ -545,10 +545,9 @@ def _attention_backward(grad, q, k, v, out, lse, pad, prefix: int, length: int, 
 
 
 def _decode(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, scale: float):
-    B, K, H, D = q.shape
-    Hkv, P = k_prefix.shape[1:3]
+    (B, K, H, D), (Hkv, P) = q.shape, k_prefix.shape[1:3]
     R = K * (H // Hkv)  # rows that share a kv head's prefix
-    config = _config("decode_prefix", D)
+    config = _config("decode_prefix", D)  # 1. the prefix, for BM of the R rows and a split
     rows = -(-R // config["BM"])
     fill = 2 * cores(q) // max(B * Hkv * rows, 1)  # tiles for every processor
     splits = min(-(-P // config["BN"]), max(fill, 1))
@@ -559,7 +558,7 @@ def _decode(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled, scale: float):
             q, k_prefix, v_prefix, part, lse, pad, *q.stride()[:3], *k_prefix.stride()[:3],
             *v_prefix.stride()[:3], Hkv, H // Hkv, R, P, scale * LOG2E, **config,
         )  # fmt: skip
-    out, config = q.new_empty(B, K, H, D), _config("decode_own", D)
+    out, config = q.new_empty(B, K, H, D), _config("decode_own", D)  # 2. on to the own keys
     _decode_own[B * Hkv, K, -(-H // Hkv // config["BM"])](
         q, k_cont, v_cont, part, lse, filled, out, *q.stride()[:3], *k_cont.stride()[:4],
         *v_cont.stride()[:4], Hkv, H // Hkv, splits, scale * LOG2E, **config,

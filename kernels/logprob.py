@@ -231,7 +231,7 @@ def _logprob(hidden, weight, targets, temperature: float):
     rows, columns = -(-T // config["BT"]), -(-V // config["BV"])
     tiles = -(-columns // max(4 * cores(hidden) // rows, 1))  # a program's: about 4 waves
     splits = -(-columns // tiles)
-    lse, logit = hidden.new_empty(2, splits, T, dtype=torch.float32)
+    lse, logit = hidden.new_empty(2, splits, T, dtype=torch.float32)  # [splits, T]
     _logprob_forward[rows, splits](
         hidden, weight, targets, lse, logit, T, V, dim, dim, dim, tiles, LOG2E / temperature,
         **config,
@@ -249,12 +249,12 @@ def _logprob_grad(g_logp, hidden, weight, targets, lse, temperature: float):
     work, h = hidden.new_empty(T, size, dtype=kind), hidden.to(kind)
     dh, dw = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(weight)
     for first in range(0, V, size):
-        end = min(first + size, V)
+        end = min(first + size, V)  # 1. d logits of a slice of the vocabulary
         _logprob_backward[-(-T // config["BT"]), -(-(end - first) // config["BV"])](
             hidden, weight, targets, lse, g_logp, work, T, V, dim, dim, dim, first, end, size,
             1 / temperature, **config,
         )  # fmt: skip
-        dz = work[:, : end - first]
+        dz = work[:, : end - first]  # 2. [T, slice], and two products of it
         dh += dz @ weight[first:end].to(kind)
         dw[first:end] = dz.T @ h
     return dh.to(hidden.dtype), dw
