@@ -68,19 +68,9 @@ def test_a_command_is_taken(command, parse):
         parse(file.removesuffix(".py").replace("/", "."), arguments)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "tools.replay RUN --samples 3",  # tools.bench_judge's
-        "teachers.sets quality --out=sets --votes=8",  # that of safety
-        "tools.sample CKPT PREFIX --tokens=many",
-        "teachers.train judge --data=sets --task=judge",
-    ],
-)
-def test_a_flag_of_another_command_is_refused(command, parse):
-    module, *arguments = command.split()
-    with pytest.raises((SystemExit, configuration.UserError)):
-        parse(module, arguments)
+def test_a_flag_of_another_command_is_refused(parse):
+    with pytest.raises(SystemExit):
+        parse("tools.replay", ["RUN", "--samples", "3"])  # tools.bench_judge's
 
 
 def test_links_lead_somewhere():
