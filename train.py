@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import json
 import os
-import shutil
 import sqlite3
 import sys
 from collections import deque
@@ -54,9 +53,7 @@ from support.files import write_text
 from support.runlog import Clock, RunLog, settle
 from support.sources import list_files
 from support.tokenizer import load_tokenizer
-from update import describe, make_optimizer, pick, update
-
-BAD_STEPS = 5  # updates in a row that are not finite end a run
+from update import describe, keep_bad_batch, make_optimizer, pick, update
 
 
 def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic=dict, state=None):
@@ -158,24 +155,13 @@ class Progress:
         self.last_save = self.step
 
     def next_step(self, not_finite: float, reward, picked):
-        """The oldest pool is done with. UserError after BAD_STEPS updates that were not finite;
-        what each of them learned from is kept."""
+        """The oldest pool is done with; what an update that was not finite learned from is kept."""
         pool = self.pools.popleft()
-        self.at, self.step = pool.batch.state, self.step + 1
         self.bad = self.bad + 1 if not_finite else 0
-        if not self.bad:
-            return
-        folder = self.folder / "bad_batches"
-        folder.mkdir(exist_ok=True)
-        kept = {"step": self.step - 1, "pool": pack(pool), "reward": reward, "picked": vars(picked)}
-        torch.save(kept, folder / f"step_{self.step - 1:06d}_process_{rank()}.pt")
-        with agreement():
-            if self.bad == BAD_STEPS:
-                raise UserError(
-                    f"{self.bad} updates in a row were not finite and were skipped, the last at "
-                    f"step {self.step}: look at {folder}, or go on with --init_from=resume and a "
-                    "lower --learning_rate"
-                )
+        if not_finite:
+            with agreement():
+                keep_bad_batch(self.folder, self.step, self.bad, pack(pool), reward, picked)
+        self.at, self.step = pool.batch.state, self.step + 1
 
 
 def write_folder(policy, tokenizer, folder: Path):
@@ -189,9 +175,7 @@ def write_folder(policy, tokenizer, folder: Path):
 def open_inputs(config: Config):
     """The tokenizer. What the config names and is not there is an error before the run folder, in
     which another run may lie, is touched."""
-    compiler, name = os.environ.get("CXX", "g++"), config.tokenizer
-    if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
-        raise UserError(f"compile=True needs a C++ compiler, there is no {compiler}: install one")
+    name = config.tokenizer
     load_prompts(config.prompts)
     if config.init_from == "scratch":
         preset(config.model, vocab_size=1)

@@ -5,6 +5,7 @@ In: a Pool and its rewards. Out: a changed policy, and what the log tells of the
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,10 @@ from candidates import Pool, autocast, statistics
 from config import Config, needs_reference
 from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
 from rollout import uniforms
-from support.distributed import all_sum, gather, is_sharded, whole
+from support.command import UserError
+from support.distributed import all_sum, gather, is_sharded, rank, whole
+
+BAD_STEPS = 5  # updates in a row that are not finite end a run
 
 
 def whole_documents(prefix, pad, continuation, lengths):
@@ -185,6 +189,21 @@ def describe(step: int, pool: Pool, scores, picked: Picked, metrics: dict, confi
         empty = math.nan if name.startswith(("reward", "loss")) else total  # no row is no loss
         line[name] = total / count if count else empty
     return line
+
+
+def keep_bad_batch(run: Path, step: int, bad: int, pool: dict, reward, picked: Picked):
+    """Save what an update that was not finite learned from; UserError at the BAD_STEPS-th in a row.
+
+    bad: how many there were in a row; pool: packed."""
+    folder = run / "bad_batches"
+    folder.mkdir(exist_ok=True)
+    kept = {"step": step, "pool": pool, "reward": reward, "picked": vars(picked)}
+    torch.save(kept, folder / f"step_{step:06d}_process_{rank()}.pt")
+    if bad == BAD_STEPS:
+        raise UserError(
+            f"{bad} updates in a row were not finite and were skipped, the last at step {step + 1}:"
+            f" look at {folder}, or go on with --init_from=resume and a lower --learning_rate"
+        )
 
 
 def learning_rate(step: int, config: Config) -> float:
