@@ -1,5 +1,6 @@
 """The whole path on the pocket world: what a run leaves, how it goes on, and clear ends."""
 
+import functools
 import json
 import re
 import signal
@@ -16,7 +17,7 @@ import config as configuration
 import train
 from evaluation import evaluate
 from model import load_model
-from support import runlog
+from support import distributed, runlog
 from support.command import ROOT, UserError
 from support.tokenizer import load_tokenizer
 from world import teacher
@@ -139,6 +140,29 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
     for again in ([], ["--init_from=resume"]):
         done = run(out, *flags, *again, code=1)
         assert f"error: {out}/config.json is damaged" in done.stderr
+
+
+def test_places_that_cannot_be(tmp_path, monkeypatch):
+    """The current folder as a run folder that is not empty, RANK alone, ~ and rows of a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(vars(configuration.Config(seed=1))))
+    config = configuration.Config(out_dir=".")
+    other = functools.partial(configuration.differences, config)
+    with pytest.raises(UserError, match="current folder: choose --out_dir"):
+        runlog.settle(Path("."), vars(config), other, resume=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        with pytest.raises(UserError, match="RANK is set without WORLD_SIZE.*torchrun"):
+            distributed.start("cpu", 1.0)
+    monkeypatch.setenv("HOME", "/somewhere")
+    found, _ = configuration.parse(["--out_dir=~/run", "--data=~/a,/b", "--init_from=~/model"])
+    assert (found.out_dir, found.data) == ("/somewhere/run", "/somewhere/a,/b")
+    assert found.init_from == "/somewhere/model"
+    table = str(ROOT / "configs" / "table6.py")
+    with pytest.raises(UserError, match="no row 'dpo_suffix_pivo'; the nearest is 'dpo_suffix_piv"):
+        configuration.parse([f"{table}:dpo_suffix_pivo"])
+    with pytest.raises(UserError, match="holds rows: say .*:ROW, one of"):
+        configuration.parse([table])
 
 
 @pytest.mark.parametrize(
