@@ -160,30 +160,28 @@ def repeated_share(ids: list) -> float:
 
 def example(pool: Pool, scores) -> str:
     """One prefix, its candidates with their rewards, and a verdict of each kind: look at it."""
-    out, named, kinds = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"], {}, set()
+    out, named = [f"    prefix   {pool.batch.prefix_text[0][-300:]!r}"], {}
     rows = zip(pool.sources, pool.texts[0], scores.reward[0].tolist(), strict=True)
     for n, (source, text, value) in enumerate(rows):
         out.append(f"    {source:8} {value:5.2f}  {text!r}")
-        number = pool.sources[: n + 1].count(source)
-        named.setdefault(text, f"{source} {number}")
+        named.setdefault(text, f"{source} {pool.sources[: n + 1].count(source)}")
+    firsts: dict = {}
     for seen in scores.examples:
-        if seen["kind"] not in kinds:
-            kinds.add(seen["kind"])
-            shown = " against ".join(named.get(text, "?") for text in seen["candidates"])
-            out.append(f"    {seen['kind']} of {shown}: {seen['verdict']}: {seen['answer']!r}")
+        firsts.setdefault(seen["kind"], seen)
+    for seen in firsts.values():
+        shown = " against ".join(named.get(text, "?") for text in seen["candidates"])
+        out.append(f"    {seen['kind']} of {shown}: {seen['verdict']}: {seen['answer']!r}")
     return "\n".join(out)
 
 
 def pack(pool: Pool) -> dict:
     """A pool as plain values and tensors, for the checkpoint of an overlapped run."""
-    kept = ("tokens", "lengths", "old", "texts", "sources")
-    return {name: getattr(pool, name) for name in kept} | {"batch": vars(pool.batch)}
+    return {**vars(pool), "batch": vars(pool.batch), "scores": None}
 
 
 def unpack(saved: dict) -> Pool:
     """The Pool that `pack` was given, on the CPU and not yet asked about."""
-    fields = {name: value for name, value in saved.items() if name != "batch"}
-    return Pool(batch=Batch(**saved["batch"]), **fields)
+    return Pool(**{**saved, "batch": Batch(**saved["batch"])})
 
 
 def autocast(config: Config, device: torch.device):

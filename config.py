@@ -6,6 +6,7 @@ Out: one Config. An unknown key or row is an error that names the nearest one, a
 type says what was expected; the resolved config is written to the run folder.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -35,15 +36,12 @@ class Config:
     max_steps: int = key(100, "updates by the method, and as many by the next-token baseline")
     init_from: str = key("scratch", "'scratch', a Hugging Face folder, hf://owner/name, 'resume'")
     model: str = key("world", "shape for init_from=scratch: a preset of model.py")
-    tokenizer: str = key(
-        "auto", "folder, tokenizer.json, tiktoken name, 'world'; auto: init_from's"
-    )
+    tokenizer: str = key("auto", "folder with tokenizer.json, hf://..., 'world'; auto: init_from's")
     device: str = key("auto", "'auto', 'cpu', 'cuda' or 'mps'")
     dtype: str = key("auto", "float32, or bfloat16 autocast; auto: bfloat16 on CUDA only")
     save_every: int = key(25, "steps between checkpoints (one is also written at the end)")
     keep: int = key(2, "checkpoints kept")
     example_every: int = key(20, "steps between printed example candidates with their verdicts")
-
     track: str = key("auto", "tensorboard, wandb; auto: the first, if installed")
 
     data: str = key("world", "path, glob, folder or URL of documents, or 'world'", "Data")
@@ -54,9 +52,7 @@ class Config:
     batch_size: int = key(32, "prefixes a step, over all processes")
     dials: str = key("", "pocket world only, of world/corpus.py, e.g. 'share_unsafe=0.5,noise=0.1'")
 
-    base_steps: int = key(
-        1200, "next-token steps before the method, from scratch", "Base and baseline"
-    )
+    base_steps: int = key(1200, "next-token steps from scratch before the method", "Base, baseline")
     base_batch_size: int = key(64, "documents a base step")
     base_learning_rate: float = key(3e-3, "peak, cosine")
     baseline: bool = key(True, "also train the base max_steps further by next-token prediction")
@@ -66,9 +62,7 @@ class Config:
     rollouts: int = key(4, "K: continuations sampled from the policy for each prefix")
     temperature: float = key(1.0, "of rollouts and, so that both agree, of all log-probabilities")
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
-    rewards: str = key(
-        "quality,safety,factuality", "added up, 'safety:2' doubled; empty: the first wins"
-    )
+    rewards: str = key("quality,safety,factuality", "summed, 'safety:2' twice; empty: first wins")
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
     grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
@@ -80,9 +74,7 @@ class Config:
     warmup_steps: int = key(5, "linear warm-up")
     weight_decay: float = key(0.1, "AdamW, on matrices only")
     grad_clip: float = key(1.0, "largest gradient norm")
-    shard: bool = key(
-        False, "torchrun: weights, gradients, optimiser spread over processes (FSDP2)"
-    )
+    shard: bool = key(False, "weights and optimiser spread over torchrun's processes (FSDP2)")
     recompute: bool = key(False, "activations are computed again in the backward pass: less memory")
     compile: bool = key(False, "torch.compile of the policy's layers; the first step takes longer")
     micro_batch_tokens: int = key(65536, "tokens of one forward pass; larger batches are split")
@@ -105,9 +97,7 @@ class Config:
     give_up_after: float = key(600.0, "seconds without any answer before the run stops, resumable")
     prompts: str = key("prompts", "folder of prompt files; copy it to change the wording")
 
-    eval_prefixes: int = key(
-        256, "held-out prefixes of each kind, continued greedily", "Evaluation"
-    )
+    eval_prefixes: int = key(256, "held-out prefixes of each kind, done greedily", "Evaluation")
     eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
     eval_judge_model: str = key("", "model name sent to eval_judge_url; empty: judge_model")
 
@@ -125,12 +115,11 @@ SOURCES = ("suffix", "rewrite", "rollouts")
 # Kinds of judgment: verdicts.py says what a verdict is worth, prompts/ how it is asked for.
 REWARDS = ("quality", "safety", "factuality")
 
+# No number may be negative, and none of these 0.
 POSITIVE = ["max_steps", "batch_size", "base_batch_size", "rollouts", "window", "save_every"]
 POSITIVE += ["keep", "example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout"]
 POSITIVE += ["grad_clip", "micro_batch_tokens", "gpus", "gpu_tflops", "judge_tokens_per_second"]
-NOT_NEGATIVE = ["seed", "overlap", "base_steps", "warmup_steps", "eval_prefixes", "judge_retries"]
-NOT_NEGATIVE += ["temperature", "judge_temperature", "rewrite_temperature", "learning_rate"]
-NOT_NEGATIVE += ["rewrite_max_tokens"]
+POSITIVE += ["chunk"]
 FOLDERS = ["out_dir", "data", "init_from", "tokenizer", "prompts"]  # where ~ is the home folder
 
 # Keys that change no result beyond rounding: they may differ when an unfinished run goes on.
@@ -141,29 +130,23 @@ NEUTRAL |= {"gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_
 ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two is the pocket world
 
 
+WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def convert(name: str, value, kind: type, where: str):
     """value as `kind`; text comes from flags. An int serves as a float, 1e3 as an int; no nan."""
-    try:
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
         if kind is bool:
-            word = str(value).lower()
-            if word in ("true", "1", "yes"):
-                return True
-            if word in ("false", "0", "no"):
-                return False
-        elif kind is float and not isinstance(value, bool):
-            if not math.isnan(number := float(value)):
-                return number
-        elif kind is int and not isinstance(value, bool):
-            whole = isinstance(value, int | str) and "e" not in str(value)
-            number = int(value) if whole else float(value)
-            if number == int(number):
-                return int(number)
-        elif kind is str and isinstance(value, str | int | float):
-            return str(value)
-        elif kind is str and isinstance(value, list | tuple):
+            return WORDS[str(value).lower()]
+        if kind is str and isinstance(value, list | tuple):
             return ",".join(map(str, value))
-    except (TypeError, ValueError, OverflowError):
-        pass
+        if kind is str and isinstance(value, str | int | float):
+            return str(value)
+        if kind is not str and not isinstance(value, bool):
+            whole = kind is int and isinstance(value, int | str) and "e" not in str(value)
+            number = int(value) if whole else float(value)  # int alone keeps more than 53 bits
+            if number == kind(number):
+                return kind(number)
     raise UserError(f"{where}: {name} needs {kind.__name__}, not {value!r}")
 
 
@@ -239,11 +222,7 @@ def execute(name: str) -> tuple[dict, dict]:
         found = runpy.run_path(expand(name))
     except Exception as e:
         raise UserError(f"{name}: {type(e).__name__}: {e}") from e
-    found = {
-        key: value
-        for key, value in found.items()
-        if not key.startswith("_") and not isinstance(value, types.ModuleType)
-    }
+    found = {k: v for k, v in found.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
     return found, found.pop("rows", {})
 
 
@@ -297,23 +276,14 @@ def check(config: Config) -> Config:
     count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
     need(objective == "nll" or count > 1, f"objective={objective} needs 2 candidates")
     if objective == "grpo":
-        need(
-            sources == ["rollouts"],
-            "objective=grpo learns from the policy's own samples alone: set candidates=rollouts",
-        )
+        need(sources == ["rollouts"], "objective=grpo takes samples alone: candidates=rollouts")
         need(config.rewards, "objective=grpo learns from rewards: set some")
-    need(
-        objective != "nll" or not config.rewards,
-        "objective=nll trains on the first candidate: set rewards= (empty), or use rf_nll",
-    )
-    need(
-        not config.nll_prefix or objective in ("nll", "rf_nll"),
-        f"nll_prefix=True is for nll and rf_nll, not for objective={objective}",
-    )
-    need(
-        config.chunk > 0 and config.max_seq >= 2 * config.chunk,
-        f"max_seq={config.max_seq} must hold a prefix and a suffix of chunk={config.chunk}",
-    )
+    if objective == "nll":
+        need(not config.rewards, "objective=nll takes the first: rewards= (empty), or use rf_nll")
+    if config.nll_prefix:
+        need("nll" in objective, f"nll_prefix=True is for nll and rf_nll, not for {objective=!s}")
+    if config.max_seq < 2 * config.chunk:
+        raise UserError(f"max_seq={config.max_seq} must hold prefix and suffix, 2 x {config.chunk}")
     return config
 
 
@@ -343,10 +313,9 @@ def check_values(config: Config):
         need(keyless, f"{name}: a key goes into OPENAI_API_KEY, not into the URL")
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")
-    for name in POSITIVE:
-        need(getattr(config, name) > 0, f"{name} must be above 0")
-    for name in NOT_NEGATIVE:
-        need(getattr(config, name) >= 0, f"{name} must not be negative")
+    for name, value in vars(config).items():
+        need(isinstance(value, str) or value >= 0, f"{name} must not be negative")
+        need(value or name not in POSITIVE, f"{name} must be above 0")
     for name in ("top_p", "judge_top_p"):
         need(0 < getattr(config, name) <= 1, f"{name} must be above 0 and at most 1")
 

@@ -179,10 +179,9 @@ def describe(step: int, pool: Pool, scores, picked: Picked, metrics: dict, confi
     """The step's line of log.jsonl, over all processes: metrics, who was chosen, the pool."""
     means = dict(metrics)
     means["skipped"] = (len(pool.lengths) - len(picked.rows), 0)
+    chosen = [pool.sources[column] for column in picked.columns[:, 0].tolist()]
     for source in sorted(set(pool.sources)):
-        is_source = torch.tensor([s == source for s in pool.sources])
-        chosen = is_source[picked.columns[:, 0]] if len(picked.rows) else is_source[:0]
-        means[f"chosen.{source}"] = (int(chosen.sum()), len(picked.rows))
+        means[f"chosen.{source}"] = (chosen.count(source), len(chosen))
     means |= statistics(pool, scores, judged=bool(config.rewards))
     line = {"step": step, "lr": learning_rate(step, config)}
     for name, (total, count) in all_sum(means).items():

@@ -20,7 +20,7 @@ import torch
 
 from data import Batch, Stream, left_pad
 from support.command import UserError
-from support.sources import Bomb, Skips, decompressed, ending, list_files, open_raw, records
+from support.sources import Skips, decompressed, ending, list_files, open_raw, records
 from world.corpus import Dials, WorldSource
 
 BATCH = 64  # prefixes continued at once
@@ -115,7 +115,7 @@ def tables(name: str) -> Iterator[tuple[int, dict]]:
             line = table.line_num
             if str(record.get("line", "-")).strip():
                 yield line, record
-    except (OSError, ValueError, EOFError, Bomb, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{name} can't be read after line {line}: {error!r}") from None
 
 

@@ -41,11 +41,6 @@ class Interrupted(Stopped):
         super().__init__(words)
 
 
-def run(main: Callable[[list[str]], object]):
-    """main(arguments) as a process. Never returns."""
-    sys.exit(exit_code(main))
-
-
 def exit_code(main: Callable[[list[str]], object]) -> int:
     """main(arguments of the command line), its foreseen ends as one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -64,6 +59,10 @@ def exit_code(main: Callable[[list[str]], object]) -> int:
         return 0
     except (UserError, OSError, sqlite3.Error) as e:
         return end(f"error: {e}", FAILED)
+
+
+def run(main: Callable[[list[str]], object]):
+    sys.exit(exit_code(main))
 
 
 def end(line: str, code: int) -> int:
@@ -143,18 +142,11 @@ def python(module: str, *arguments) -> list[str]:
 @contextlib.contextmanager
 def running(command: list[str]):
     """A server in a process of its own, which ends with this one; gives the URL it prints first."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-    assert process.stdout is not None
-    try:
-        url = process.stdout.readline().decode().strip()
-        if not url:
-            raise UserError(f"the server did not start: {' '.join(command)}")
-        yield url
-    finally:
-        process.terminate()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as process:
         try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+            if not (url := process.stdout.readline().strip()):  # type: ignore[union-attr]
+                raise UserError(f"the server did not start: {' '.join(command)}")
+            yield url
+        finally:
+            process.kill()  # it keeps nothing

@@ -73,29 +73,25 @@ def gather(value) -> list:
 
 def all_sum(pairs: dict) -> dict:
     """{name: (sum, count)} added up over all processes that name it."""
-    if not dist.is_initialized():
-        return pairs
-    everyone = gather(pairs)
-    keys = dict.fromkeys(key for each in everyone for key in each)
-    return {
-        key: tuple(map(sum, zip(*(each.get(key, (0, 0)) for each in everyone), strict=True)))
-        for key in keys
-    }
+    out: dict = {}
+    for each in gather(pairs):
+        for key, (total, count) in each.items():
+            before = out.get(key, (0, 0))
+            out[key] = before[0] + total, before[1] + count
+    return out
 
 
 @contextlib.contextmanager
 def agreement():
     """What is raised within on one process is raised on all, so that none is left waiting for the
     others. Such an exception has `agreed` set: work that needs all processes may follow it."""
-    error = None
+    error: Exception | None = None
     try:
         yield
     except Exception as e:
         error = e
     everyone = gather(portable(error))
-    if error is None:
-        error = next((each for each in everyone if each is not None), None)
-    if error is not None:
+    if error := error or next(filter(None, everyone), None):
         error.agreed = True  # type: ignore[attr-defined]
         raise error
 
@@ -144,12 +140,10 @@ def whole(value, device="cpu", keep: bool = True):
 def load_optimizer(optimizer, state: dict):
     """Take the moments from a state in one piece, spread as the parameters are; settings stay."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    spread = {}
-    for i, p in enumerate(params):
-        spread[i] = dict(state["state"].get(i, {}))
-        for name, value in spread[i].items():
-            if isinstance(p, DTensor) and value.shape == p.shape:
+    moments = {i: dict(values) for i, values in state["state"].items()}
+    for i, values in moments.items():
+        for name, value in values.items():
+            if isinstance(p := params[i], DTensor) and value.shape == p.shape:
                 value = value.to(p.device_mesh.device_type)
-                spread[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
-    moments = {i: s for i, s in spread.items() if s}
+                values[name] = distribute_tensor(value, p.device_mesh, p.placements)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

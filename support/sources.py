@@ -8,19 +8,21 @@ too many shards are lost. What refuses us (HTTP 401, 403, 410 ...) ends the read
 """
 
 import collections
+import contextlib
+import errno
 import functools
 import glob
 import json
 import logging
 import os
-import shutil
+import re
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -42,17 +44,14 @@ PIECE = 1 << 18  # bytes of content handed on at once
 BOMB = (64 << 20, 200)  # a file is refused when this many bytes were that many times smaller
 ROW_GROUP = 16 << 20  # bytes: a smaller row group of a parquet file is never called a bomb
 PATIENCE = 10_000  # records in a row without a text before a corpus is refused
-LOSS = (
-    0.01  # share of the shards that may break off; one always may, among FEW if it gave something
-)
-FEW = 10
+LOSS, FEW = 0.01, 10  # share of the shards that may break off; one always may, if it gave something
 RETRIES = 6  # of a download that makes no progress
 TIMEOUT = (10, 60)  # seconds to connect, to wait for bytes
 TRY_AGAIN = (408, 425, 429, *range(500, 600))  # HTTP statuses
 
 
-class Bomb(Exception):
-    """A file whose content is out of all proportion to its size."""
+class Damage(OSError):
+    """The rest of a file can't be used; the message is the reason."""
 
 
 class Skips(collections.Counter):
@@ -85,79 +84,49 @@ class Skips(collections.Counter):
 # Bytes
 
 
-class Download:
-    """A file behind http(s), read like a local one and resumed where a connection broke. (fsspec
-    asks for the length with HEAD, which signed addresses refuse, and does not resume.)"""
-
-    def __init__(self, url: str):
-        self.url, self.position, self.failures = url, 0, 0
-        self.total: int | None = None  # bytes
-        self.tag: str | None = None
-        self.response: Any = None
-
-    def close(self) -> None:
-        if self.response is not None:
-            self.response.close()
-        self.response = None
-
-    def read(self, size: int) -> bytes:
-        while True:
-            try:
-                if self.response is None:
-                    self.connect()
-                data = self.response.raw.read(size)
-                if not data and self.total is not None and self.position < self.total:
-                    raise requests.ConnectionError(f"ended at byte {self.position}")
-                self.position, self.failures = self.position + len(data), 0
-                return data
-            except FileNotFoundError:
-                raise
-            except (OSError, urllib3.exceptions.HTTPError) as error:
-                self.close()
-                self.failures += 1
-                if self.failures > RETRIES:
-                    raise UserError(f"{self.url} can't be read: {error}") from error
-                time.sleep(min(30.0, 0.5 * 2**self.failures) if self.failures > 1 else 0.1)
-
-    def connect(self) -> None:
-        """Ask for the bytes from `position` on."""
-        headers = {"Accept-Encoding": "identity"}
-        if self.position:
-            headers["Range"] = f"bytes={self.position}-"
-            headers |= {"If-Range": self.tag} if self.tag else {}
-        self.response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
-        status, headers = self.response.status_code, self.response.headers
-        if status == 404:
-            raise FileNotFoundError("HTTP 404")
-        if status in TRY_AGAIN:
-            raise requests.ConnectionError(f"HTTP {status}")
-        page = "text/html" in headers.get("Content-Type", "")  # perhaps "please log in"
-        if status >= 400 or page:  # whoever refuses us here will refuse the other shards too
-            raise UserError(
-                f"{self.url} answers {'with a web page' if page else f'HTTP {status}'}: renew the "
-                "address if it was signed and has expired, or give it what it asks for; then the "
-                "same command goes on"
-            )
-        skip = 0
-        if status == 206:
-            start = headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
-            if start != str(self.position):
-                raise UserError(f"{self.url} answers with byte {start}, not {self.position}")
-        else:
-            skip = self.position  # no Range here: start again and throw away what was read
-            if self.position and self.tag != headers.get("ETag"):
-                raise UserError(f"{self.url} changed while it was read")
-            self.total = int(headers["Content-Length"]) if "Content-Length" in headers else None
-        self.tag = headers.get("ETag")
-        while skip and (data := self.response.raw.read(min(skip, 1 << 20))):
-            skip -= len(data)
-        if skip:
-            raise requests.ConnectionError("ended early")
+def open_raw(name: str) -> BinaryIO:
+    """A file on disk, or a temporary copy of what is behind http(s): going on where a connection
+    broke. (fsspec asks for the length with HEAD, which signed addresses refuse, and starts again
+    from nothing.)"""
+    if not is_url(name):
+        return open(os.path.expanduser(name), "rb")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (whoever asked for it closes it)
+    most, failures, tag = 0, 0, None
+    while True:
+        here = copy.tell()
+        asked = {"Range": f"bytes={here}-", "If-Range": tag} if here else {}
+        asked["Accept-Encoding"] = "identity"
+        try:
+            with requests.get(name, headers=asked, stream=True, timeout=TIMEOUT) as answer:
+                accept(name, answer, here)
+                if answer.status_code != 206:  # all of it: no Range here, or a changed file
+                    copy.seek(0)
+                    copy.truncate()
+                tag = answer.headers.get("ETag")
+                while data := answer.raw.read(PIECE):
+                    copy.write(data)
+            copy.seek(0)
+            return copy
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            failures, most = 0 if copy.tell() > most else failures + 1, max(most, copy.tell())
+            if failures > RETRIES:
+                raise UserError(f"{name} can't be read: {error}") from error
+            time.sleep(min(30.0, 0.5 * 2**failures) if failures else 0.1)
 
 
-def open_raw(name: str):
-    """To be read and closed."""
-    return closing(Download(name)) if is_url(name) else open(os.path.expanduser(name), "rb")
+def accept(url: str, answer, here: int) -> None:
+    """Raise what an answer to a request for the bytes from `here` on deserves."""
+    status, headers = answer.status_code, answer.headers
+    if status == 404:
+        raise FileNotFoundError("HTTP 404")
+    other = status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {here}-")
+    if status in TRY_AGAIN or other:
+        raise requests.ConnectionError(f"HTTP {status}{' with other bytes' * other}")
+    page = "text/html" in headers.get("Content-Type", "")  # perhaps "please log in"
+    if status >= 400 or page:  # whoever refuses us here will refuse the other shards too
+        what = "with a web page" if page else f"HTTP {status}"
+        how = "renew the address if it was signed and has expired, or give it what it asks for"
+        raise UserError(f"{url} answers {what}: {how}; then the same command goes on")
 
 
 def decompressed(raw) -> Iterator[bytes]:
@@ -174,23 +143,23 @@ def decompressed(raw) -> Iterator[bytes]:
             yield data
             data = raw.read(PIECE)
         return
-    frame, inside, packed, size = fresh(), True, 4, 0
+    frame, packed, size = None, 0, 0
     while data:
+        packed += len(data)
         while data:
+            frame = frame or fresh()
             piece = frame.decompress(data)
             size += len(piece)
             if size > BOMB[0] and size > BOMB[1] * packed:
-                raise Bomb
+                raise Damage("decompression bomb")
             for start in range(0, len(piece), PIECE):
                 yield piece[start : start + PIECE]
-            inside, data = not frame.eof, frame.unused_data.lstrip(b"\0") if frame.eof else b""
-            if frame.eof:
-                frame = fresh()
+            data = b""
+            if frame.eof:  # another may follow
+                data, frame = frame.unused_data.lstrip(b"\0"), None
         data = raw.read(SIP)
-        packed += len(data)
-        inside = inside or bool(data)
-    if inside:
-        raise EOFError
+    if frame:
+        raise Damage("truncated compression")
 
 
 def lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
@@ -218,117 +187,98 @@ def records(
 ) -> Iterator[tuple[int, dict]]:
     """(line, object) for each line after `start`; plain text comes as passages under "text". Of a
     parquet file only the columns named in `fields` are read (the others are None), or all."""
-    number, read = start, {".parquet": parquet_rows, ".txt": passages}.get(ending(name), json_lines)
-    if read is parquet_rows:
-        read = functools.partial(parquet_rows, fields=fields)
+    kind, number = ending(name), start
     try:
         with open_raw(name) as raw:
-            for number, record in read(raw, start):
+            if kind == ".parquet":
+                rows = parquet_rows(raw, start, fields)
+            else:
+                numbered = lines(decompressed(raw))
+                later = ((number, line) for number, line in numbered if number > start)
+                rows = passages(later) if kind == ".txt" else json_lines(later)
+            for number, record in rows:
                 if isinstance(record, dict):
                     yield number, record
                 else:
                     skips.note(record, f"{name}:{number}")
-    except Bomb:
-        skips.lose(name, number, "decompression bomb")
-    except EOFError:
-        skips.lose(name, number, "truncated compression")
+    except Damage as error:
+        skips.lose(name, number, str(error))
     except (OSError, zlib.error, zstandard.ZstdError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(
+                f"{tempfile.gettempdir()} is full: set TMPDIR to another disk"
+            ) from None
         skips.lose(name, number, "unreadable file", f" ({error})")
 
 
-def json_lines(raw, start: int) -> Iterator[tuple[int, dict | str]]:
-    for number, line in lines(decompressed(raw)):
-        if number > start and line != b"" and line != b"\r":
-            yield number, parse(line)
+def json_lines(numbered) -> Iterator[tuple[int, dict | str]]:
+    """The object on each line, or the reason why there is none."""
+    for number, line in numbered:
+        if line is None:
+            yield number, "line too long"
+        elif line not in (b"", b"\r"):
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+                yield number, record if isinstance(record, dict) else "not a JSON object"
+            except UnicodeDecodeError:
+                yield number, "invalid UTF-8"
+            except (ValueError, RecursionError):
+                yield number, "damaged line"
 
 
-def parse(line: bytes | None) -> dict | str:
-    """The object on a line, or the reason why there is none."""
-    if line is None:
-        return "line too long"
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "invalid UTF-8"
-    except (ValueError, RecursionError):
-        return "damaged line"
-    return record if isinstance(record, dict) else "not a JSON object"
-
-
-def passages(raw, start: int) -> Iterator[tuple[int, dict | str]]:
+def passages(numbered) -> Iterator[tuple[int, dict | str]]:
     """Plain text in documents of about PASSAGE bytes that end at a blank line (or get too long)."""
-    held, size, number = [], 0, 0
-    for number, line in lines(decompressed(raw)):
-        if number <= start:
-            continue
+    held, number = b"", 0
+    for number, line in numbered:
         if line is None:
             yield number, "line too long"
             continue
-        held.append(line)
-        size += len(line) + 1
-        if (size >= PASSAGE and not line.strip()) or size >= 8 * PASSAGE:
-            yield number, passage(held)
-            held, size = [], 0
-    if size:
-        yield number, passage(held)
+        held += line + b"\n"
+        if (len(held) >= PASSAGE and not line.strip()) or len(held) >= 8 * PASSAGE:
+            yield number, {"text": held.strip(b"\n")}
+            held = b""
+    if held:
+        yield number, {"text": held.strip(b"\n")}
 
 
-def passage(held: list[bytes]) -> dict | str:
-    try:
-        return {"text": b"\n".join(held).decode("utf-8-sig").strip("\n")}
-    except UnicodeDecodeError:
-        return "invalid UTF-8"
-
-
-def parquet_rows(raw, start: int, fields=None) -> Iterator[tuple[int, dict]]:
-    """Rows of a parquet file; its index is at its end, so what is remote is downloaded first."""
+def parquet_rows(file, start: int, fields: Collection[str] | None) -> Iterator[tuple[int, dict]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError("parquet files need pyarrow: pip install pyarrow") from None
-    with tempfile.TemporaryFile() as copy:
-        if isinstance(raw, Download):
-            room = shutil.disk_usage(tempfile.gettempdir()).free // 2
-            while data := raw.read(1 << 20):
-                copy.write(data)
-                if copy.tell() > room:
-                    raise UserError(f"{raw.url} would fill {tempfile.gettempdir()}: set TMPDIR")
-            raw = copy
-        try:
-            table, number = pyarrow.parquet.ParquetFile(raw), 0
-            names = table.schema_arrow.names
-            used = [name for name in names if fields is None or name in fields]
-            refuse_bombs(table.metadata, used)
-            for batch in table.iter_batches(batch_size=16, columns=used or names[:1]):
-                first, number = number + 1, number + batch.num_rows
-                if number > start:
-                    columns = {name: values(batch.column(name)) for name in used}
-                    for row in range(max(first, start + 1), number + 1):
-                        found = {name: column[row - first] for name, column in columns.items()}
-                        yield row, dict.fromkeys(names) | found
-        except pyarrow.ArrowException as error:
-            raise OSError(str(error)) from error
+    try:
+        table, number = pyarrow.parquet.ParquetFile(file), 0
+        names = table.schema_arrow.names
+        used = [name for name in names if fields is None or name in fields]
+        refuse_bombs(table.metadata, used)
+        for batch in table.iter_batches(batch_size=16, columns=used or names[:1]):
+            first, number = number, number + batch.num_rows
+            if number > start:
+                columns = {name: values(batch.column(name)) for name in used}
+                for row in range(max(first, start), number):
+                    found = {name: column[row - first] for name, column in columns.items()}
+                    yield row + 1, dict.fromkeys(names) | found
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
 
 
 def refuse_bombs(metadata, used: list[str]) -> None:
-    """Raise Bomb if a column of a row group is out of all proportion to its bytes in the file."""
+    """Raise if a column of a row group is out of all proportion to its bytes in the file."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             size = column.total_uncompressed_size
             large = size > ROW_GROUP and size > BOMB[1] * column.total_compressed_size
             if large and column.path_in_schema.split(".")[0] in used:
-                raise Bomb
+                raise Damage("decompression bomb")
 
 
 def values(column) -> list:
     """A column in Python. Where it holds what Python can't (the year 10,000, text that is not
-    UTF-8), as bytes or text, or else as nothing."""
-    for kind in (None, "binary", "string"):
-        try:
-            return (column.cast(kind) if kind else column).to_pylist()
-        except (ValueError, OverflowError, NotImplementedError, ImportError):  # also Arrow's
-            pass
+    UTF-8), as bytes, or else as nothing."""
+    for cast in (lambda: column, lambda: column.cast("binary")):
+        with contextlib.suppress(ValueError, OverflowError, NotImplementedError, ImportError):
+            return cast().to_pylist()
     return [None] * len(column)
 
 
@@ -377,13 +327,11 @@ def ending(name: str) -> str:
     return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
-def list_files(source: str, where: str = "", depth: int = 0) -> list[str]:
+def list_files(source: str, where: str = "") -> list[str]:
     """The shards that a path, glob, folder, URL, list file or comma-separated mix of them names.
 
     where: the list file that source is a line of; its names may be relative to its own folder.
     UserError where a name stands for nothing."""
-    if depth > 8:
-        raise UserError(f"{where}: lists within lists within lists")
     names = []
     whole = not is_url(source) and bool(found(source, where))  # a comma may be part of a name
     for part in [source] if whole else filter(None, map(str.strip, source.split(","))):
@@ -393,7 +341,9 @@ def list_files(source: str, where: str = "", depth: int = 0) -> list[str]:
             raise UserError(f"no such file, folder or pattern: {part}{listed}")
         for place in places:
             rows = listed_in(place)
-            names += [name for row in rows for name in list_files(row, place, depth + 1)]
+            if rows and where:
+                raise UserError(f"{where}: lists within lists; name the shards of {place} in it")
+            names += [name for row in rows for name in list_files(row, place)]
             names += shards_below(place) if os.path.isdir(place) else [] if rows else [place]
     if not names:
         raise UserError(f"no shard ({', '.join(ENDINGS)}, also compressed) in {source}")
@@ -413,11 +363,10 @@ def found(name: str, where: str = "") -> list[str]:
 
 def shards_below(folder: str) -> list[str]:
     """Without the files that RedPajama-V2 keeps beside its documents, and without lists of them."""
-    beside = (".signals.", ".duplicates.", ".minhash.")
     inside = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True))
-    shards = [name for name in inside if ending(name) in ENDINGS and os.path.isfile(name)]
-    shards = [n for n in shards if not any(part in os.path.basename(n) for part in beside)]
-    return [name for name in shards if not listed_in(name)]
+    beside = re.compile(r"\.(signals|duplicates|minhash)\.[^/]*$")
+    shards = [name for name in inside if ending(name) in ENDINGS and not beside.search(name)]
+    return [name for name in shards if os.path.isfile(name) and not listed_in(name)]
 
 
 def listed_in(name: str) -> list[str]:
@@ -427,20 +376,17 @@ def listed_in(name: str) -> list[str]:
     disk. A text may well begin with one such line."""
     if not name.lower().endswith(".txt") or not os.path.isfile(name):
         return []
-    with open(name, "rb") as file:
-        head = file.read(1 << 16)
-        first = rows_of(head if len(head) < 1 << 16 else head.rpartition(b"\n")[0])[:20]
+    with open(name, "rb") as raw:
+        wide = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
+    how = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")  # names in any bytes
+    with open(name, encoding=how[0], errors=how[1]) as file:
+        rows = map(str.strip, iter(lambda: file.readline(1 << 16), ""))
+        rows = (row for row in rows if row and not row.startswith("#"))
+        first = list(islice(rows, 20))
         sure = sum(is_url(row) or ending(row) in ENDINGS for row in first)
-        if not first or not (2 * sure > len(first) or all(found(row, name) for row in first)):
-            return []
-        return rows_of(head + file.read())
-
-
-def rows_of(data: bytes) -> list[str]:
-    """What stands on the lines, in UTF-8 or UTF-16 or, in names, any bytes."""
-    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
-    text = data.decode("utf-16", "replace") if wide else data.decode("utf-8-sig", "surrogateescape")
-    return [row for row in map(str.strip, text.split("\n")) if row and not row.startswith("#")]
+        if first and (2 * sure > len(first) or all(found(row, name) for row in first)):
+            return [*first, *rows]
+    return []
 
 
 class Files:

@@ -1,209 +1,56 @@
-"""Text to token ids and back, for every vocabulary this repository meets.
+"""Text to token ids and back: Hugging Face's tokenizer.json, on the `tokenizers` library.
 
     load_tokenizer("hf_folder")     its tokenizer.json (Llama 2 and 3, SmolLM2, GPT-2, ...)
-    load_tokenizer("meta_folder")   a Llama-3 tokenizer.model, as Meta publishes it
-    load_tokenizer("gpt2")          an encoding that tiktoken knows by name and downloads
     load_tokenizer("world")         the pocket world's words
 
-A tokenizer.json runs on the `tokenizers` library, so its ids are exact by definition; the others
-are ranks of bytes and run on tiktoken. Training cuts a text anywhere and goes on from there, so two
-things hold that the libraries alone don't promise: decode(a) + decode(b) is decode(a + b) (but for
-a cut inside a character), and `encode(text, continues=True)` puts no space before the text.
-Ordinary text never becomes a special token, even where it spells one.
+The ids are the library's, exact by definition. Training cuts a text anywhere and goes on from
+there, so two things hold that the library alone doesn't promise: decode(a) + decode(b) is
+decode(a + b) (but for a cut inside a character), and `encode(text, continues=True)` puts no space
+before the text. Ordinary text never becomes a special token, even where it spells one.
 """
 
-import base64
 import json
-import re
 import secrets
 import shutil
 import string
 from pathlib import Path
 
-import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers
 
 from support.command import ROOT, UserError
-from support.hub import local_folder
+from support.hub import local_folder, read_object
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 WORLD_PATTERN = r" ?\S+|\s"  # words as they stand between spaces
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # where no file names the token
-CONFIGS = (  # the first that names a token counts
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "config.json",
-    "generation_config.json",
-)
-SIBLINGS = (  # files that belong to a tokenizer.json
-    *CONFIGS[:2],
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-LONG_SPACE = 900_000  # characters; tiktoken gives up at about a million in one run
-LARGEST_FILE = 256 << 20  # bytes of a tokenizer's file; the largest in use have about 35 MB
+CONFIGS = ["tokenizer_config.json", "special_tokens_map.json"]  # the first that names it counts
+CONFIGS += ["config.json", "generation_config.json"]
+SIBLINGS = [*CONFIGS[:2], "tokenizer.model", "chat_template.jinja"]  # they are saved beside it
 LARGEST_ID = 2**24  # no model has an embedding of that many rows
 
 
 class Tokenizer:
-    """What both kinds have. specials: name and id of each special token; eos: the id that ends a
-    document; bos: the one that the tokenizer itself puts before a text, or None; start_ids: [bos],
-    or nothing; splits_words: every letter has a token, and none holds letters of two words."""
+    """Made of what a tokenizer.json says and where it stands, if it does.
 
-    vocab_size: int
-    splits_words: bool
+    specials: name and id of each special token; eos: the id that ends a document; bos: the one that
+    the tokenizer itself puts before a text, or None; start_ids: [bos], or nothing; splits_words:
+    every letter has a token, and none holds letters of two words. UserError where its decoder can't
+    give a text back in parts.
+    """
 
-    def __init__(self, specials: dict[str, int], eos: str, bos: str | None):
-        self.specials, self.eos_name, self.bos_name = specials, eos, bos
-        self.eos, self.bos = specials[eos], specials[bos] if bos else None
-        self.start_ids = [] if self.bos is None else [self.bos]
-
-    def save(self, folder: str | Path) -> None:
-        """Write what transformers, vLLM and llama.cpp read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.write_vocabulary(Path(folder))
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": self.eos_name,
-            "bos_token": self.bos_name,
-        }
-        if not (file := Path(folder, "tokenizer_config.json")).exists():
-            file.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-    def write_vocabulary(self, folder: Path) -> None:
-        raise NotImplementedError
-
-
-def as_list(ids) -> list[int]:
-    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
-
-
-# ------------------------------------------------------------------------------------------------
-# Ranks, on tiktoken
-
-
-class RankTokenizer(Tokenizer):
-    """Byte-level BPE: `pattern` cuts a text into pieces, in which neighbours are joined, the lowest
-    rank first; a rank is the token's id."""
-
-    def __init__(self, ranks: dict[bytes, int], pattern: str, specials: dict, eos: str, bos=None):
-        super().__init__(specials, eos, bos)
-        self.ranks, self.pattern = ranks, pattern
-        self.vocab_size = 1 + max(*ranks.values(), *specials.values())
-        self.token_bytes = [b""] * self.vocab_size  # special tokens are nothing in a text
-        for token, i in ranks.items():
-            self.token_bytes[i] = token
-        self.splits_words = all(len(token.split()) < 2 for token in ranks)
-        self.encoding = tiktoken.Encoding(
-            "ordinary text", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        """continues: as for FileTokenizer; here a text is cut alike wherever it stands."""
-        pieces, at, half = [], 0, LONG_SPACE // 2
-        if len(text) > LONG_SPACE:  # the pattern would overflow; the look-behind keeps this linear
-            for run in re.finditer(rf"(?<!\s)\s{{{LONG_SPACE},}}", text):
-                for end in range(run.start() + half, run.end(), half):
-                    pieces.append(text[at:end])
-                    at = end
-        pieces.append(text[at:])
-        return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
-
-    def decode(self, ids) -> str:
-        """Special tokens and ids outside the vocabulary are dropped."""
-        data = b"".join(self.token_bytes[i] for i in as_list(ids) if i < self.vocab_size)
-        return data.decode("utf-8", errors="replace")
-
-    def write_vocabulary(self, folder: Path) -> None:
-        """tokenizer.json with every merge that tiktoken would do, lowest rank first."""
-        symbols = {token: to_symbols(token) for token in self.ranks}
-        merges = [
-            (symbols[token[:i]], symbols[token[i:]])
-            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
-            for i in range(1, len(token))
-            if self.ranks.get(token[:i], rank) < rank > self.ranks.get(token[i:], rank)
-        ]
-        vocab = {symbols[token]: i for token, i in self.ranks.items()}
-        library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
-        # tiktoken's patterns have possessive quantifiers; without them they match the same text
-        pattern = re.sub(r"([+*?]|{\d+,\d+})\+", r"\1", self.pattern).replace("$", r"\z")
-        library.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        library.decoder = decoders.ByteLevel()
-        # the library counts ids up, so those without a token get one
-        names = {i: name for name, i in self.specials.items()}
-        for i in range(len(vocab), self.vocab_size):
-            library.add_special_tokens([names.get(i, f"<|unused_{i}|>")])
-        if bos := self.bos_name:
-            library.post_processor = processors.TemplateProcessing(
-                f"{bos} $A", f"{bos} $A {bos} $B:1", [(bos, self.bos)]
-            )
-        library.save(str(folder / "tokenizer.json"), pretty=False)
-
-
-def to_symbols(token: bytes) -> str:
-    """The printable stand-ins that a byte-level tokenizer.json writes for bytes."""
-    return "".join(SYMBOLS[byte] for byte in token)
-
-
-PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-OTHERS = sorted({*range(256)} - PRINTABLE)
-SYMBOLS = [chr(b if b in PRINTABLE else 256 + OTHERS.index(b)) for b in range(256)]
-
-
-def from_words(words: list[str]) -> RankTokenizer:
-    """One token for each word, alone and after a space; anything else falls back to bytes."""
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [form.encode() for word in words for form in (word, " " + word)]
-    tokens = sorted(dict.fromkeys(tokens), key=len)  # parts before the words they make
-    ranks = {token: i for i, token in enumerate(tokens)}
-    return RankTokenizer(ranks, WORLD_PATTERN, {"<|endoftext|>": len(ranks)}, "<|endoftext|>")
-
-
-def from_llama3_model(path: Path) -> RankTokenizer:
-    """Lines of base64 token and rank, as Meta publishes Llama 3."""
-    ranks = {}
-    for line in read_bounded(path).splitlines():
-        if not re.fullmatch(rb"(?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/=]{4} \d{1,7}", line):
-            raise UserError(f"{path} is no Llama-3 tokenizer.model; is there a tokenizer.json?")
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"}
-    named |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
-    spare = iter(range(256))
-    names = [named.get(i) or f"reserved_special_token_{next(spare)}" for i in range(256)]
-    specials = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
-    return RankTokenizer(ranks, LLAMA3_PATTERN, specials, "<|end_of_text|>", "<|begin_of_text|>")
-
-
-# ------------------------------------------------------------------------------------------------
-# tokenizer.json, on `tokenizers`
-
-
-class FileTokenizer(Tokenizer):
-    """A tokenizer.json; UserError where its decoder can't give a text back in parts."""
-
-    def __init__(self, path: Path):
-        self.source, spec = path, json.loads(read_bounded(path))
+    def __init__(self, spec: dict, source: Path | None = None):
+        self.source = source
+        self.text = None if source else json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
         ids = tokenizers.Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(ids.values())
         if self.vocab_size > LARGEST_ID or len(set(ids.values())) < len(ids):
             raise UserError(f"its ids must be distinct and below {LARGEST_ID}")
-        eos, bos = ends_of(spec, path.parent, ids)
+        self.eos_name, self.bos_name = ends_of(spec, source and source.parent, ids)
         names = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        super().__init__({name: ids[name] for name in {*names, eos, bos} - {None}}, eos, bos)
+        names = {*names, self.eos_name, self.bos_name} - {None}
+        self.specials = {name: ids[name] for name in names}
+        self.eos, self.bos = ids[self.eos_name], self.specials.get(self.bos_name)
+        self.start_ids = [] if self.bos is None else [self.bos]
         self.dropped = set(self.specials.values())
         spec = ordinary_only(spec, self.specials)
         self.library = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -226,17 +73,30 @@ class FileTokenizer(Tokenizer):
 
     def decode(self, ids) -> str:
         """Special tokens and ids outside the vocabulary are dropped."""
-        kept = [i for i in as_list(ids) if i < self.vocab_size and i not in self.dropped]
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        kept = [i for i in ids if i < self.vocab_size and i not in self.dropped]
         return self.library.decode(kept, skip_special_tokens=False)
 
-    def write_vocabulary(self, folder: Path) -> None:
-        """The original, untouched, and what belongs to it."""
-        if self.source.parent.resolve() == folder.resolve():
-            return
-        shutil.copy(self.source, folder / "tokenizer.json")
-        for name in SIBLINGS:
-            if (self.source.parent / name).exists():
-                shutil.copy(self.source.parent / name, folder / name)
+    def save(self, folder: str | Path) -> None:
+        """Write what transformers, vLLM and llama.cpp read: the original, untouched, and what
+        belongs to it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.text is not None:
+            (folder / "tokenizer.json").write_text(self.text, encoding="utf-8")
+        elif self.source.parent.resolve() != folder.resolve():
+            shutil.copy(self.source, folder / "tokenizer.json")
+            for file in map(self.source.with_name, SIBLINGS):
+                if file.exists():
+                    shutil.copy(file, folder)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": self.eos_name,
+            "bos_token": self.bos_name,
+        }
+        if not (file := folder / "tokenizer_config.json").exists():
+            file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def ordinary_only(spec: dict, specials: dict[str, int]) -> dict:
@@ -289,10 +149,12 @@ def without_lead(step: dict | None) -> dict | None:
     return step if never is None else step | never | {"add_prefix_space": False}
 
 
-def ends_of(spec: dict, folder: Path, ids: dict[str, int]) -> tuple[str, str | None]:
+def ends_of(spec: dict, folder: Path | None, ids: dict[str, int]) -> tuple[str, str | None]:
     """The token that ends a text, and the one that the tokenizer puts before it. What ends a text
     is guessed from names only where no file says it."""
-    eos, bos = (named(folder, role, ids) for role in ("eos_token", "bos_token"))
+    files = [folder / name for name in CONFIGS] if folder else []
+    says = {file: read_object(file) for file in files if file.exists()}
+    eos, bos = (named(says, role, ids) for role in ("eos_token", "bos_token"))
     eos = eos or next((name for name in END_OF_TEXT if name in ids), None)
     if eos is None:
         raise UserError("nothing says what ends a text: name eos_token in tokenizer_config.json")
@@ -300,69 +162,77 @@ def ends_of(spec: dict, folder: Path, ids: dict[str, int]) -> tuple[str, str | N
     firsts = [(inner.get("single") or [{}])[0] for inner in step.get("processors", [step])]
     put = [first["SpecialToken"]["id"] for first in firsts if "SpecialToken" in first]
     bos = bos or next(iter(put), None)
-    asked = read_config(folder / "tokenizer_config.json").get("add_bos_token")
+    asked = says.get(files[0], {}).get("add_bos_token") if files else None
     return eos, bos if (bos in put if asked is None else asked) else None
 
 
-def named(folder: Path, role: str, ids: dict[str, int]) -> str | None:
-    """The token that the folder's files name, or number, as their eos_token or bos_token."""
+def named(says: dict[Path, dict], role: str, ids: dict[str, int]) -> str | None:
+    """The token that the folder's files name, or number, as their eos_token or bos_token: it, a
+    list of such, or an object that describes it."""
     names = {i: token for token, i in ids.items()}
-    for file in CONFIGS:
-        found = read_config(folder / file)
-        token = found.get(role) if role in found else names.get(first(found.get(f"{role}_id")))
-        token = first(token)
+    for file, found in says.items():
+        token = found.get(role, found.get(f"{role}_id"))
+        token = token[0] if isinstance(token, list) and token else token
+        token = token.get("content") if isinstance(token, dict) else token
+        token = names.get(token) if isinstance(token, int) else token
         if token is not None and token not in ids:
-            raise UserError(f"{folder / file}: its {role}, {token!r:.80}, is no token")
+            raise UserError(f"{file}: its {role}, {token!r:.80}, is no token")
         if token is not None:
             return token
     return None
 
 
-def first(value):
-    """What stands for a token or an id may be a list of them, or an object that describes one."""
-    value = value[0] if isinstance(value, list) and value else value
-    return value.get("content") if isinstance(value, dict) else value
-
-
 # ------------------------------------------------------------------------------------------------
-# Files
+# Where they come from
 
 
-def read_bounded(path: Path) -> bytes:
-    if path.stat().st_size > LARGEST_FILE:
-        raise UserError(f"{path} is larger than {LARGEST_FILE >> 20} MiB")
-    return path.read_bytes()
-
-
-def read_config(path: Path) -> dict:
-    return json.loads(read_bounded(path)) if path.exists() else {}
-
-
-def load_tokenizer(name: str) -> RankTokenizer | FileTokenizer:
-    """name: "world", a folder (or its hf:// or https URL), a tokenizer.json or .model, or an
-    encoding of tiktoken's. UserError where there is no such thing, or none that can be used."""
+def load_tokenizer(name: str) -> Tokenizer:
+    """name: "world", a folder (or its hf:// address) or a tokenizer.json. UserError where there is
+    no such thing, or none that can be used."""
     if name == "world":
         return from_words((ROOT / "world" / "words.txt").read_text(encoding="utf-8").split())
-    path = local_folder(name, weights=False).expanduser()
-    if path.is_dir():
-        files = [path / "tokenizer.json", path / "tokenizer.model"]
-        path = next((file for file in files if file.exists()), files[0])
-    if path.suffix == ".model":
-        return from_llama3_model(path)
-    if path.suffix == ".json":
-        try:
-            return FileTokenizer(path)
-        except BaseException as error:  # the library raises bare ones, and panics
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            why = error if isinstance(error, ValueError | OSError) else repr(error)
-            raise UserError(f"{path} is no tokenizer.json to use: {why!s:.300}") from error
-    if name in tiktoken.list_encoding_names():
-        known = tiktoken.get_encoding(name)
-        ranks, specials = known._mergeable_ranks, known._special_tokens
-        return RankTokenizer(ranks, known._pat_str, specials, "<|endoftext|>")
-    raise UserError(
-        f"there is no folder {name}, and no tokenizer of that name: give a folder with "
-        f"tokenizer.json or tokenizer.model, 'world', "
-        f"or one of {', '.join(tiktoken.list_encoding_names())}"
-    )
+    path = local_folder(name, weights=False)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"there is no tokenizer {path}: give 'world' or a folder with tokenizer.json (where it "
+            "has only tokenizer.model, that of the same model on Hugging Face)"
+        )
+    try:
+        return Tokenizer(read_object(path), path)
+    except BaseException as error:  # the library raises bare ones, and panics
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        why = error if isinstance(error, ValueError | OSError) else repr(error)
+        raise UserError(f"{path} is no tokenizer.json to use: {why!s:.300}") from error
+
+
+def from_words(words: list[str]) -> Tokenizer:
+    """One token for each word, alone and after a space; anything else falls back to bytes."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [form.encode() for word in words for form in (word, " " + word)]
+    # parts before the words they make
+    return Tokenizer(byte_level(sorted(dict.fromkeys(tokens), key=len), ["<|endoftext|>"]))
+
+
+def byte_level(tokens: list[bytes], specials: list[str]) -> dict:
+    """The tokenizer.json in which each word's bytes are joined to tokens, the first named first."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    # a byte that is no visible character has a stand-in from 256 on
+    hidden = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+    shown = [chr(256 + hidden.index(b) if b in hidden else b) for b in range(256)]
+    symbols = {token: "".join(shown[byte] for byte in token) for token in tokens}
+    merges = [
+        (symbols[token[:i]], symbols[token[i:]])
+        for token, rank in ranks.items()
+        for i in range(1, len(token))
+        if ranks.get(token[:i], rank) < rank > ranks.get(token[i:], rank)
+    ]
+    vocab = {symbols[token]: i for token, i in ranks.items()}
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    words = pre_tokenizers.Split(tokenizers.Regex(WORLD_PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(specials)
+    return json.loads(library.to_str())

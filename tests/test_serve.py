@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from model import Llama, ModelConfig, load_model, save_model
 from rollout import sample_rollouts, uniforms
 from support.command import UserError
-from support.tokenizer import WORLD_PATTERN, RankTokenizer, load_tokenizer
+from support.tokenizer import byte_level, load_tokenizer
 from teachers import serve
 from teachers.engine import Engine, Work
 from teachers.template import Template, plain
 from tools import sample
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = """{% for m in messages %}
 <|im_start|>{{ m['role'] }}
 {{ m['content'] | trim }}<|im_end|>
@@ -36,10 +36,11 @@ TEMPLATE = """{% for m in messages %}
 
 def make_folder(folder, template=TEMPLATE):
     words = [word.encode() for word in (*(f" w{i}" for i in range(40)), "é", "…")]
-    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *words])}
-    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-    tokenizer = RankTokenizer(ranks, WORLD_PATTERN, specials, "<|im_end|>")
-    tokenizer.save(folder)
+    spec = byte_level([*(bytes([b]) for b in range(256)), *words], SPECIALS)
+    how = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(how))
+    tokenizer = load_tokenizer(str(folder))
     config = ModelConfig(tokenizer.vocab_size, 2, 4, 2, 32, 48, head_dim=8, max_seq=1024)
     model = Llama(config).initialise(1)
     for p in model.parameters():  # peaked enough that temperature and top-p matter
