@@ -94,8 +94,9 @@ def open_raw(name: str) -> BinaryIO:
     most, failures, tag = 0, 0, None
     while True:
         here = copy.tell()
-        asked = {"Range": f"bytes={here}-", "If-Range": tag} if here else {}
-        asked["Accept-Encoding"] = "identity"
+        asked = {"Accept-Encoding": "identity"}
+        asked |= {"Range": f"bytes={here}-"} if here else {}
+        asked |= {"If-Range": tag} if here and tag else {}
         try:
             with requests.get(name, headers=asked, stream=True, timeout=TIMEOUT) as answer:
                 accept(name, answer, here)
@@ -188,6 +189,7 @@ def records(
     """(line, object) for each line after `start`; plain text comes as passages under "text". Of a
     parquet file only the columns named in `fields` are read (the others are None), or all."""
     kind, number = ending(name), start
+    rows: Iterator[tuple[int, dict | str]]
     try:
         with open_raw(name) as raw:
             if kind == ".parquet":
@@ -241,7 +243,9 @@ def passages(numbered) -> Iterator[tuple[int, dict | str]]:
         yield number, {"text": held.strip(b"\n")}
 
 
-def parquet_rows(file, start: int, fields: Collection[str] | None) -> Iterator[tuple[int, dict]]:
+def parquet_rows(
+    file, start: int, fields: Collection[str] | None
+) -> Iterator[tuple[int, dict | str]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -380,8 +384,8 @@ def listed_in(name: str) -> list[str]:
         wide = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
     how = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")  # names in any bytes
     with open(name, encoding=how[0], errors=how[1]) as file:
-        rows = map(str.strip, iter(lambda: file.readline(1 << 16), ""))
-        rows = (row for row in rows if row and not row.startswith("#"))
+        all_rows = map(str.strip, iter(lambda: file.readline(1 << 16), ""))
+        rows = (row for row in all_rows if row and not row.startswith("#"))
         first = list(islice(rows, 20))
         sure = sum(is_url(row) or ending(row) in ENDINGS for row in first)
         if first and (2 * sure > len(first) or all(found(row, name) for row in first)):

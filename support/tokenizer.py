@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, spec: dict, source: Path | None = None):
         self.source = source
-        self.text = None if source else json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
+        self.text = "" if source else json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
         ids = tokenizers.Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(ids.values())
         if self.vocab_size > LARGEST_ID or len(set(ids.values())) < len(ids):
@@ -82,7 +82,7 @@ class Tokenizer:
         belongs to it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.text is not None:
+        if self.source is None:
             (folder / "tokenizer.json").write_text(self.text, encoding="utf-8")
         elif self.source.parent.resolve() != folder.resolve():
             shutil.copy(self.source, folder / "tokenizer.json")
