@@ -14,10 +14,12 @@ and a run may go on with another number of ranks.
 """
 
 import hashlib
-import queue
 import re
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -40,6 +42,7 @@ SPLITS = {
     "all": (0.0, 1.0),
 }
 WINDOW_BYTES = 32 << 20  # a window of the shuffle ends early when its texts pass this size
+AHEAD = 3  # batches prepared before they are asked for
 PATIENCE = 200_000  # documents without a sample before we give up
 OTHERS = ("a sample of another rank",)
 WORD = re.compile(r"(?<!\S)[A-Za-z]")  # where a word that begins with a letter begins
@@ -104,7 +107,7 @@ def sample_of(text: str, tokenizer, chunk: int, max_seq: int, seed: int = 0, epo
 
 
 class Stream:
-    """Iterating yields this rank's part of each global batch, prepared by a background thread."""
+    """Iterating yields this rank's part of each global batch, prepared in the background."""
 
     def __init__(
         self,
@@ -137,44 +140,29 @@ class Stream:
         self.state = state
 
     def __iter__(self) -> Iterator[Batch]:
-        batches, stop = queue.Queue(maxsize=2), threading.Event()
+        batches, ahead = self.batches(), deque()
 
-        def put(item) -> None:
-            while not stop.is_set():
+        def work(before: list[Future], future: Future) -> None:
+            futures.wait(before)
+            if future.set_running_or_notify_cancel():
                 try:
-                    return batches.put(item, timeout=0.1)
-                except queue.Full:
-                    pass
+                    future.set_result(next(batches, None))
+                except BaseException as error:  # the loop that asks for batches has to hear of it
+                    future.set_exception(error)
 
-        def work() -> None:
-            try:
-                for batch in self.batches():
-                    put(batch)
-                    if stop.is_set():
-                        return
-                put(None)
-            except BaseException as error:  # the loop that asks for batches has to hear of it
-                put(error)
-
-        thread = threading.Thread(target=work, daemon=True, name="data")
-        thread.start()
         try:
             while True:
-                try:
-                    item = batches.get(timeout=0.2)
-                except queue.Empty:  # the source may hang; a signal is heard all the same
-                    command.check()
-                    continue
-                if item is None:
+                while len(ahead) < AHEAD:  # threads that end with the process: a source may hang
+                    last, future = [*ahead][-1:], Future()
+                    threading.Thread(target=work, args=(last, future), daemon=True).start()
+                    ahead.append(future)
+                if (batch := command.wait(ahead.popleft())) is None:
                     return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            # A process that ends while it is in native code would be aborted. A download may hang
-            # for minutes, but that can be left alone.
-            thread.join(2)
+                yield batch
+        finally:  # a process that ends while a thread is in native code would be aborted
+            for future in ahead:
+                future.cancel()
+            futures.wait(ahead, 2)
 
     def batches(self) -> Iterator[Batch]:
         """What iterating yields, without the thread."""

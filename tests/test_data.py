@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import http.server
-import itertools
 import json
 import os
 import random
@@ -171,9 +170,8 @@ def test_boundaries_are_uniform_and_change_with_the_epoch():
 def test_order_is_shuffled_and_keyed_by_the_seed(corpus):
     one, same, other = (suffixes(stream(corpus, seed=s, window=64).batches()) for s in (0, 0, 1))
     assert one == same != other and sorted(one) == sorted(other) != one
-    position = {text: i for i, text in enumerate(one)}
-    steps = [position[f"{i + 4:04d}"] - position[f"{i:04d}"] for i in range(0, 190, 4)]
-    assert min(steps) < 0  # also within a shard
+    shard = [text for text in one if int(text) % 4 == 0]
+    assert shard != sorted(shard)  # also within a shard
 
 
 def test_threaded_iteration_is_the_same_and_stops(corpus):
@@ -215,21 +213,6 @@ def test_rows_are_padded_on_the_left():
     assert tokens.tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]] and pad.tolist() == [0, 2, 3]
     assert tokens.dtype == torch.int64 and pad.dtype == torch.int32
     assert data.left_pad([], 9)[0].shape == (0, 1)
-
-
-def test_objects_are_sources():
-    """The pocket world's is one without an end."""
-
-    class Endless:
-        def documents(self, start):
-            for number in itertools.count(start["document"] + 1 if start else 1):
-                yield named(number % 10_000), {"document": number}
-
-    batches = list(itertools.islice(stream(Endless(), epochs=None), 9))
-    texts = suffixes(batches)
-    assert len(set(texts)) == 36
-    again = stream(Endless(), epochs=None, state=batches[3].state)
-    assert suffixes(itertools.islice(again, 5)) == texts[16:]
 
 
 def test_another_set_of_files_is_refused_on_resume(corpus, tmp_path):
@@ -479,12 +462,7 @@ def test_columns_of_parquet(tmp_path, kind, monkeypatch):
 
 
 def test_places(tmp_path):
-    beside = (
-        "x/y/c.signals.json.gz",
-        "x/d.md",
-        "x/y/c.minhash.parquet",
-        "x/y/c.duplicates.parquet",
-    )
+    beside = ["x/d.md", *(f"x/y/c.{kind}.json.gz" for kind in ("signals", "minhash", "duplicates"))]
     inside = ["x/a, too.jsonl", "x/b.json.gz", "x/y/C.JSONL", "x/y/c.Json.GZ", "x/y/c.jsonl.zst"]
     for name in (*beside, *inside):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -573,6 +551,7 @@ def server(monkeypatch):
     monkeypatch.setattr(sources.time, "sleep", lambda _: None)
     handler = type("Handler", (Server,), {"files": {}, "behave": {}, "log": []})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    httpd.handle_error = lambda *_: None  # who asked may hang up
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     handler.url = f"http://127.0.0.1:{httpd.server_port}"
     yield handler
