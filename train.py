@@ -93,12 +93,15 @@ def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic
                 metrics = update(
                     policy, reference, optimizer, pool, picked, reward, run.step, config
                 )
+            step = run.next_step(metrics["not_finite"][0])  # the number of this one, now done
             # 5. A line of the log, now and then the texts themselves, now and then a checkpoint.
-            line = describe(run.step, pool, scores, picked, metrics | traffic(), config)
+            line = describe(step, pool, scores, picked, metrics | traffic(), config)
             log.step(line, clock)
-            if config.rewards and run.step % config.example_every == 0 and pool.texts:
-                log.text("examples", example(pool, scores), run.step)
-            run.next_step(line["not_finite"], reward, picked)
+            if config.rewards and step % config.example_every == 0 and pool.texts:
+                log.text("examples", example(pool, scores), step)
+            if run.bad:  # updates in a row that were not finite
+                with agreement():
+                    keep_bad_batch(run.folder, step, run.bad, pack(pool), reward, picked)
             if run.step % config.save_every == 0 and run.step < config.max_steps:
                 run.save(log)
     return run.at
@@ -154,14 +157,11 @@ class Progress:
             checkpoint.save(self.folder, self.step, write, state, self.config.keep)
         self.last_save = self.step
 
-    def next_step(self, not_finite: float, reward, picked):
-        """The oldest pool is done with; what an update that was not finite learned from is kept."""
-        pool = self.pools.popleft()
+    def next_step(self, not_finite: float) -> int:
+        """The update with the oldest pool is made: -> the number of that step."""
+        self.at, self.step = self.pools.popleft().batch.state, self.step + 1
         self.bad = self.bad + 1 if not_finite else 0
-        if not_finite:
-            with agreement():
-                keep_bad_batch(self.folder, self.step, self.bad, pack(pool), reward, picked)
-        self.at, self.step = pool.batch.state, self.step + 1
+        return self.step - 1
 
 
 def write_folder(policy, tokenizer, folder: Path):
