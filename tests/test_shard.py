@@ -37,7 +37,7 @@ def learn(policy, reference, turns: list, **settings):
     state, norms = None, []
     for step, rows in enumerate(turns):
         optimizer = make_optimizer(policy, config)
-        for group in optimizer.param_groups:  # else a gradient of rounding's size moves as any other
+        for group in optimizer.param_groups:  # else gradients of rounding's size move weights
             group["eps"] = 1e-3
         if state is not None:
             load_optimizer(optimizer, state)
