@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from config import Config, names
+from config import Config
 from data import Batch
 from rollout import sample_rollouts
 from support.command import wait
 from support.runlog import Clock
+from support.settings import names
 
 
 @dataclass

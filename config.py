@@ -1,31 +1,23 @@
 """Every knob of a run in one place: name, default, unit, reason.
 
-In: `train.py [config.py[:row] ...] [--key=value ...]`. A config file is Python that assigns keys,
-and may assign `rows`, a dict of named rows with keys of their own; later files and flags win.
-Out: one Config. An unknown key or row is an error that names the nearest one, a value of the wrong
-type says what was expected; the resolved config is written to the run folder.
+In: `train.py [config.py[:row] ...] [--key=value ...]`; support/settings.py reads them, later ones
+win. Out: one Config, checked, and the phases of its run. It is written to the run folder.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
-import os
 import re
-import runpy
 import sys
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.command import UserError
+from support.settings import convert, expand, help_text, key, names, read_arguments, read_saved
 
-
-def key(default, meaning, group=""):
-    return field(default=default, metadata={"meaning": meaning, "group": group})
+USAGE = """usage: python train.py [config.py[:row] ...] [--key=value ...]
+       --print_config shows what these resolve to"""
 
 
 # The defaults are the pocket world on a laptop. configs/ holds the paper's settings.
@@ -129,61 +121,23 @@ NEUTRAL |= {"give_up_after", "eval_prefixes", "eval_judge_url", "eval_judge_mode
 NEUTRAL |= {"gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_out"}
 ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two is the pocket world
 
-
-WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def convert(name: str, value, kind: type, where: str):
-    """value as `kind`; text comes from flags. An int serves as a float, 1e3 as an int; no nan."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-        if kind is bool:
-            return WORDS[str(value).lower()]
-        if kind is str and isinstance(value, list | tuple):
-            return ",".join(map(str, value))
-        if kind is str and isinstance(value, str | int | float):
-            return str(value)
-        if kind is not str and not isinstance(value, bool):
-            whole = kind is int and isinstance(value, int | str) and "e" not in str(value)
-            number = int(value) if whole else float(value)  # int alone keeps more than 53 bits
-            if number == kind(number):
-                return kind(number)
-    raise UserError(f"{where}: {name} needs {kind.__name__}, not {value!r}")
-
-
-def apply(values: dict, changes: dict, where: str):
-    kinds = typing.get_type_hints(Config)
-    for name, value in changes.items():
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1, cutoff=0)[0]
-            raise UserError(f"{where}: there is no key {name!r}; the nearest is {near!r}")
-        values[name] = convert(name, value, kinds[name], where)
+# Keys of older versions, with the values that are what is done now.
+GONE = {"task": "pretrain", "grpo_std": True, "grpo_length": True, "length_norm": False}
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """Command line -> (Config, whether a run is resumed: its own settings, then those given)."""
-    given: dict = {}
-    for arg in argv:
-        if arg in ("-h", "--help"):
-            print(help_text())
-            sys.exit(0)
-        if arg == "--print_config":
-            continue
-        if arg.startswith("--"):
-            name, equals, value = arg[2:].partition("=")
-            if not equals and name != "dry_run":
-                raise UserError(f"{arg}: write --{name}=value")
-            apply(given, {name: value if equals else True}, arg)
-        elif re.search(r"\.py(:|$)", arg):
-            apply(given, read_file(arg), arg)
-        else:
-            raise UserError(f"{arg}: neither a config file (.py) nor --key=value")
+    if {"-h", "--help"} & set(argv):
+        print(USAGE, help_text(Config), sep="\n")
+        sys.exit(0)
+    given = read_arguments(Config, [arg for arg in argv if arg != "--print_config"])
     resume = given.get("init_from") == "resume"
     if resume:
         path = Path(expand(given.get("out_dir", Config.out_dir))) / "config.json"
         if not path.is_file():
             raise UserError(f"init_from=resume: {path} does not exist, there is no run to resume")
-        saved = {name: value for name, value in read_saved(path).items() if name not in given}
-        given = saved | {name: value for name, value in given.items() if name != "init_from"}
+        del given["init_from"]
+        given = read_saved(Config, GONE, path) | given
     config = check(Config(**given))
     if "--print_config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
@@ -191,68 +145,9 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     return config, resume
 
 
-def read_file(argument: str) -> dict:
-    """The keys that FILE.py, or FILE.py:ROW, assigns. It is Python: what it raises is its own."""
-    file, colon, row = argument.partition(".py:")
-    found, rows = execute(file + ".py" * bool(colon))
-    if not colon:
-        if rows:
-            raise UserError(f"{argument} holds rows: say {argument}:ROW, one of {', '.join(rows)}")
-        return found
-    if row not in rows:
-        near = difflib.get_close_matches(row, rows, 1, cutoff=0)
-        hint = f"the nearest is {near[0]!r}" if near else "it has no rows"
-        raise UserError(f"{file}.py: there is no row {row!r}; {hint}")
-    return found | {k: v for k, v in rows[row].items() if k not in ROW_NOTES}
-
-
-def read_rows(file) -> dict[str, dict]:
-    """The rows of a config file by name, as the file has them, ROW_NOTES included."""
-    return execute(str(file))[1]
-
-
-ROW_NOTES = ("label", "paper", "scale")  # what a row says of itself beside keys
-
-
-def execute(name: str) -> tuple[dict, dict]:
-    """(top-level keys, rows) of a config file."""
-    if not Path(expand(name)).is_file():
-        raise UserError(f"{name}: no such config file")
-    try:
-        found = runpy.run_path(expand(name))
-    except Exception as e:
-        raise UserError(f"{name}: {type(e).__name__}: {e}") from e
-    found = {k: v for k, v in found.items() if k[0] != "_" and not isinstance(v, types.ModuleType)}
-    return found, found.pop("rows", {})
-
-
-def expand(text: str) -> str:
-    """Each of the comma-separated paths with ~ as the home folder, which a shell leaves alone
-    behind --key=."""
-    return ",".join(os.path.expanduser(part) for part in text.split(","))
-
-
-# Keys of older versions, with the values that are what is done now.
-GONE = {"task": "pretrain", "grpo_std": True, "grpo_length": True, "length_norm": False}
-
-
-def read_saved(path: Path) -> dict:
-    """The settings of a run folder's config.json; keys that are no more are left out."""
-    try:
-        saved, values = dict(json.loads(path.read_text(encoding="utf-8"))), {}
-        if other := [name for name, value in GONE.items() if saved.get(name, value) != value]:
-            raise UserError(f"{path} sets {other[0]}, which is no more: the run cannot go on here")
-        known = {f.name for f in dataclasses.fields(Config)}
-        apply(values, {k: v for k, v in saved.items() if k in known}, str(path))
-    except (ValueError, TypeError) as e:
-        why = e if isinstance(e, UserError) else f"{path} is damaged: restore or delete it"
-        raise UserError(f"{why}, or choose another out_dir") from None
-    return values
-
-
 def differences(config: Config, path: Path) -> list[str]:
     """What makes config another run than that of a saved config.json: 'seed (0, now 1)'."""
-    saved, out = read_saved(path), []
+    saved, out = read_saved(Config, GONE, path), []
     for f in dataclasses.fields(Config):
         before, now = saved.get(f.name, f.default), getattr(config, f.name)
         moved = f.name in ADDRESSES and "world" not in (before, now)
@@ -333,11 +228,6 @@ def parse_rewards(rewards) -> dict[str, float]:
     return weights
 
 
-def names(text: str) -> list[str]:
-    """'suffix, rewrite' -> ['suffix', 'rewrite']."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def monitors(config: Config) -> list[str]:
     """The live monitors of a run: those named, or TensorBoard where it is installed."""
     if config.track != "auto":
@@ -372,16 +262,3 @@ def phases(config: Config) -> dict[str, Config]:
         out_dir = f"{config.out_dir}/baseline"
         out["baseline"] = dataclasses.replace(config, **next_token, out_dir=out_dir)
     return out | {"method": config}
-
-
-def help_text() -> str:
-    lines = [
-        "usage: python train.py [config.py[:row] ...] [--key=value ...]",
-        "       --print_config shows what these resolve to",
-    ]
-    for f in dataclasses.fields(Config):
-        if f.metadata["group"]:
-            lines += ["", f.metadata["group"]]
-        flag, kind = f"--{f.name}={f.default}", type(f.default).__name__
-        lines.append(f"  {flag:<36} {kind:<6} {f.metadata['meaning']}")
-    return "\n".join(lines)

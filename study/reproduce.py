@@ -30,6 +30,7 @@ import config as configuration
 from support import command
 from support.command import ROOT, UserError, python
 from support.files import markdown, read_jsonl
+from support.settings import execute
 from tools.plot import read_json
 
 # Of the paper, and beyond it.
@@ -67,7 +68,7 @@ class Row:
 @cache
 def rows_of(table: str) -> list[Row]:
     """The rows of a table in its order, without the base."""
-    rows = configuration.read_rows(ROOT / "configs" / f"{table}.py").items()
+    rows = execute(f"{ROOT}/configs/{table}.py")[1].items()
     return [Row(table, name, row["label"], row.get("paper", ())) for name, row in rows]
 
 

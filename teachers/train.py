@@ -17,13 +17,14 @@ from concurrent.futures import Future
 
 import config as configuration
 import train
-from config import Config, names
+from config import Config
 from data import open_stream
 from evaluation.results import table
 from rewrite import Teachers
 from support import command
 from support.command import UserError
 from support.distributed import rank
+from support.settings import names
 from teachers.tasks import KINDS, Rows, TaskRewards, TaskStream, evaluate_answers, held_out_stream
 from tools.plot import plot_run
 from world.corpus import parse_dials

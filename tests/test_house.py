@@ -80,8 +80,8 @@ def lines(*folders: str) -> int:
 @pytest.mark.parametrize(
     ("folders", "most"),
     [  # lines; where the house should come to: 3,000, 4,000, 9,500 and 5,500
-        (["."], 3110),
-        ([".", "kernels"], 4160),
+        (["."], 3000),
+        ([".", "kernels"], 4050),
         ([".", *GROUND, *ROOMS], 11720),
         (["tests"], 7330),
     ],
@@ -99,7 +99,7 @@ def test_what_train_reads():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     read = [Path(line) for line in done.stdout.splitlines()]
     ours = {path.relative_to(ROOT) for path in read if path.is_relative_to(ROOT)} & set(FILES)
-    assert len(ours) <= 27  # where it should come to: 25 files and 4,500 lines
+    assert len(ours) <= 28  # where it should come to: 25 files and 4,500 lines
     assert sum(len((ROOT / path).read_text().splitlines()) for path in ours) <= 6500
     assert {path.parts[0] for path in ours if len(path.parts) > 1} == set(GROUND)
 

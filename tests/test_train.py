@@ -19,6 +19,7 @@ from evaluation import evaluate
 from model import load_model
 from support import distributed, runlog
 from support.command import ROOT, UserError
+from support.settings import execute
 from support.tokenizer import load_tokenizer
 from world import teacher
 
@@ -245,7 +246,7 @@ def test_arguments_are_answered_before_torch_is_imported():
 
 
 TABLES = sorted((ROOT / "configs").glob("table*.py"))
-ROWS = [f"{file}:{row}" for file in TABLES for row in configuration.read_rows(file)]
+ROWS = [f"{file}:{row}" for file in TABLES for row in execute(str(file))[1]]
 
 
 @pytest.fixture(scope="module")

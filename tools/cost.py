@@ -13,10 +13,11 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from config import Config, names, needs_reference, parse_rewards
+from config import Config, needs_reference, parse_rewards
 from judge import FIELD, load_prompts
 from model import Llama, ModelConfig, preset, read_config
 from schedules import schedule
+from support.settings import names
 from support.tokenizer import load_tokenizer
 
 ANSWER_TOKENS = 80  # a short reasoning and a verdict

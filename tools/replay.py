@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from chat import Chat
-from config import Config, read_saved
+from config import GONE, Config
 from judge import Judge
 from support import command
 from support.command import UserError
 from support.endpoint import Answer
 from support.files import markdown
+from support.settings import read_saved
 from support.store import Reader
 
 
@@ -58,7 +59,8 @@ def recorded_judge(run, **other):
     path = Path(run) / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file: is this the folder of a run?")
-    config = Config(**read_saved(path) | {key: value for key, value in other.items() if value})
+    changed = {name: value for name, value in other.items() if value}
+    config = Config(**read_saved(Config, GONE, path) | changed)
     with Recorded(Path(run), config.judge_model) as chat:
         yield Judge(chat, config)
 
