@@ -26,7 +26,6 @@ import json
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections import Counter, deque
@@ -37,23 +36,26 @@ import aiohttp
 
 from support.command import Stopped, UserError, wait
 from support.endpoint import (
+    SHAPING,
     WHOLE,
     Answer,
     Endpoint,
     Failure,
+    Refused,
+    Resend,
     error_in,
     in_words,
-    of_content,
+    read_body,
+    read_json,
     read_reply,
-    retry_after,
+    refusal,
+    say_once,
+    untaken,
 )
 from support.store import Store
 
 log = logging.getLogger(__name__)
 
-MAX_BODY = 2 << 20  # bytes of a reply that we are willing to read
-RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}
-SILENT: set[str] = set()  # base URLs whose silence was told, by whichever client of the process
 COUNTS = ("calls", "retries", "cached", "dropped", "tokens_in", "tokens_out")
 RECENT = 1000  # of the latest so many questions, from 20 on, half may be refused
 
@@ -68,22 +70,6 @@ class TeacherGone(Stopped):
     """No endpoint has answered any question for `give_up_after` seconds."""
 
 
-class Refused(Exception):
-    """The server will not answer this question, because of what is in it."""
-
-    def __init__(self, kind: str, told: str):
-        super().__init__(kind, told)
-        self.kind, self.told = kind, told
-
-
-async def read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """At most `limit` bytes of the body; a connection left half read is closed by aiohttp."""
-    try:
-        return await response.content.readexactly(limit)
-    except asyncio.IncompleteReadError as short:
-        return short.partial
-
-
 class Chat(contextlib.AbstractContextManager):
     """A client for one model on one or several endpoints, with its own thread and event loop."""
 
@@ -92,6 +78,7 @@ class Chat(contextlib.AbstractContextManager):
         urls: str,  # several: commas
         model: str,
         *,
+        extra: dict | None = None,  # fields added to every request, or in place of ours
         concurrency: int = 1024,  # requests in flight, over all endpoints
         timeout: float = 120.0,  # seconds for one attempt
         retries: int = 12,  # repeats of a question while other questions are answered
@@ -103,7 +90,8 @@ class Chat(contextlib.AbstractContextManager):
         self.store = Store(Path(cache)) if cache else None
         if self.store:
             self.store.create(ANSWERS)
-        self._model, self._retries, self._give_up_after = model, retries, give_up_after
+        self._model, self._extra = model, extra or {}
+        self._retries, self._give_up_after = retries, give_up_after
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=min(timeout, 20.0))
         self._slots = asyncio.Semaphore(concurrency)
@@ -116,7 +104,6 @@ class Chat(contextlib.AbstractContextManager):
         self._latency: deque = deque(maxlen=2000)  # seconds, of the latest answers
         self._recent: deque = deque(maxlen=RECENT)  # of the latest questions: was it refused?
         self.refusal = ""  # the latest refused question, in the server's words
-        self._limit = b'"max_tokens"'  # what the server calls the limit of an answer
 
         self._closing = asyncio.Event()
         started: Future = Future()
@@ -172,8 +159,8 @@ class Chat(contextlib.AbstractContextManager):
         """The answer to one question, from the cache if this very question was asked before."""
         how = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
         request = dict(model=self._model, messages=[dict(role="user", content=prompt)], **how)
-        body = json.dumps(request).encode()
-        key = hashlib.sha256(body).digest()
+        request |= self._extra  # what a server's dialect changes is no part of the key
+        key = hashlib.sha256(json.dumps(request).encode()).digest()
         if key in self._asking:  # the same question is in flight: share its answer
             self._counts["cached"] += 1
             return (await asyncio.shield(self._asking[key]))._replace(cached=True)
@@ -184,20 +171,23 @@ class Chat(contextlib.AbstractContextManager):
         if not self._asking:
             self._heard = time.monotonic()
         # A refusal that an earlier process met is no news.
-        task = self._asking[key] = asyncio.create_task(self._answer(key, body, news=row is None))
+        task = self._asking[key] = asyncio.create_task(self._answer(key, request, news=row is None))
         task.add_done_callback(lambda _: self._asking.pop(key))
         # What it raises is heard by its caller, or by nobody where the caller has given up.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)  # a caller that gives up must not waste the answer
 
-    async def _answer(self, key: bytes, body: bytes, news: bool) -> Answer:
+    async def _answer(self, key: bytes, request: dict, news: bool) -> Answer:
         """Attempts until one succeeds, the question is dropped, or the teacher is lost."""
         began = time.monotonic()
         for attempt in itertools.count():
             try:
                 async with self._slots:
-                    answer = await self._attempt(await self._turn(), body)
+                    answer = await self._attempt(await self._turn(), request)
                 break
+            except Resend:
+                self._counts["retries"] += 1
+                continue
             except Refused as refused:
                 return await self._refused(key, refused.kind, refused.told, news)
             except Failure as failure:
@@ -266,20 +256,22 @@ class Chat(contextlib.AbstractContextManager):
         endpoint.turn = time.monotonic() + max(endpoint.gap, endpoint.aside)
         return endpoint
 
-    async def _attempt(self, endpoint: Endpoint, body: bytes) -> Answer:
+    async def _attempt(self, endpoint: Endpoint, request: dict) -> Answer:
         """One request. Failure for what may pass, Refused for what is about this question alone,
-        UserError for what will never be answered."""
+        Resend for a field that is not taken, UserError for what will never be answered."""
         self._counts["calls"] += 1
         endpoint.in_flight += 1
-        sent = time.monotonic()
+        left = time.monotonic()
         try:
+            await endpoint.recognise(self._session)
+            sent = endpoint.fields(request)
             async with self._session.post(
                 endpoint.url,
-                data=body.replace(b'"max_tokens"', self._limit),  # in a text the quote is escaped
+                data=json.dumps(sent).encode(),
                 allow_redirects=False,
                 proxy=endpoint.proxy,
             ) as response:
-                answer = await self._receive(response, endpoint.url)
+                answer = await self._receive(response, endpoint, request, sent)
         except Failure as error:
             failure = error
         except asyncio.TimeoutError:
@@ -287,12 +279,12 @@ class Chat(contextlib.AbstractContextManager):
         except (aiohttp.ClientError, OSError) as error:
             half = isinstance(error, aiohttp.ClientPayloadError)
             failure = Failure("half_closed" if half else "connection", in_words(error))
-        except Refused:
+        except (Refused, Resend):
             self._well(endpoint)
             raise
         else:
             self._well(endpoint)
-            self._latency.append(self._heard - sent)
+            self._latency.append(self._heard - left)
             self._counts["tokens_in"] += answer.prompt_tokens
             self._counts["tokens_out"] += answer.completion_tokens
             return answer
@@ -300,74 +292,45 @@ class Chat(contextlib.AbstractContextManager):
             endpoint.in_flight -= 1
         self._failed[failure.kind] += 1
         self._trouble = f"{endpoint.base}: {failure.why}"
-        endpoint.failed(failure, sent, time.monotonic())
-        self._tell(endpoint, failure)
+        endpoint.failed(failure, left, time.monotonic(), self._patience())
         raise failure from None
 
     def _well(self, endpoint: Endpoint) -> None:
         """The endpoint has answered."""
         self._heard = time.monotonic()
         endpoint.answered(self._heard)
-        if endpoint.told and endpoint.base in SILENT:
-            SILENT.remove(endpoint.base)
-            log.warning("%s answers again", endpoint.base)
-        endpoint.told = False
 
-    def _tell(self, endpoint: Endpoint, failure: Failure) -> None:
-        """One line for an endpoint that has begun to fail, however often it is asked, and by how
-        many clients of this process."""
-        since = time.monotonic() - endpoint.failing_since
-        if endpoint.told or not endpoint.aside and since < (30.0 if failure.retry_after else 1.0):
-            return
-        endpoint.told = True
-        if endpoint.base not in SILENT:
-            SILENT.add(endpoint.base)
-            until = time.strftime("%H:%M:%S", time.localtime(time.time() + self._patience()))
-            whom = "an answer by any" if len(self.urls) > 1 else "an answer"
-            told = "%s does not answer: %s; waiting until %s for %s"
-            log.warning(told, endpoint.base, failure.why, until, whom)
+    async def unsure(self) -> None:
+        """Says which servers may sample in ways of their own."""
+        for endpoint in self._endpoints:
+            await endpoint.recognise(self._session)
+            if endpoint.unknown and not SHAPING & self._extra.keys():
+                its_own = "a top_k, min_p or repetition penalty of its own"
+                say_once(f"{endpoint.base} may sample with {its_own}: docs/judging.md, Servers")
 
-    async def _receive(self, response: aiohttp.ClientResponse, url: str) -> Answer:
-        """Reads a reply, of bounded size, and tells answers, failures and refusals apart."""
-        if response.status != 200:
-            self._turned_down(response.status, await read(response, 4096), url, response.headers)
-        if "json" not in response.content_type:
-            raise Failure("content_type", f"it answers with {response.content_type}, not JSON")
-        content = await read(response, MAX_BODY + 1)
-        if len(content) > MAX_BODY:
-            raise Failure("too_large", f"it answers with more than {MAX_BODY >> 20} MB")
-        try:
-            reply = json.loads(content)
-        except (ValueError, RecursionError):
-            raise Failure("invalid_json", "it answers with broken JSON") from None
-        if error := error_in(reply):
-            self._turned_down(error, content[:4096], url, response.headers)
-        return read_reply(reply)
-
-    def _turned_down(self, status: int, content: bytes, url: str, headers):
-        """Raises what an error's status and body mean."""
-        whole = content.decode(errors="replace")
-        # One short printable line, without the key that it may repeat.
-        told = whole.replace(self._key, "[key]") if self._key else whole
-        told = " ".join("".join(c if c.isprintable() else " " for c in told).split())[:500]
-        if re.search("use .?max_completion_tokens", whole, re.I):  # OpenAI's reasoning models
-            self._limit = b'"max_completion_tokens"'
-            raise Failure("max_tokens", "it wants max_completion_tokens")
-        gone = re.search(r"insufficient[_ ](?:quota|balance|funds)|exceeded_current_quota", whole)
-        if status in RETRY_STATUSES and not gone:
-            raise Failure(str(status), f"it answers {status} ({told[:200]})", retry_after(headers))
-        if not gone and (kind := of_content(status, whole)):
-            raise Refused(kind, f"{url} answered {status}: {told}")
-        hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
-        raise UserError(f"{url} answered {status}: {told}{hint}")
+    async def _receive(self, response, endpoint: Endpoint, request: dict, sent: dict) -> Answer:
+        """Tells answers, failures, refusals and fields that are not taken apart."""
+        content = await read_body(response)
+        reply = read_json(response.content_type, content) if response.status == 200 else None
+        error = error_in(reply) if response.status == 200 else response.status
+        if not error:
+            return read_reply(reply)
+        told = content[:4096].decode(errors="replace")
+        ours = [name for name in sent if name not in {"model", "messages", *self._extra}]
+        if name := untaken(error, told, reversed(ours)):
+            if name in endpoint.fields(request):  # else others have met with it meanwhile
+                endpoint.forget(name, self._model)
+            raise Resend
+        raise refusal(error, told, endpoint.url, self._key, response.headers)
 
 
 def greet(chat: Chat, question: str) -> None:
     """Asks a small question, so that a wrong URL, key or model name ends the run before it has
-    trained anything; waits for a server that starts."""
-    asked = chat.run(chat.ask(question, seed=0, temperature=0.0, top_p=1.0, max_tokens=16))
+    trained anything; waits for a server that starts; says what can't be made sure."""
+    asked = chat.run(chat.ask(question, seed=0, temperature=1.0, top_p=1.0, max_tokens=16))
     if wait(asked).refused:
         raise UserError(chat.refusal)
+    wait(chat.run(chat.unsure()))
 
 
 class Traffic:

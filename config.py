@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.command import UserError
-from support.settings import convert, expand, help_text, key, names, read_arguments, read_saved
+from support.settings import (
+    convert,
+    expand,
+    help_text,
+    key,
+    names,
+    nested,
+    read_arguments,
+    read_saved,
+)
 
 USAGE = """usage: python train.py [config.py[:row] ...] [--key=value ...]
        --print_config shows what these resolve to"""
@@ -78,12 +87,16 @@ class Config:
     judge_top_p: float = key(1.0, "sampling of the judge")
     judge_max_tokens: int = key(512, "tokens of a verdict, its reasoning included")
     judge_retries: int = key(3, "times a malformed answer is asked again before it is left out")
+    judge_extra: str = key(
+        "", "fields of each request: reasoning_effort=low,chat.x=false; null: none"
+    )
     comparisons: str = key("all", "quality pairs: all, pivot, R opponents each, or race")
     overlap: int = key(0, "batches judged while the next are rolled out; 0 is the paper's order")
     rewrite_url: str = key("world", "as judge_url")
     rewrite_model: str = key("rewriter", "model name sent to rewrite_url")
     rewrite_temperature: float = key(1.0, "sampling of the rewriter")
     rewrite_max_tokens: int = key(0, "tokens of a rewrite, its reasoning included; 0: 4 x chunk")
+    rewrite_extra: str = key("", "as judge_extra")
     concurrency: int = key(256, "questions in flight at once, of each process and kind of teacher")
     timeout: float = key(120.0, "seconds for one answer before it is asked again")
     give_up_after: float = key(600.0, "seconds without any answer before the run stops, resumable")
@@ -206,6 +219,8 @@ def check_values(config: Config):
     for name in ("judge_url", "rewrite_url", "eval_judge_url"):  # they go into files of the run
         keyless = not any(sign in getattr(config, name) for sign in "@?")
         need(keyless, f"{name}: a key goes into OPENAI_API_KEY, not into the URL")
+    for name in ("judge_extra", "rewrite_extra"):
+        nested(getattr(config, name))
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")
     for name, value in vars(config).items():

@@ -13,6 +13,7 @@ from chat import Chat, Traffic, greet
 from config import Config
 from judge import SPECIAL, Judge, defuse, load_prompts, question_seed, render, together
 from support.distributed import agreement, rank
+from support.settings import nested
 from support.store import path_of
 
 REFUSAL = re.compile(
@@ -74,15 +75,15 @@ class Teachers:
 
     def __init__(self, config: Config, world: str, stack: contextlib.ExitStack):
         self.run, self.config, self.world, self.stack = Path(config.out_dir), config, world, stack
-        judge = self.open(config.judge_url, config.judge_model)
-        rewriter = self.open(config.rewrite_url, config.rewrite_model)
+        judge = self.open(config.judge_url, config.judge_model, config.judge_extra)
+        rewriter = self.open(config.rewrite_url, config.rewrite_model, config.rewrite_extra)
         chats = [judge, rewriter]
         self.judge = self.examiner = Judge(judge, config, judge.store)
         self.rewriter = Rewriter(rewriter, config)
         if config.eval_judge_url:
             # A record of its own: the same question to another judge is another question.
             model = config.eval_judge_model or config.judge_model
-            chats.append(self.open(config.eval_judge_url, model, "evaluation.sqlite"))
+            chats.append(self.open(config.eval_judge_url, model, "", "evaluation.sqlite"))
             self.examiner = Judge(chats[-1], config)
         self.traffic = Traffic(chats).since_last
         with agreement():
@@ -91,9 +92,9 @@ class Teachers:
                 for chat in (chat for chat in chats if world not in chat.urls):
                     greet(chat, question)
 
-    def open(self, url: str, model: str, record: str = "judgments.sqlite") -> Chat:
+    def open(self, url: str, model: str, extra: str, record: str = "judgments.sqlite") -> Chat:
         c, url = self.config, self.world if url == "world" else url
-        how: dict = dict(concurrency=c.concurrency, timeout=c.timeout)
+        how: dict = dict(concurrency=c.concurrency, timeout=c.timeout, extra=nested(extra))
         cache = path_of(self.run / record, rank())
         return self.stack.enter_context(
             Chat(url, model, cache=cache, give_up_after=c.give_up_after, **how)

@@ -1,16 +1,21 @@
-"""A chat server as its client sees it: its address, its pace, and what its replies mean.
+"""A chat server as its client sees it: its address, its pace, its dialect, what its replies mean.
 
 In: a URL; status and body of the replies of an OpenAI-compatible server. Out: an `Endpoint`, which
-says when the next request may leave; an `Answer`, whose text is None where a reply is none;
-`Failure` for what asking again may mend; the kind of a refusal.
+says when the next request may leave, and in which words; an `Answer`, whose text is None where a
+reply is none; `Failure` for what asking again may mend, `Refused` for what the question's content
+forbids, UserError for what is wrong with us.
 """
 
+import asyncio
 import contextlib
+import functools
 import json
+import logging
 import os
 import random
 import re
 import socket
+import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -19,8 +24,13 @@ from requests.utils import get_environ_proxies, select_proxy
 
 from support.command import UserError
 
+log = logging.getLogger(__name__)
+
 SET_ASIDE = 10  # failures in a row after which an endpoint is only probed
 SPREAD = 0.005  # seconds between two requests that leave after a pause, at first
+MAX_BODY = 2 << 20  # bytes of a reply that we are willing to read
+SILENT: set[str] = set()  # base URLs whose silence was told, by whichever client of the process
+RETRY_STATUSES = {408, 409, 425, 429, *range(500, 600)}
 
 
 class Failure(Exception):
@@ -32,8 +42,34 @@ class Failure(Exception):
         self.kind, self.why, self.retry_after = kind, why or kind, retry_after
 
 
+class Refused(Exception):
+    """The server will not answer this question, because of what is in it."""
+
+    def __init__(self, kind: str, told: str):
+        super().__init__(kind, told)
+        self.kind, self.told = kind, told
+
+
+class Resend(Exception):
+    """The server does not take a field of the request, which it will not see again."""
+
+
+# Sampling that a server does unless a request says otherwise, made to do nothing. By the owner that
+# its list of models names: vLLM and SGLang go by the model's generation_config.json, llama.cpp and
+# llama-cpp-python ("me") by defaults of their own; teachers/serve.py and the pocket world do none.
+NEUTRAL: dict[str, dict] = {
+    **dict.fromkeys(("vllm", "sglang"), dict(top_k=-1, min_p=0.0, repetition_penalty=1.0)),
+    **dict.fromkeys(("llamacpp", "me"), dict(top_k=0, min_p=0.0, repeat_penalty=1.0)),
+    "nanosip": {},
+}
+SHAPING = {name for values in NEUTRAL.values() for name in values}
+PLAIN = re.compile(r"(?:.+\.)?(?:openai\.com|openai\.azure\.com|mistral\.ai)")  # hosts that do none
+# What a field is called by a server that does not take it: OpenAI's reasoning models, Mistral.
+NEWER = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
+
+
 class Endpoint:
-    """A server's address, and when the next request may leave for it.
+    """A server's address, when the next request may leave for it, and in which words.
 
     Rate limited: all requests pause, then leave one by one, `gap` seconds apart. Every answer
     narrows the gap by 2 %, every pause widens it by half, so that about one request in twenty is
@@ -51,6 +87,12 @@ class Endpoint:
         if not good:
             raise UserError(f"a teacher's URL looks like http://host:port/v1, not {url!r}")
         self.base = url.rstrip("/")
+        host = urlsplit(url).hostname or ""
+        # What is sent beside the request; None: the server has not been asked who made it.
+        self.neutral: dict | None = {} if PLAIN.fullmatch(host) else None
+        self.probe: asyncio.Task | None = None
+        self.unknown = False  # so that it may sample in ways of its own
+        self.names: dict[str, str] = {}  # what it calls a field; empty: it does not take it
         self.url = self.base + "/chat/completions"
         self.proxy = proxy_of(self.url)
         self.in_flight = 0
@@ -62,13 +104,70 @@ class Endpoint:
         self.aside = 0.0  # seconds between two probes; 0 = in use
         self.paused_at = 0.0
 
+    async def recognise(self, session: aiohttp.ClientSession) -> None:
+        """Asks the server who made it, before its first question; all who wait share that."""
+
+        async def ask():
+            how = dict(timeout=aiohttp.ClientTimeout(total=5.0), allow_redirects=False)
+            with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
+                async with session.get(f"{self.base}/models", proxy=self.proxy, **how) as response:
+                    if response.status < 500:  # else it may be about to start
+                        self.meet(await read_body(response))
+
+        if self.neutral is None:
+            if self.probe is None or self.probe.done():
+                self.probe = asyncio.create_task(ask())
+            await asyncio.wait([self.probe])
+
+    def meet(self, models: bytes) -> None:
+        """Recognises the server by its list of models; none: it has answered, but not that."""
+        owner = None
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            owner = json.loads(models)["data"][0]["owned_by"]
+        self.unknown = owner not in NEUTRAL
+        self.neutral = NEUTRAL.get(str(owner), {})
+
+    def fields(self, request: dict) -> dict:
+        """The request in the server's words; a value of None leaves its field out."""
+        whole = (self.neutral or {}) | request
+        whole = {name: value for name, value in whole.items() if NEWER.get(name) not in request}
+        named = {self.names.get(name, name): value for name, value in whole.items()}
+        return {name: value for name, value in named.items() if name and value is not None}
+
+    def forget(self, name: str, model: str) -> None:
+        """From now on the field goes by its newer name, or not at all."""
+        first = next((old for old, new in self.names.items() if new == name), name)
+        self.names[first] = newer = NEWER.get(name, "")
+        instead = f"it is sent as {newer}" if newer else "it is left out"
+        say_once(f"{self.base}: {model} does not take {name}: {instead}")
+
     def answered(self, now: float) -> None:
+        if self.neutral is None:
+            self.meet(b"")
+        if self.told and self.base in SILENT:
+            SILENT.remove(self.base)
+            log.warning("%s answers again", self.base)
+        self.told = False
         if self.aside:  # it is back: let the waiting requests come, but not all at once
             self.aside, self.gap, self.turn = 0.0, SPREAD, now
         self.failures, self.failing_since = 0, 0.0
         self.gap = 0.98 * self.gap if self.gap > 1e-4 else 0.0
 
-    def failed(self, failure: Failure, sent: float, now: float) -> None:
+    def failed(self, failure: Failure, sent: float, now: float, patience: float) -> None:
+        """sent: when that request left; patience: seconds for which it is waited for."""
+        self.pace(failure, sent, now)
+        quiet = now - self.failing_since < (30.0 if failure.retry_after else 1.0)
+        if self.told or quiet and not self.aside:
+            return
+        self.told = True
+        if self.base not in SILENT:  # one line, however often and by however many it is asked
+            SILENT.add(self.base)
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + patience))
+            told = "%s does not answer: %s; waiting until %s for an answer"
+            log.warning(told, self.base, failure.why, until)
+
+    def pace(self, failure: Failure, sent: float, now: float) -> None:
+        """When the next request may leave, after a failure."""
         self.failing_since = self.failing_since or now
         pause = failure.retry_after or 0.0
         self.turn = max(self.turn, now + pause)
@@ -83,6 +182,11 @@ class Endpoint:
         else:
             return
         self.paused_at, self.turn = now, max(self.turn, now + pause)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    log.warning(line)
 
 
 def proxy_of(url: str) -> str | None:
@@ -151,6 +255,9 @@ OURS = re.compile(
     re.I,
 )
 
+UNTAKEN = r"unsupported|unrecogni[sz]ed|unknown|unexpected|deprecated|extra_forbidden|cannot both"
+UNTAKEN += r"|not (?:be )?(?:support|permitted|allowed|accepted)|no longer|must be > 0.0 and < 1"
+
 
 class Answer(NamedTuple):
     text: str | None  # None: no usable answer, and `finish` is the kind of failure
@@ -159,6 +266,26 @@ class Answer(NamedTuple):
     completion_tokens: int
     cached: bool = False  # True: this ask cost nothing
     refused: bool = False  # True: the question's content is why, so another seed won't help
+
+
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
+    """At most what we are willing to read; a connection left half read is closed by aiohttp."""
+    try:
+        return await response.content.readexactly(MAX_BODY + 1 if response.status == 200 else 4096)
+    except asyncio.IncompleteReadError as short:
+        return short.partial
+
+
+def read_json(kind: str, content: bytes):
+    """What a body of that content type says; Failure where it is no JSON of a usual size."""
+    if "json" not in kind:
+        raise Failure("content_type", f"it answers with {kind}, not JSON")
+    if len(content) > MAX_BODY:
+        raise Failure("too_large", f"it answers with more than {MAX_BODY >> 20} MB")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise Failure("invalid_json", "it answers with broken JSON") from None
 
 
 def error_in(reply) -> int | None:
@@ -170,6 +297,28 @@ def error_in(reply) -> int | None:
         return code
     told = json.dumps(reply["error"])
     return 400 if FILTERED.search(told) or TOO_LONG.search(told) else 502
+
+
+def untaken(status: int, told: str, names) -> str | None:
+    """Which of the names of a request's fields an error is about; None: it is about more."""
+    if status not in (400, 422) or FILTERED.search(told):
+        return None
+    near = rf"(?:{UNTAKEN})[^.]{{0,80}}\b%s\b|\b%s\b[^.]{{0,80}}(?:{UNTAKEN})"
+    found = (name for name in names if re.search(near % (name, name), told, re.I))
+    return next(found, None)
+
+
+def refusal(status: int, whole: str, url: str, key: str, headers) -> Exception:
+    """What an error's status and body mean. key: what is not shown, though they may repeat it."""
+    told = whole.replace(key, "[key]") if key else whole
+    told = " ".join("".join(c if c.isprintable() else " " for c in told).split())[:500]
+    gone = re.search(r"insufficient[_ ](?:quota|balance|funds)|exceeded_current_quota", whole)
+    if status in RETRY_STATUSES and not gone:
+        return Failure(str(status), f"it answers {status} ({told[:200]})", retry_after(headers))
+    if not gone and (kind := of_content(status, whole)):
+        return Refused(kind, f"{url} answered {status}: {told}")
+    hint = "" if status != 404 or "/v1/" in url else " (does the base URL lack /v1?)"
+    return UserError(f"{url} answered {status}: {told}{hint}")
 
 
 def of_content(status: int, told: str) -> str | None:

@@ -124,6 +124,30 @@ def names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def nested(text: str) -> dict:
+    """'a.b=1,c=low' -> {"a": {"b": 1}, "c": "low"}; a value is JSON, or else a plain word."""
+    out: dict = {}
+    left = text.strip()
+    while left:
+        path, _, left = left.partition("=")
+        try:
+            value, end = json.JSONDecoder().raw_decode(left)
+            if left[end : end + 1] not in ("", ","):
+                raise ValueError
+        except ValueError:
+            value = left.partition(",")[0]
+            end = len(value)
+        left = left[end + 1 :].lstrip()
+        *outer, last = path.split(".")
+        place = out
+        for name in outer:
+            place = place.setdefault(name, {}) if isinstance(place, dict) else None
+        if not re.fullmatch(r"\w+(\.\w+)*", path) or not isinstance(place, dict) or value == "":
+            raise UserError(f"{text!r}: write field=value or outer.inner=value, commas between")
+        place[last] = value
+    return out
+
+
 def help_text(settings: type) -> str:
     """Every key with its default, type and meaning."""
     lines = []

@@ -58,6 +58,11 @@ class FaultyServer:
         with contextlib.suppress(EOFError, ConnectionError, asyncio.CancelledError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                if head.startswith("GET "):  # who made it: no part of the plan, and not counted
+                    models = json.dumps({"data": [{"owned_by": self.owner}]})
+                    about = f"Content-Type: application/json\r\nContent-Length: {len(models)}"
+                    writer.write(f"HTTP/1.1 200 OK\r\n{about}\r\n\r\n{models}".encode())
+                    continue
                 length = int(re.search(r"content-length: *(\d+)", head, re.I)[1])
                 body = await reader.readexactly(length)
                 self.arrivals.append(time.monotonic())
@@ -144,6 +149,7 @@ def faulty_server(
     rate: int | None = None,  # requests per second; above it: 429 with Retry-After
     retry_after: float | str = 0.1,  # value of that header
     message: str = "",  # text of error replies
+    owner: str = "nanosip",  # of its models
 ):
     server = FaultyServer(locals())
     loop, ready = asyncio.new_event_loop(), threading.Event()

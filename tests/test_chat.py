@@ -15,10 +15,20 @@ from contextlib import closing
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import MAX_BODY, Chat, TeacherGone, Traffic, greet
+from chat import Chat, TeacherGone, Traffic, greet
 from support.command import ROOT, UserError
-from support.endpoint import WHOLE, Answer, Endpoint, Failure, of_content, read_reply
+from support.endpoint import (
+    MAX_BODY,
+    WHOLE,
+    Answer,
+    Endpoint,
+    Failure,
+    of_content,
+    read_reply,
+    untaken,
+)
 from support.files import read_jsonl
+from support.settings import nested
 
 KEY = "sk-test-0123456789abcdef"
 SAMPLING = dict(temperature=1.0, top_p=1.0, max_tokens=64)
@@ -250,6 +260,45 @@ def test_refusals_are_about_the_question_or_about_us():
     """What servers say; kind null: it is about us."""
     for row in read_jsonl(ROOT / "tests/refusals.jsonl"):
         assert of_content(row["status"], row["told"]) == row["kind"], row
+        assert untaken(row["status"], row["told"], ["max_tokens"]) is None
+
+
+@pytest.mark.parametrize(
+    "status, told, name",
+    [
+        (
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead.",
+            "max_tokens",
+        ),
+        (
+            400,
+            "Unsupported value: 'temperature' does not support 0.7 with this model. Only the "
+            "default (1) value is supported.",
+            "temperature",
+        ),
+        (
+            422,
+            '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs"}]}',
+            "seed",
+        ),
+        (400, "Extra inputs are not permitted, field: 'min_p', value: 0.0", "min_p"),
+        (400, 'Invalid JSON payload received. Unknown name "seed": Cannot find field.', "seed"),
+        (400, "property 'min_p' is unsupported", "min_p"),
+        (400, "`temperature` and `top_p` cannot both be specified for this model.", "top_p"),
+        (400, "`temperature` is deprecated for this model.", "temperature"),
+        (422, "Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p"),
+        (400, "Unrecognized request argument supplied: top_k", "top_k"),
+        (400, "max_tokens is too large: 9000", None),
+        (404, "Unsupported parameter: 'seed'", None),
+        (400, "content_filter: 'seed' is not permitted", None),
+        (400, "Model x not found", None),
+    ],
+)
+def test_a_field_that_a_server_does_not_take(status, told, name):
+    names = ["seed", "max_tokens", "top_p", "temperature", "min_p", "top_k"]
+    assert untaken(status, told, names) == name
 
 
 def test_a_refused_question_is_an_absent_answer_and_never_a_dead_end(client, tmp_path, caplog):
@@ -311,23 +360,105 @@ def test_a_refusal_of_us_is_raised_at_once_and_never_shows_the_key(client, tmp_p
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_errors_with_status_200_and_another_name_of_the_limit(client):
-    """As OpenRouter's gateway and OpenAI's reasoning models have them."""
+def test_errors_with_status_200(client):
+    """As OpenRouter's gateway has them."""
     errors = {"flagged": {"code": 403, "message": "flagged"}, "busy": {"code": 502}}
 
     def answer(request):
-        if "max_tokens" in request:
-            told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-            return 400, {"error": {"message": told, "code": "unsupported_parameter"}}
-        assert request["max_completion_tokens"] == 64
         error = errors.pop(prompt_of(request), None)
-        return (200, {"error": error}) if error else 'the text: "max_tokens": 7'
+        return (200, {"error": error}) if error else "fine"
 
     with faulty_server(answer=answer) as server:
         chat = client(server.url)
-        assert ask(chat, "flagged").finish == "content_filter"
-        assert ask(chat, "busy").text and ask(chat, '"max_tokens": 7').text
-        assert chat.stats()["failed"] == {"max_tokens": 1, "content_filter": 1, "502": 1}
+        assert ask(chat, "flagged").finish == "content_filter" and ask(chat, "busy").text
+        assert chat.stats()["failed"] == {"content_filter": 1, "502": 1}
+
+
+# ---- The dialect of a server ---------------------------------------------------------------------
+
+
+def test_fields_that_are_not_taken_are_sent_otherwise_and_said_once(client, caplog):
+    """As OpenAI's reasoning models and Mistral have it; 60 questions at once meet with it."""
+    refused = ["max_tokens", "seed", "random_seed", "temperature"]
+    taken = []
+
+    def answer(request):
+        if found := [name for name in refused if name in request]:
+            error = dict(message=f"Unsupported parameter: '{found[0]}'", param=found[0])
+            return 400, {"error": error}
+        taken.append(request)
+        return 'the text: "max_tokens": 7'
+
+    with faulty_server(answer=answer) as server:
+        for chat in (client(server.url), client(server.url)):
+            assert all(a.text for a in ask_all(chat, range(60)))
+            calls = chat.stats()["calls"]
+            assert all(a.text for a in ask_all(chat, range(60, 120)))
+            assert chat.stats()["calls"] == calls + 60 and chat.stats()["failed"] == {}
+    expected = {"model", "messages", "max_completion_tokens", "top_p"}
+    assert all(set(request) == expected for request in taken)
+    instead = {"max_tokens": "sent as max_completion_tokens", "seed": "sent as random_seed"}
+    said = [f"{server.url}: model does not take {name}: it is " for name in refused]
+    said = [line + instead.get(name, "left out") for line, name in zip(said, refused, strict=True)]
+    assert sorted(caplog.messages) == sorted(said)
+
+
+def test_a_field_that_the_user_adds_is_never_left_out(client):
+    def answer(request):
+        return 400, {"error": {"message": "Unsupported parameter: 'reasoning_effort'"}}
+
+    with faulty_server(answer=answer) as server, pytest.raises(UserError, match="reasoning_effort"):
+        ask(client(server.url, extra=nested("reasoning_effort=low")))
+    assert server.counts.total() == 1
+
+
+@pytest.mark.parametrize(
+    "owner, sent, said",
+    [
+        ("vllm", dict(top_k=-1, min_p=0.0, repetition_penalty=1.0), 0),
+        ("me", dict(top_k=0, min_p=0.0, repeat_penalty=1.0), 0),
+        ("nanosip", {}, 0),
+        ("library", {}, 1),
+    ],
+)
+def test_sampling_is_made_neutral_where_the_server_is_known(
+    client, caplog, tmp_path, owner, sent, said
+):
+    """And neither that nor the server's dialect is part of what a stored answer is found by."""
+    seen = []
+    with faulty_server(
+        owner=owner, answer=lambda request: seen.append(request) or "fine"
+    ) as server:
+        greet(client(server.url), "Are you there?")
+        chat = client(server.url, cache=tmp_path / "cache.sqlite")
+        ask(chat)
+        (key,) = chat.store.find("SELECT hex(key) FROM answers")
+    assert key == "940EE886670712125E8F2D5B91DB8784D697FF87F0C5398991C9974A83172ABA"
+    asked = dict(SAMPLING, model="model", messages=[dict(role="user", content="question")], seed=0)
+    assert seen[-1] == asked | sent
+    assert len(caplog.messages) == said and all("may sample with" in x for x in caplog.messages)
+
+
+def test_fields_of_ones_own(client, tmp_path, caplog):
+    text = "reasoning_effort=low,chat_template_kwargs.enable_thinking=false,top_k=20,seed=null"
+    text += ',max_completion_tokens=4096,stop=["\\n", "a,b"]'
+    own = nested(text)
+    assert own["chat_template_kwargs"] == {"enable_thinking": False} and own["stop"] == [
+        "\n",
+        "a,b",
+    ]
+    seen = []
+    with faulty_server(owner="vllm", answer=lambda request: seen.append(request) or "x") as server:
+        cache = tmp_path / "cache.sqlite"
+        for extra, cached in ((own, False), ({}, False), (own, True)):
+            assert ask(client(server.url, extra=extra, cache=cache)).cached == cached
+    sent = dict(own, min_p=0.0, repetition_penalty=1.0, temperature=1.0, top_p=1.0)
+    del sent["seed"]
+    assert {k: v for k, v in seen[0].items() if k not in ("model", "messages")} == sent
+    for wrong in ("low", "=low", "a=", "a=1,a.b=2", "a..b=1"):
+        with pytest.raises(UserError, match="write field=value"):
+            nested(wrong)
+    assert nested("") == {} and nested("a=1, b=x") == {"a": 1, "b": "x"}
 
 
 # ---- Where it asks, and one answer for one question ----------------------------------------------

@@ -25,16 +25,17 @@ from support import command
 from support.command import UserError
 from support.endpoint import Answer
 from support.files import markdown
-from support.settings import read_saved
+from support.settings import nested, read_saved
 from support.store import Reader
 
 
 class Recorded(Chat):
     """A chat that knows the answers of a run and no others."""
 
-    def __init__(self, run: Path, model: str):
+    def __init__(self, run: Path, config: Config):
         recorded = Reader(run / "judgments.sqlite")
-        super().__init__("http://nowhere.invalid/v1", model)
+        extra = nested(config.judge_extra)
+        super().__init__("http://nowhere.invalid/v1", config.judge_model, extra=extra)
         self.store = recorded  # type: ignore[assignment]
 
     async def _answer(self, *question, **how):
@@ -61,7 +62,7 @@ def recorded_judge(run, **other):
         raise UserError(f"{path}: no such file: is this the folder of a run?")
     changed = {name: value for name, value in other.items() if value}
     config = Config(**read_saved(Config, GONE, path) | changed)
-    with Recorded(Path(run), config.judge_model) as chat:
+    with Recorded(Path(run), config) as chat:
         yield Judge(chat, config)
 
 

@@ -264,8 +264,11 @@ async def serve(port: int, dials: Dials, parent: int | None):
         await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
         return web.json_response(result)
 
+    async def models(request):  # by this chat.py knows that it samples as it is told
+        return web.json_response({"data": [{"id": "world", "owned_by": "nanosip"}]})
+
     app = web.Application()
-    app.add_routes([web.post("/v1/chat/completions", complete)])
+    app.add_routes([web.post("/v1/chat/completions", complete), web.get("/v1/models", models)])
     await listen(app, "127.0.0.1", port, parent)
 
 
