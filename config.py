@@ -88,7 +88,7 @@ class Config:
     judge_max_tokens: int = key(512, "tokens of a verdict, its reasoning included")
     judge_retries: int = key(3, "times a malformed answer is asked again before it is left out")
     judge_extra: str = key(
-        "", "fields of each request: reasoning_effort=low,chat.x=false; null: none"
+        "", "fields of each request, e.g. reasoning_effort=low,a.b=true; null: none"
     )
     comparisons: str = key("all", "quality pairs: all, pivot, R opponents each, or race")
     overlap: int = key(0, "batches judged while the next are rolled out; 0 is the paper's order")
