@@ -16,7 +16,7 @@ and a run may go on with another number of ranks.
 import hashlib
 import re
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
@@ -31,7 +31,6 @@ from config import Config
 from support import command
 from support.command import UserError
 from support.distributed import rank, world_size
-from support.sources import Files, Skips
 
 # Shares of the documents, by a hash of their text: whatever the shards, no document is in two.
 SPLITS = {
@@ -130,10 +129,13 @@ class Stream:
             raise ValueError(f"max_seq {max_seq} can't hold two chunks of {chunk} tokens")
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-        self.skipped = Skips()
-        self.files = isinstance(source, str)
-        self.source: Any = Files(source, self.skipped, text_field, seed) if self.files else source
+        self.files, self.skipped, self.source = isinstance(source, str), Counter(), source
         self.name = source if self.files else type(source).__name__
+        if self.files:
+            from support.sources import Files, Skips  # the pocket world needs no such file
+
+            self.skipped = Skips()
+            self.source = Files(source, self.skipped, text_field, seed)
         self.tokenizer, self.chunk, self.max_seq = tokenizer, chunk, max_seq
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.window, self.split, self.epochs = seed, window, split, epochs

@@ -51,7 +51,6 @@ from support import checkpoint, distributed, store
 from support.distributed import agreement, gather, load_optimizer, rank, whole, world_size
 from support.files import write_text
 from support.runlog import Clock, RunLog, settle
-from support.sources import list_files
 from support.tokenizer import load_tokenizer
 from update import describe, keep_bad_batch, make_optimizer, pick, update
 
@@ -184,6 +183,8 @@ def open_inputs(config: Config):
         if Path(config.init_from).resolve().is_relative_to(Path(config.out_dir).resolve()):
             raise UserError(f"{config.init_from} lies in out_dir: choose another out_dir")
     if config.data != "world":
+        from support.sources import list_files
+
         list_files(config.data)
     if name == "auto":
         name = "world" if config.init_from == "scratch" else config.init_from

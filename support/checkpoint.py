@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from support.command import UserError
-from support.files import flush
+from support.files import flush, numbered
 
 
 def save(run: Path, step: int, write: Callable[[Path], object], state: dict, keep: int) -> Path:
@@ -109,10 +109,6 @@ def damage_of(folder: Path) -> str:
 
 
 def set_aside(folder: Path, what: str) -> Path:
-    """Rename a checkpoint to step_N.WHAT, or .WHAT.2 and so on where that is taken."""
-    number, aside = 1, folder.with_name(f"{folder.name}.{what}")
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}.{what}.{number}")
-    folder.rename(aside)
-    return aside
+    """Rename a checkpoint to step_N.WHAT, or .WHAT.1 and so on where that is taken."""
+    aside = folder.with_name(f"{folder.name}.{what}")
+    return folder.rename(numbered(aside) if aside.exists() else aside)

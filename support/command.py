@@ -14,8 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
+from concurrent import futures
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -82,15 +81,11 @@ def check():
         raise Interrupted
 
 
-def wait(future: Future):
+def wait(future: futures.Future):
     """future.result(), hearing signals meanwhile."""
-    while True:
-        try:
-            return future.result(timeout=0.2)
-        except NotYet:
-            if future.done():  # its own time-out
-                raise
-            check()
+    while not futures.wait([future], 0.2).done:
+        check()
+    return future.result()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Files that are there whole or as they were, whenever the process or the machine stops; JSON lines
 in, Markdown tables out."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,12 @@ def flush(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def numbered(path: Path) -> Path:
+    """PATH.1, PATH.2 ...: the first that does not exist."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def write_bytes(path: Path, content: bytes):

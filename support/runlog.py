@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from support.command import ROOT, UserError
-from support.files import read_jsonl, write_text
+from support.files import numbered, read_jsonl, write_text
 
 # ---- The folder ---------------------------------------------------------------------------------
 
@@ -50,8 +50,10 @@ def settle(run: Path, settings: dict, other_than: Callable[[Path], list[str]], r
         if not other and not (run / "summary.json").exists():
             print(f"going on with the unfinished run in {run}")
         else:
-            aside = free_name(run)
-            run.rename(aside)
+            if Path.cwd().is_relative_to(run.resolve()):
+                here = "holds another run and is the current folder"
+                raise UserError(f"{run} {here}: choose --out_dir")
+            aside = run.rename(numbered(run))
             what = f"another run ({', '.join(other[:3])})" if other else "the finished run"
             print(f"{run} held {what}, which is now {aside}")
             held.close()
@@ -59,16 +61,6 @@ def settle(run: Path, settings: dict, other_than: Callable[[Path], list[str]], r
     write_text(path, json.dumps(settings, indent=2) + "\n")
     write_text(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
     return held
-
-
-def free_name(run: Path) -> Path:
-    """RUN.1, RUN.2 ...: the first that does not exist."""
-    if Path.cwd().is_relative_to(run.resolve()):
-        raise UserError(f"{run} holds another run and is the current folder: choose --out_dir")
-    number = 1
-    while (aside := run.with_name(f"{run.name}.{number}")).exists():
-        number += 1
-    return aside
 
 
 def environment() -> dict:

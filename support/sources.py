@@ -68,8 +68,10 @@ class Skips(collections.Counter):
             more = "" if self.shown else " (further ones are only counted)"
             log.warning("skipped %s: %s%s", where, reason, more)
 
-    def lose(self, name: str, line: int, reason: str, why: str = "") -> None:
+    def lose(self, name: str, line: int, error: Exception) -> None:
         """The rest of a shard can't be read. UserError where that is too much of the corpus."""
+        damage = isinstance(error, Damage)
+        reason, why = (str(error), "") if damage else ("unreadable file", f" ({error})")
         self.note(reason, f"the rest of {name} after line {line}{why}")
         self.lost.add(name)
         nothing = line == 0 and self.shards < FEW
@@ -93,13 +95,12 @@ def open_raw(name: str) -> BinaryIO:
     copy = tempfile.TemporaryFile()  # noqa: SIM115 (whoever asked for it closes it)
     most, failures, tag = 0, 0, None
     while True:
-        here = copy.tell()
         asked = {"Accept-Encoding": "identity"}
-        asked |= {"Range": f"bytes={here}-"} if here else {}
-        asked |= {"If-Range": tag} if here and tag else {}
+        if here := copy.tell():  # If-Range: unless the file is another by now
+            asked |= {"Range": f"bytes={here}-"} | ({"If-Range": tag} if tag else {})
         try:
             with requests.get(name, headers=asked, stream=True, timeout=TIMEOUT) as answer:
-                accept(name, answer, here)
+                accept(name, answer.status_code, answer.headers.get("Content-Type", ""))
                 if answer.status_code != 206:  # all of it: no Range here, or a changed file
                     copy.seek(0)
                     copy.truncate()
@@ -115,17 +116,15 @@ def open_raw(name: str) -> BinaryIO:
             time.sleep(min(30.0, 0.5 * 2**failures) if failures else 0.1)
 
 
-def accept(url: str, answer, here: int) -> None:
-    """Raise what an answer to a request for the bytes from `here` on deserves."""
-    status, headers = answer.status_code, answer.headers
+def accept(url: str, status: int, kind: str) -> None:
+    """Raise what an answer with this HTTP status and content type deserves."""
     if status == 404:
         raise FileNotFoundError("HTTP 404")
-    other = status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {here}-")
-    if status in TRY_AGAIN or other:
-        raise requests.ConnectionError(f"HTTP {status}{' with other bytes' * other}")
-    page = "text/html" in headers.get("Content-Type", "")  # perhaps "please log in"
-    if status >= 400 or page:  # whoever refuses us here will refuse the other shards too
-        what = "with a web page" if page else f"HTTP {status}"
+    if status in TRY_AGAIN:
+        raise requests.ConnectionError(f"HTTP {status}")
+    if status >= 400 or "text/html" in kind:  # a page: perhaps "please log in"
+        # whoever refuses us here will refuse the other shards too
+        what = f"HTTP {status}" if status >= 400 else "with a web page"
         how = "renew the address if it was signed and has expired, or give it what it asks for"
         raise UserError(f"{url} answers {what}: {how}; then the same command goes on")
 
@@ -133,7 +132,7 @@ def accept(url: str, answer, here: int) -> None:
 def decompressed(raw) -> Iterator[bytes]:
     """The content of a gzip, zstd or plain file, told apart by its first bytes. (zstandard's own
     reader takes a file that was cut off for a whole one.)"""
-    data = raw.read(4)
+    data, frame, packed, size = raw.read(4), None, 0, 0
     fresh: Callable
     if data[:2] == b"\x1f\x8b":
         fresh = functools.partial(zlib.decompressobj, 31)
@@ -144,7 +143,6 @@ def decompressed(raw) -> Iterator[bytes]:
             yield data
             data = raw.read(PIECE)
         return
-    frame, packed, size = None, 0, 0
     while data:
         packed += len(data)
         while data:
@@ -203,14 +201,11 @@ def records(
                     yield number, record
                 else:
                     skips.note(record, f"{name}:{number}")
-    except Damage as error:
-        skips.lose(name, number, str(error))
     except (OSError, zlib.error, zstandard.ZstdError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError(
-                f"{tempfile.gettempdir()} is full: set TMPDIR to another disk"
-            ) from None
-        skips.lose(name, number, "unreadable file", f" ({error})")
+            where = tempfile.gettempdir()
+            raise UserError(f"{where} is full: set TMPDIR to another disk") from None
+        skips.lose(name, number, error)
 
 
 def json_lines(numbered) -> Iterator[tuple[int, dict | str]]:
@@ -243,9 +238,7 @@ def passages(numbered) -> Iterator[tuple[int, dict | str]]:
         yield number, {"text": held.strip(b"\n")}
 
 
-def parquet_rows(
-    file, start: int, fields: Collection[str] | None
-) -> Iterator[tuple[int, dict | str]]:
+def parquet_rows(file, start: int, fields: Collection[str] | None) -> Iterator[tuple[int, dict]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -257,12 +250,12 @@ def parquet_rows(
         used = [name for name in names if fields is None or name in fields]
         refuse_bombs(table.metadata, used)
         for batch in table.iter_batches(batch_size=16, columns=used or names[:1]):
-            first, number = number, number + batch.num_rows
-            if number > start:
-                columns = {name: values(batch.column(name)) for name in used}
-                for row in range(max(first, start), number):
-                    found = {name: column[row - first] for name, column in columns.items()}
-                    yield row + 1, dict.fromkeys(names) | found
+            columns = {name: values(batch.column(name)) for name in used}
+            for row in range(batch.num_rows):
+                number += 1
+                if number > start:
+                    found = {name: column[row] for name, column in columns.items()}
+                    yield number, dict.fromkeys(names) | found
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from error
 
@@ -357,7 +350,7 @@ def list_files(source: str, where: str = "") -> list[str]:
 def found(name: str, where: str = "") -> list[str]:
     """What a name or pattern stands for, from here or else from the folder of the list `where`."""
     name = os.path.expanduser(name)
-    for place in dict.fromkeys((name, os.path.join(os.path.dirname(where), name))):
+    for place in (name, os.path.join(os.path.dirname(where), name)):
         if os.path.exists(place):
             return [place]
         if files := sorted(filter(os.path.isfile, glob.glob(place, recursive=True))):
@@ -376,21 +369,16 @@ def shards_below(folder: str) -> list[str]:
 def listed_in(name: str) -> list[str]:
     """The lines of a .txt file that is a list of shards, but for comments; nothing of a text.
 
-    Among the first lines of a list, most end as a shard does or are URLs, or all name something on
-    disk. A text may well begin with one such line."""
+    Most of the first lines of a list are URLs, end as a shard does or name something on disk."""
     if not name.lower().endswith(".txt") or not os.path.isfile(name):
         return []
-    with open(name, "rb") as raw:
-        wide = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes
-    how = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")  # names in any bytes
-    with open(name, encoding=how[0], errors=how[1]) as file:
-        all_rows = map(str.strip, iter(lambda: file.readline(1 << 16), ""))
-        rows = (row for row in all_rows if row and not row.startswith("#"))
+    with open(name, encoding="utf-8-sig", errors="surrogateescape") as file:  # names in any bytes
+        stripped = map(str.strip, iter(lambda: file.readline(1 << 16), ""))
+        rows = (row for row in stripped if row and not row.startswith("#"))
         first = list(islice(rows, 20))
-        sure = sum(is_url(row) or ending(row) in ENDINGS for row in first)
-        if first and (2 * sure > len(first) or all(found(row, name) for row in first)):
-            return [*first, *rows]
-    return []
+        names = [row for row in first if "\0" not in row]
+        sure = sum(is_url(r) or ending(r) in ENDINGS or bool(found(r, name)) for r in names)
+        return [*first, *rows] if 2 * sure > len(first) else []
 
 
 class Files:

@@ -14,13 +14,10 @@ import contextlib
 import fcntl
 import logging
 import re
-import shutil
-import socket
 import sqlite3
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +26,6 @@ from support.command import UserError
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that another process may hold a file
-HOST = zlib.crc32(socket.gethostname().encode()) >> 1  # kept in each file: who writes it
 LOCK = threading.RLock()  # a process has one hand: its stores may lie where files have no locks
 WARNED: set[Path] = set()  # folders
 
@@ -126,7 +122,6 @@ def open_file(path: Path) -> sqlite3.Connection:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            db.execute(f"PRAGMA application_id={HOST}")
             if db.execute(f"PRAGMA journal_mode={mode}").fetchone()[0].upper() != mode:
                 raise sqlite3.OperationalError(f"it has no journal_mode {mode}")
             db.execute("PRAGMA synchronous=NORMAL")
@@ -155,17 +150,8 @@ def locks_work(folder: Path) -> bool:
 
 
 def open_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing. A file without a log beside it is whole; one that another
-    machine may be writing is read from a copy, for to open it in place breaks SQLite's rule."""
-    wal = path.with_name(f"{path.name}-wal")
-    with path.open("rb") as file:
-        host = int.from_bytes(file.read(72)[68:72], "big")  # application_id; 0: an old version's
-    if wal.exists() and host not in (0, HOST):
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(wal, folder)
-            shutil.copy(path, folder)
-            db = sqlite3.connect(Path(folder) / path.name, check_same_thread=False)
-            db.execute("PRAGMA journal_mode=DELETE")  # takes the log in; the open file is enough
-            return db
-    address = f"{path.absolute().as_uri()}?{'mode=ro' if wal.exists() else 'immutable=1'}"
+    """A connection that changes nothing. A file without a log beside it is whole; one with it may
+    be written meanwhile, and by SQLite's rule is to be read on the machine that writes it."""
+    live = path.with_name(f"{path.name}-wal").exists()
+    address = f"{path.absolute().as_uri()}?{'mode=ro' if live else 'immutable=1'}"
     return sqlite3.connect(address, timeout=PATIENCE, check_same_thread=False, uri=True)
