@@ -167,24 +167,20 @@ def test_boundaries_are_uniform_and_change_with_the_epoch():
     assert max(counts.values()) < 2 * min(counts.values())
 
 
-def test_order_is_shuffled_and_keyed_by_the_seed(corpus):
+def test_order_is_shuffled_keyed_by_the_seed_and_the_same_with_the_thread(corpus):
     one, same, other = (suffixes(stream(corpus, seed=s, window=64).batches()) for s in (0, 0, 1))
     assert one == same != other and sorted(one) == sorted(other) != one
+    assert suffixes(stream(corpus, window=64)) == one
     shard = [text for text in one if int(text) % 4 == 0]
     assert shard != sorted(shard)  # also within a shard
-
-
-def test_threaded_iteration_is_the_same_and_stops(corpus):
-    assert suffixes(stream(corpus)) == suffixes(stream(corpus).batches())
     before = {*threading.enumerate()}
-    endless = iter(stream(corpus, epochs=None))
-    for _ in range(300):
-        next(endless)
-    endless.close()
+    with contextlib.closing(iter(stream(corpus, epochs=None))) as endless:
+        for _ in range(300):
+            next(endless)
     assert not {*threading.enumerate()} - before
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, OSError, SystemExit])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
 def test_an_error_in_the_thread_reaches_the_loop_as_it_is(corpus, error):
     broken, raised = stream(corpus), error("why")
     broken.tokenizer.encode = lambda text: exec("raise raised", {"raised": raised})
@@ -208,13 +204,6 @@ def test_a_signal_is_heard_while_the_source_hangs():
             next(batches)
 
 
-def test_rows_are_padded_on_the_left():
-    tokens, pad = data.left_pad([[1, 2, 3], np.array([4]), []], 9)
-    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]] and pad.tolist() == [0, 2, 3]
-    assert tokens.dtype == torch.int64 and pad.dtype == torch.int32
-    assert data.left_pad([], 9)[0].shape == (0, 1)
-
-
 def test_another_set_of_files_is_refused_on_resume(corpus, tmp_path):
     state = next(iter(stream(corpus))).state
     write(tmp_path / "new.jsonl", [{"text": named(1)}])
@@ -235,13 +224,6 @@ def test_splits_share_nothing_and_ignore_the_layout(corpus, tmp_path):
         assert len(found[0]) <= len(parts[split])
     assert sum(map(len, parts.values())) == len(texts) == len(set().union(*parts.values()))
     assert 0.87 < len(parts["train"]) / 3000 < 0.93 and len(parts["test"]) > 10
-
-
-def test_short_documents_are_counted(tmp_path):
-    rows = [{"text": "abc"}, {"text": "abcd"}, {"text": "abcdefg"}, {"text": "abcdef"}]
-    short = stream(str(write(tmp_path / "a.jsonl", rows)))
-    assert suffixes(short.batches()) == ["efg"]  # seven tokens and the end of text are two chunks
-    assert short.skipped["shorter than two chunks"] == 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -310,22 +292,7 @@ def test_truncated_compression_keeps_what_came_before(tmp_path, ending, caplog):
     assert not skips or skips == {"damaged line": 1}
 
 
-BROKEN = [b"\x28\xb5\x2f\xfdgarbage", b"\x1f\x8bgarbage", b"PAR1 no parquet", None]
-
-
-def shards(folder: Path, whole: int, broken: int, body: bytes | None) -> Files:
-    """Of a corpus: shards with a document, and ones with this content, or gone (None)."""
-    ending = "parquet" if body and body.startswith(b"PAR1") else "jsonl"
-    for i in range(whole):
-        write(folder / f"{i:03d}.jsonl", [{"text": f"document {i}"}])
-    for i in range(broken):
-        (folder / f"broken{i}.{ending}").write_bytes(body or b"")
-    files = Files(str(folder), Skips())
-    for i in range(broken if body is None else 0):
-        (folder / f"broken{i}.{ending}").unlink()
-    return files
-
-
+BROKEN = [b"\x28\xb5\x2f\xfdgarbage", b"\x1f\x8bgarbage", b"PAR1 no parquet", None]  # None: gone
 LOSSES = [(199, 1, False), (198, 2, False), (19, 1, False), (197, 3, True), (1, 9, True)]
 LOSSES += [(18, 2, True), (2, 1, True), (0, 1, True)]
 
@@ -333,34 +300,45 @@ LOSSES += [(18, 2, True), (2, 1, True), (0, 1, True)]
 @pytest.mark.parametrize("body", BROKEN)
 @pytest.mark.parametrize("whole, broken, stops", LOSSES)
 def test_few_lost_shards_are_noted_and_more_stop_the_run(tmp_path, body, whole, broken, stops):
-    files = shards(tmp_path, whole, broken, body)
+    for i in range(whole):
+        write(tmp_path / f"{i:03d}.jsonl", [{"text": f"document {i}"}])
+    lost = [
+        tmp_path / f"broken{i}{'.parquet' if body == BROKEN[2] else '.jsonl'}"
+        for i in range(broken)
+    ]
+    for path in lost:
+        path.write_bytes(body or b"")
+    files = Files(str(tmp_path), Skips())
+    for path in lost if body is None else []:
+        path.unlink()
     if stops:
         with pytest.raises(UserError, match=rf"broken\d.*of {whole + broken} shards can't be read"):
             list(files.documents(files.beginning(0)))
-    else:
-        for epoch in (0, 1):  # the same ones are lost again
-            assert len(list(files.documents(files.beginning(epoch)))) == whole
-        assert len(files.skips.lost) == broken
+        return
+    for epoch in (0, 1):  # the same ones are lost again
+        assert len(list(files.documents(files.beginning(epoch)))) == whole
+    assert len(files.skips.lost) == broken
 
 
 def test_one_clear_error_when_nothing_is_left(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no such file"):
-        stream(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(UserError, match="no shard"):
-        stream(str(tmp_path))
-    path = write(tmp_path / "a.jsonl", [{"text": "short"}, b"{", b"{"])
-    with pytest.raises(UserError, match=r"damaged line: 2.*shorter than two chunks: 1"):
-        list(stream(str(path), epochs=None))
-    with pytest.raises(UserError, match="missing field: 1"):
-        list(stream(str(path), text_field="body"))
     monkeypatch.setattr(sources, "PATIENCE", 3)  # doesn't read terabytes to find that out
-    many = write(tmp_path / "many.jsonl", [{"body": "a text", "id": 1}] * 3 + [{"text": "late"}])
-    with pytest.raises(UserError, match="missing field.*its fields: body, id"):
-        list(stream(str(many)))
-    with pytest.raises(ValueError, match="two chunks"):
-        stream(str(path), max_seq=7)
-    with pytest.raises(ValueError, match="no split"):
-        stream(str(path), split="trian")
+    write(tmp_path / "a.jsonl", [{"text": "short"}, b"{", b"{"])
+    write(tmp_path / "many.jsonl", [{"body": "a text", "id": 1}] * 3 + [{"text": "late"}])
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ("nothing.jsonl", {}, "no such file"),
+        ("empty", {}, "no shard"),
+        ("a.jsonl", {"epochs": None}, r"damaged line: 2.*shorter than two chunks: 1"),
+        ("a.jsonl", {"text_field": "body"}, "missing field: 1"),
+        ("many.jsonl", {}, "missing field.*its fields: body, id"),
+        ("a.jsonl", {"max_seq": 7}, "two chunks"),
+        ("a.jsonl", {"split": "trian"}, "no split"),
+    ]
+    for name, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            list(stream(str(tmp_path / name), **options))
+    seven = write(tmp_path / "b.jsonl", [{"text": "abcdefg"}, {"text": "abcdef"}])
+    assert suffixes(stream(str(seven)).batches()) == ["efg"]  # and an end of text: two chunks
 
 
 def test_memory_stays_bounded(tmp_path):
@@ -400,14 +378,6 @@ def test_a_parquet_bomb_and_a_list_of_itself_are_refused(tmp_path):
         list_files(str(tmp_path / "list.txt"))
 
 
-def test_a_line_too_long_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE", 1000)
-    rows = [{"text": "a" * 2000}, {"text": "b" * 900}, {"text": "c" * 100_000}, {"text": "d"}]
-    for ending in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
-        texts, skips = read(write(tmp_path / f"x{ending}", rows))
-        assert [t[0] for t in texts] == ["b", "d"] and skips == {"line too long": 2}
-
-
 # ------------------------------------------------------------------------------------------------
 # Formats and places
 
@@ -423,14 +393,6 @@ def test_plain_text_becomes_passages(tmp_path):
     assert [t for t, _ in files.documents(walk[2][1])] == texts[3:]
 
 
-def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.parquet", [{"text": named(i), "id": str(i)} for i in range(50)])
-    assert [number for number, _ in records(str(path), Skips(), start=20)] == list(range(21, 51))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
-        read(path)
-
-
 TEXTS = [f"document {i}" for i in range(40)]
 IN_BYTES = [text.encode() for text in TEXTS]
 COLUMNS = {  # (the text, another column)
@@ -441,8 +403,6 @@ COLUMNS = {  # (the text, another column)
     "damaged": (pyarrow.array([b"caf\xe9", *IN_BYTES[1:]]).view(pyarrow.string()), TEXTS),
     "year 10,000": (TEXTS, pyarrow.array([3_000_000] * 40, pyarrow.date32())),
     "nanoseconds": (TEXTS, pyarrow.array([1] * 40, pyarrow.timestamp("ns"))),
-    "an ancient moment": (TEXTS, pyarrow.array([-(2**62)] * 40, pyarrow.timestamp("us"))),
-    "map": (TEXTS, pyarrow.array([[("k", "v")]] * 40, pyarrow.map_("string", "string"))),
     "nested": (TEXTS, pyarrow.array([{"a": [{"b": 2}]}] * 40)),
 }
 
@@ -455,10 +415,14 @@ def test_columns_of_parquet(tmp_path, kind, monkeypatch):
     pyarrow.parquet.write_table(table, path)
     spoilt = kind == "damaged"
     assert read(path) == (TEXTS[spoilt:], {"invalid UTF-8": 1} if spoilt else {})
-    found = [record for _, record in records(path, Skips())]
-    assert len(found) == 40 and (kind != "nested" or found[0]["other"] == {"a": [{"b": 2}]})
+    found = list(records(path, Skips(), start=20))
+    assert [number for number, _ in found] == list(range(21, 41))
+    assert kind != "nested" or found[0][1]["other"] == {"a": [{"b": 2}]}
     monkeypatch.setattr(sources, "values", lambda column: TEXTS[:16][: len(column)])
     assert {record["other"] for _, record in records(path, Skips(), fields=["text"])} == {None}
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read(path)
 
 
 def test_places(tmp_path):
@@ -478,69 +442,63 @@ def test_places(tmp_path):
     assert list_files("http://h/a.jsonl.zst?b=1, https://h/c.gz")[0] == "http://h/a.jsonl.zst?b=1"
 
 
-LISTS = {  # what stands before the lines
-    "plain": b"",
-    "with a byte order mark": b"\xef\xbb\xbf",
-    "after a blank line": b"\n  \r\n",
-    "after two comments and a mark": b"\xef\xbb\xbf# one\n# two\n\n",
-    "UTF-16": b"",
+LISTS = {  # what stands before the lines, before the names in them, and where they are read from
+    "absolute": (b"", "{}/", "."),
+    "byte order mark, of the home": (b"\xef\xbb\xbf", "~/", "."),
+    "blank lines, of the list": (b"\n  \r\n", "../", "."),
+    "comments and a mark, of the caller": (b"\xef\xbb\xbf# one\n# two\n\n", "", ".."),
 }
 
 
-@pytest.mark.parametrize("name", LISTS)
-@pytest.mark.parametrize("place", ["absolute", "of the list", "of the caller", "of the home"])
-def test_lists_of_shards(tmp_path, monkeypatch, name, place):
-    lists = tmp_path / "lists"
-    monkeypatch.chdir(tmp_path if place == "of the caller" else tmp_path.parent)
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_of_shards(tmp_path, monkeypatch, kind):
+    before, prefix, here = LISTS[kind]
+    (tmp_path / "lists" / "deeper").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "lists/deeper" / here / here)
     for i in range(3):
-        base = lists if place == "of the list" else tmp_path
-        write(base / "corpus" / f"{i}.jsonl", [{"text": str(i)}])
-    prefix = {"absolute": f"{tmp_path}/", "of the home": "~/"}.get(place, "")
-    rows = f"{prefix}corpus/0.jsonl\r\n{prefix}corpus/[12].jsonl"
-    lists.mkdir(exist_ok=True)
-    path = lists / ("LIST.TXT" if name == "plain" else "list.txt")
-    path.write_bytes(LISTS[name] + rows.encode("utf-16" if name == "UTF-16" else "utf-8"))
+        write(tmp_path / "corpus" / f"{i}.jsonl", [{"text": str(i)}])
+    rows = "{0}corpus/0.jsonl\r\n{0}corpus/[12].jsonl".format(prefix.format(tmp_path))
+    path = tmp_path / "lists" / "LIST.TXT"
+    path.write_bytes(before + rows.encode())
     assert [Path(shard).name for shard in list_files(str(path))] == [f"{i}.jsonl" for i in range(3)]
-    assert sorted(read(f"~/lists/{path.name}")[0]) == ["0", "1", "2"]
-    if place == "of the list":  # the folder of a corpus may hold a list of it
-        assert len(list_files(str(lists))) == 3
+    assert sorted(read("~/lists/LIST.TXT")[0]) == ["0", "1", "2"]
+    write(tmp_path / "lists" / "3.jsonl", [])
+    assert len(list_files(str(path.parent))) == 1  # the folder of a corpus may hold a list of it
 
 
-def test_what_a_list_lacks_is_named(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "here"}])
-    (tmp_path / "list.txt").write_text(f"{path}\n{tmp_path}/gone.jsonl\n")
-    with pytest.raises(UserError, match=r"gone\.jsonl \(a line of .*list\.txt\)"):
-        list_files(str(tmp_path / "list.txt"))
-    (tmp_path / "list.txt").write_text("gone/1.jsonl\ngone/2.jsonl\n")  # of another folder
-    with pytest.raises(UserError, match="no such file"):
+@pytest.mark.parametrize(
+    "rows", ["{0}/a.jsonl\n{0}/gone.jsonl", "gone.jsonl\nof/another/folder.parquet"]
+)
+def test_what_a_list_lacks_is_named(tmp_path, rows):
+    write(tmp_path / "a.jsonl", [{"text": "here"}])
+    (tmp_path / "list.txt").write_text(rows.format(tmp_path))
+    with pytest.raises(UserError, match=r"no such file.*gone\.jsonl \(a line of .*list\.txt\)"):
         list_files(str(tmp_path / "list.txt"))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; breaks connections, lacks Range or fails as `behave` says."""
+    """Serves `files`; breaks connections, lacks Range or fails as it is told."""
 
-    files, behave, log = {}, {}, []
-    protocol_version = "HTTP/1.1"
+    protocol_version, kind = "HTTP/1.1", "application/octet-stream"
+    trouble, ranges, step = [], True, None  # statuses to come; bytes a connection
 
     def do_GET(self):
         path, asked = self.path.split("?")[0], self.headers.get("Range")
         self.log.append((path, asked))
-        trouble, body, start = self.behave.get("trouble", []), self.files.get(path, b""), 0
-        status = (trouble.pop(0) if trouble else None) or (200 if path in self.files else 404)
-        if status == 200 and asked and not self.behave.get("no_range"):
+        body, start = self.files.get(path, b""), 0
+        status = (self.trouble.pop(0) if self.trouble else None) or (200 if body else 404)
+        if status == 200 and asked and self.ranges:
             status, start = 206, int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-        self.send_response(status)
         body = body[start:] if status < 300 else b""
-        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/*")
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", '"1"')
-        self.send_header("Content-Type", self.behave.get("type", "application/octet-stream"))
+        self.send_header("Content-Type", self.kind)
         self.end_headers()
-        step = self.behave.get("bytes_per_connection")
         with contextlib.suppress(OSError):
-            self.wfile.write(body if status == 200 and asked else body[:step])
-        self.close_connection = bool(step)
+            self.wfile.write(body if status == 200 and asked else body[: self.step])
+        self.close_connection = bool(self.step)
 
     def log_message(self, *_):
         pass
@@ -549,7 +507,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(sources.time, "sleep", lambda _: None)
-    handler = type("Handler", (Server,), {"files": {}, "behave": {}, "log": []})
+    handler = type("Handler", (Server,), {"files": {}, "log": []})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.handle_error = lambda *_: None  # who asked may hang up
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -559,59 +517,53 @@ def server(monkeypatch):
     httpd.server_close()
 
 
-@pytest.fixture
-def shard(tmp_path):
-    rng = random.Random(1)
-    texts = [f"{i} " + rng.randbytes(300).hex() for i in range(200)]
-    rows = [{"text": text} for text in texts]
-    return texts, {e: write(tmp_path / f"a{e}", rows).read_bytes() for e in ENDINGS}
+RNG = random.Random(1)
+LONG = [f"{i} " + RNG.randbytes(300).hex() for i in range(200)]
+BODY = b"".join(line({"text": text}) for text in LONG)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("behaviour", ["whole", "breaks", "breaks, has no ranges"])
-def test_reading_from_the_web(server, shard, ending, behaviour):
+def test_reading_from_the_web(server, tmp_path, ending, behaviour):
     """A broken connection is resumed where it broke, or else the file read again."""
-    texts, bodies = shard
-    server.files["/a" + ending] = bodies[ending]
-    step = len(bodies[ending]) // 5
-    server.behave |= {"no_range": "no ranges" in behaviour}
-    server.behave |= {"bytes_per_connection": step} if behaviour != "whole" else {}
-    assert read(f"{server.url}/a{ending}?download=true") == (texts, {})
+    body = write(tmp_path / f"a{ending}", [{"text": text} for text in LONG]).read_bytes()
+    server.files["/a" + ending], server.ranges = body, "no ranges" not in behaviour
+    step = len(body) // 5
+    server.step = step if behaviour != "whole" else None
+    assert read(f"{server.url}/a{ending}?download=true") == (LONG, {})
     asked = [None] if behaviour == "whole" else [None, f"bytes={step}-", f"bytes={2 * step}-"]
-    asked = asked[:2] if server.behave["no_range"] else asked
+    asked = asked if server.ranges else asked[:2]
     assert [asked for _, asked in server.log][: len(asked)] == asked
 
 
-def test_failing_servers_and_missing_shards(server, shard):
-    texts, bodies = shard
-    server.files |= {f"/{i}.jsonl": bodies[".jsonl"] for i in range(1, 20)}
+def test_failing_servers_and_missing_shards(server):
+    server.files |= {f"/{i}.jsonl": BODY for i in range(1, 20)}
     names = [f"{server.url}/{i}.jsonl" for i in range(20)]
-    server.behave["trouble"] = [503, 429, 500]
-    assert read(",".join(names)) == (texts * 19, {"unreadable file": 1})
+    server.trouble = [503, 429, 500]
+    assert read(",".join(names)) == (LONG * 19, {"unreadable file": 1})
     del server.files["/7.jsonl"]
     with pytest.raises(UserError, match="2 of 20 shards"):
         read(",".join(names))
-    server.behave["trouble"] = [503] * 99
+    server.trouble = [503] * 99
     for dead in (names[1], "http://127.0.0.1:9/a.jsonl"):
         with pytest.raises(UserError, match="can't be read"):
             read(dead)
-    server.behave |= {"trouble": [], "type": "text/html; charset=utf-8"}  # "please log in"
-    with pytest.raises(UserError, match="answers with a web page"):
-        read(names[1])
 
 
-@pytest.mark.parametrize("status", [400, 401, 402, 403, 407, 410, 451])
-def test_a_server_that_refuses_stops_the_run(server, shard, status):
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 407, 410, 451, None])
+def test_a_server_that_refuses_stops_the_run(server, status):
     """Even one of many shards: the others will be refused too."""
-    server.files |= {f"/{i}.jsonl": shard[1][".jsonl"] for i in range(200)}
-    server.behave["trouble"] = [None, status]
-    with pytest.raises(UserError, match=rf"{server.url}/\d+.jsonl answers HTTP {status}: renew"):
+    server.files |= {f"/{i}.jsonl": BODY for i in range(200)}
+    server.trouble, told = [None, status], f"HTTP {status}"
+    if status is None:  # "please log in"
+        server.kind, told = "text/html; charset=utf-8", "with a web page"
+    with pytest.raises(UserError, match=rf"{server.url}/\d+.jsonl answers {told}: renew"):
         read(",".join(f"{server.url}/{i}.jsonl" for i in range(200)))
-    assert len(server.log) == 2
+    assert len(server.log) == (2 if status else 1)
 
 
-def test_a_signed_address_may_be_renewed(server, shard):
-    server.files["/a.jsonl"] = shard[1][".jsonl"]
+def test_a_signed_address_may_be_renewed(server):
+    server.files["/a.jsonl"] = BODY
     old, new = (Files(f"{server.url}/a.jsonl?sig={i}", Skips()) for i in (1, 2))
     texts = list(old.documents(old.beginning(0)))
     assert list(new.documents(texts[9][1])) == texts[10:]
