@@ -197,8 +197,11 @@ def words(line: dict) -> list[str]:
 # ---- A collapse ---------------------------------------------------------------------------------
 
 WINDOW = 10  # steps that are averaged, at the start of the run and now
-SHRUNK = {"rollout.nll": 0.2, "rollout.length": 0.25}  # collapsed below this share of the start
-REPEATED = "rollout.repeated"  # share of repeated 3-grams: above 0.5, and three times the start's
+COLLAPSED = {  # when, by the two means
+    "rollout.nll": lambda before, now: now < 0.2 * before,
+    "rollout.length": lambda before, now: now < 0.25 * before,
+    "rollout.repeated": lambda before, now: now > max(0.5, 3 * before),  # share of 3-grams
+}
 
 
 class Collapse:
@@ -219,11 +222,8 @@ class Collapse:
             self.first.append(line)
             return []
         notes = []
-        for name in (*SHRUNK, REPEATED):
-            before, now = (
-                sum(x[name] for x in part) / WINDOW for part in (self.first, self.recent)
-            )
-            most = max(0.5, 3 * before) if name == REPEATED else math.inf
-            if now > most or now < SHRUNK.get(name, 0) * before:
+        for name, collapsed in COLLAPSED.items():
+            before, now = (sum(x[name] for x in xs) / WINDOW for xs in (self.first, self.recent))
+            if collapsed(before, now):
                 notes.append(f"COLLAPSE: {name} {now:.2f}, {before:.2f} at the start")
         return notes

@@ -133,15 +133,13 @@ def decompressed(raw) -> Iterator[bytes]:
     """The content of a gzip, zstd or plain file, told apart by its first bytes. (zstandard's own
     reader takes a file that was cut off for a whole one.)"""
     data, frame, packed, size = raw.read(4), None, 0, 0
-    fresh: Callable
     if data[:2] == b"\x1f\x8b":
-        fresh = functools.partial(zlib.decompressobj, 31)
+        fresh: Callable = functools.partial(zlib.decompressobj, 31)
     elif data == b"\x28\xb5\x2f\xfd" or data[1:] == b"\x2a\x4d\x18":  # a frame, a skippable one
         fresh = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # --long=31
     else:
-        while data:
-            yield data
-            data = raw.read(PIECE)
+        yield data
+        yield from iter(lambda: raw.read(PIECE), b"")
         return
     while data:
         packed += len(data)

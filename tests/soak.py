@@ -9,16 +9,14 @@ by the step it has reached; after a warm-up they must be flat: memory within 5 %
 
 import contextlib
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import nursery
 from faulty_server import TRANSPORT, faulty_server
 
-from support.command import python
-from support.files import read_jsonl
 from world import teacher
 
 KEYS = dict(batch_size=2, rollouts=2, baseline=False, eval_prefixes=0, overlap=1, timeout=0.5)
@@ -38,16 +36,14 @@ def sample(pid: int) -> dict:
     return dict(memory=memory, files=len(os.listdir(f"/proc/{pid}/fd")), threads=threads)
 
 
-def watch(flags: list[str], log: Path, steps: int) -> list[dict]:
-    environment, samples = os.environ | {"OMP_NUM_THREADS": "1"}, []
-    how = dict(env=environment, stdout=subprocess.DEVNULL)
-    with subprocess.Popen([*python("train"), *flags], **how) as process:
-        while process.poll() is None:
-            with contextlib.suppress(OSError, KeyError):  # it has not begun, or has just ended
-                step = log.read_bytes().count(b"\n")
-                samples.append({"step": step, **sample(process.pid)})
-            time.sleep(1)
-    assert process.returncode == 0 and samples[-1]["step"] > 0.9 * steps
+def watch(run: nursery.Run, log: Path, steps: int) -> list[dict]:
+    samples = []
+    while run.alive():
+        with contextlib.suppress(OSError, KeyError):  # it has not begun, or has just ended
+            step = log.read_bytes().count(b"\n")
+            samples.append({"step": step, **sample(run.processes[0].pid)})
+        time.sleep(1)
+    assert run.wait() == 0 and samples[-1]["step"] > 0.9 * steps
     return [each for each in samples if steps // 10 <= each["step"] < steps]
 
 
@@ -58,9 +54,9 @@ def main(base: str, steps: int = 2000):
     ):
         keys = KEYS | dict(out_dir=f"{folder}/run", init_from=base, max_steps=steps)
         keys |= dict(judge_url=server.url, rewrite_url=server.url)
-        log = Path(folder) / "run" / "log.jsonl"
-        samples = watch([f"--{name}={value}" for name, value in keys.items()], log, steps)
-        lines = list(read_jsonl(log))
+        run = nursery.start([f"--{name}={value}" for name, value in keys.items()])
+        samples = watch(run, Path(folder) / "run" / "log.jsonl", steps)
+        lines = nursery.log_of(f"{folder}/run")
     print(f"{len(lines)} steps, requests: {dict(server.counts)}")
     print(f"updates not finite: {sum(line['not_finite'] for line in lines):.0f}")
     # The files of a step's checkpoint and the sockets in flight come and go: means of tenths.

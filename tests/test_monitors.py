@@ -33,14 +33,12 @@ def test_tensorboard_files_hold_numbers_and_examples(tmp_path):
 
 
 def test_a_failing_monitor_never_stops_a_run(tmp_path, monkeypatch, capsys):
-    class Full:
-        def __init__(self, *_):
-            pass
+    def numbers(self, line, step):
+        raise OSError("No space left on device\nlong explanation")
 
-        def numbers(self, line, step):
-            raise OSError("No space left on device\nlong explanation")
-
-    monkeypatch.setattr(monitors, "KINDS", {"full": Full, "offline": lambda *_: {}["no login"]})
+    full = type("Full", (), {"numbers": numbers})
+    kinds = {"full": lambda *_: full(), "offline": lambda *_: {}["no login"]}
+    monkeypatch.setattr(monitors, "KINDS", kinds)
     live = monitors.Monitors(tmp_path, ["full", "offline"], 0)
     live.tell("numbers", {"loss": 1.0}, 0)
     live.tell("numbers", {"loss": 1.0}, 1)
