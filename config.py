@@ -87,9 +87,7 @@ class Config:
     judge_top_p: float = key(1.0, "sampling of the judge")
     judge_max_tokens: int = key(512, "tokens of a verdict, its reasoning included")
     judge_retries: int = key(3, "times a malformed answer is asked again before it is left out")
-    judge_extra: str = key(
-        "", "fields of each request, e.g. reasoning_effort=low,a.b=true; null: none"
-    )
+    judge_extra: str = key("", "fields of each request: reasoning_effort=low,a.b=true; null: none")
     comparisons: str = key("all", "quality pairs: all, pivot, R opponents each, or race")
     overlap: int = key(0, "batches judged while the next are rolled out; 0 is the paper's order")
     rewrite_url: str = key("world", "as judge_url")
@@ -106,7 +104,12 @@ class Config:
     eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
     eval_judge_model: str = key("", "model name sent to eval_judge_url; empty: judge_model")
 
-    dry_run: bool = key(False, "print what the run will cost, and stop", "Cost (for dry_run alone)")
+    dry_run: bool = key(
+        False, "print what the run will cost, and stop", "Cost (for dry_run, check)"
+    )
+    check: bool = key(
+        False, "try policy, data and teachers for seconds, estimate the cost, and stop"
+    )
     gpus: int = key(8, "GPUs that the policy runs on")
     gpu_tflops: float = key(300.0, "TFLOP/s that one of them reaches in practice")
     judge_tokens_per_second: float = key(20000.0, "tokens that all judge replicas write a second")
@@ -130,7 +133,14 @@ FOLDERS = ["out_dir", "data", "init_from", "tokenizer", "prompts"]  # where ~ is
 # Keys that change no result beyond rounding: they may differ when an unfinished run goes on.
 NEUTRAL = {"out_dir", "device", "save_every", "keep", "example_every", "track", "shard"}
 NEUTRAL |= {"recompute", "compile", "micro_batch_tokens", "concurrency", "timeout"}
-NEUTRAL |= {"give_up_after", "eval_prefixes", "eval_judge_url", "eval_judge_model", "dry_run"}
+NEUTRAL |= {
+    "give_up_after",
+    "eval_prefixes",
+    "eval_judge_url",
+    "eval_judge_model",
+    "dry_run",
+    "check",
+}
 NEUTRAL |= {"gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_out"}
 ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two is the pocket world
 

@@ -172,8 +172,7 @@ def write_folder(policy, tokenizer, folder: Path):
 
 
 def open_inputs(config: Config):
-    """The tokenizer. What the config names and is not there is an error before the run folder, in
-    which another run may lie, is touched."""
+    """The tokenizer. What config names and is not there is an error before out_dir is touched."""
     name = config.tokenizer
     load_prompts(config.prompts)
     if config.init_from == "scratch":
@@ -251,6 +250,8 @@ def main(arguments: list[str]):
     from evaluation.evaluate import evaluate
     from evaluation.results import table
     from evaluation.sets import held_out_sets
+    from tools.check import try_out
+    from tools.cost import dry_run
     from tools.plot import plot_run
     from world.corpus import Dials, WorldSource, parse_dials
     from world.teacher import teacher_url, warn_of_foreign_texts
@@ -258,9 +259,9 @@ def main(arguments: list[str]):
     config, resume = configuration.parse(arguments)
     dials, sets, summary = parse_dials(config.dials), {}, {}
     if config.dry_run:
-        from tools.cost import dry_run
-
         return print(dry_run(config))
+    if config.check:
+        return try_out(config, open_inputs)
     with contextlib.ExitStack() as stack:
         device, tokenizer = stack.enter_context(opened(config, resume))
         if rank() == 0:

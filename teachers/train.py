@@ -51,8 +51,8 @@ def parse(arguments: list[str]) -> tuple[str, Config, bool]:
         raise UserError("data: a teacher learns from rows that teachers/sets.py makes: name them")
     if "rewrite" in names(config.candidates):
         raise UserError("candidates: a teacher's are rollouts, or suffix (the rows' answers)")
-    if config.dry_run:
-        raise UserError("dry_run: train.py alone can say what a run will cost")
+    if config.dry_run or config.check:
+        raise UserError("dry_run, check: train.py alone can say what a run will cost")
     return teacher, dataclasses.replace(config, base_steps=0, baseline=False), resume
 
 

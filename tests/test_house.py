@@ -82,7 +82,7 @@ def lines(*folders: str) -> int:
     [  # lines; where the house should come to: 3,000, 4,000, 9,500 and 5,500
         (["."], 3000),
         ([".", "kernels"], 4050),
-        ([".", *GROUND, *ROOMS], 11880),
+        ([".", *GROUND, *ROOMS], 12010),
         (["tests"], 7390),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],

@@ -15,6 +15,7 @@ from faulty_server import faulty_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from chat import Chat
 from config import Config
 from judge import Judge, defuse, load_prompts, render
@@ -22,6 +23,7 @@ from schedules import expected_wins, schedule
 from support.command import ROOT, UserError
 from support.endpoint import Answer
 from support.files import read_jsonl
+from support.settings import execute
 from support.store import Store
 from tools import bench_judge
 from tools.replay import best, replay
@@ -372,8 +374,58 @@ def test_bench_names_a_line_that_is_no_labelled_sample_and_a_judge_without_verdi
     file.write_text(sample)
     with faulty_server(answer=lambda request: "no idea") as server:
         bench_judge.main([f"--judge_url={server.url}", f"--data={file}"])
-    told = "judge: 40 of 40 answers malformed (--max_tokens=512), 10 of 10 questions left open"
-    assert capsys.readouterr().out.startswith(told)
+    told = "judge: 40 of 40 answers malformed (at most 512 tokens), 10 of 10 questions left open"
+    out = capsys.readouterr().out
+    assert out.startswith("10 questions to each of 1 judges: ") and told in out
+
+
+def test_the_papers_judges_are_rows_and_one_study(tmp_path, capsys):
+    """Each is asked as its row says; what one run has recorded the next does not ask."""
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        return '{"reasoning": "", "label": "No Hallucination"}'
+
+    rows = execute(f"{ROOT}/configs/judges.py")[1]
+    (tmp_path / "x.jsonl").write_text('{"text": "x", "prefix": "p", "reference": "r"}\n')
+    with faulty_server(answer=answer) as server:
+        (tmp_path / "gpt.py").write_text(
+            f"judge_url, judge_model = '{server.url}', 'gpt-4o'\nprice_in = 1e6"
+        )
+        names = [f"{ROOT}/configs/judges.py:{name}" for name in rows if name != "gpt_4o"]
+        flags = [f"--judge_url={server.url}", f"--data={tmp_path}/x.jsonl"]
+        for _ in range(2):
+            record = f"--record={tmp_path}/answers.sqlite"
+            bench_judge.main([f"{tmp_path}/gpt.py", *names, *flags, record])
+    assert Counter(request["model"] for request in asked) == {
+        row["judge_model"]: 9 for row in rows.values()
+    }
+    assert {request["top_p"] for request in asked if request["model"] == "judge"} == {0.6}
+    assert {request["max_tokens"] for request in asked if "oss" in request["model"]} == {4096}
+    out = capsys.readouterr().out
+    assert "to pay in all" in out.partition("\n")[0] and "| gpt_oss_120b | 0.0/0.0/100.0 |" in out
+    assert "GPT-4o (paper)" in out
+
+
+@pytest.mark.parametrize("label", ["No Hallucination", "what?"])
+def test_check_says_in_seconds_what_is_wrong(tmp_path, capsys, label):
+    def answer(request):
+        asked = request["messages"][0]["content"]
+        told = f'{{"reasoning": "", "label": "{label}"}}'
+        return told if "label" in asked else "I continue this way."
+
+    out = tmp_path / "run"
+    with faulty_server(answer=answer, owner="library") as server:
+        flags = [f"--judge_url={server.url}", f"--rewrite_url={server.url}", f"--out_dir={out}"]
+        code = train.main([*flags, "--rewards=factuality", "--check"])
+    *_, last = capsys.readouterr().out.splitlines()
+    wrong = "wrong: teachers: the judge's answers hold no verdict"
+    assert (code, last[:52]) == ((0, "all is well") if label[0] == "N" else (1, wrong))
+    assert server.counts["answer"] == (2 + 3 + 3 if code == 0 else 2 + 3) and not out.exists()
+    code = train.main(["--check", "--data=/nowhere", f"--out_dir={out}", "--rewards="])
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert code == 1 and told.startswith("wrong: inputs: ") and "/nowhere" in told
 
 
 def test_bench_tables_hold_the_labels():

@@ -3,11 +3,15 @@ shares and agreement of nine factuality prompts, beside the figures of the paper
 
     python -m tools.bench_judge           # pocket world, three noise levels
     python -m tools.bench_judge --judge_url http://HOST:8000/v1 --judge_model NAME --data x.jsonl
+    python -m tools.bench_judge configs/judges.py:gpt_4o configs/judges.py:gpt_oss_120b \\
+        --judge_url http://HOST:8000/v1 --data slimpajama/test --policy CKPT
 
 In: one JSON object a line, each with some of: "prefix", "better", "worse" (a labelled pair),
 "text", "safe" (true or false), "reference" (with prefix and text: a factuality question), and
-"source" (pairs are reported by source). Several models of one server: --judge_model a,b; agreement
-is with the first. Out: tables in Markdown. Everybody is asked the same.
+"source" (pairs are reported by source). With --policy documents, as for train.py: the text is that
+policy's greedy continuation of a held-out prefix, the reference the original one. Judges are rows
+of config files, with keys of train.py, or --judge_model a,b of one server; agreement is with the
+first. Out: what it costs, before it starts; tables in Markdown. Everybody is asked the same.
 """
 
 import argparse
@@ -18,11 +22,17 @@ from pathlib import Path
 import numpy as np
 
 from chat import Chat
-from config import Config
-from judge import Judge, together
+from config import Config, check
+from evaluation.evaluate import write_batch
+from evaluation.sets import held_out_sets
+from judge import Judge, load_prompts, render, together
+from model import load_model
 from support import command
 from support.command import UserError
 from support.files import markdown
+from support.settings import nested, read_arguments
+from support.tokenizer import load_tokenizer
+from tools.cost import ANSWER_TOKENS
 from world import corpus, teacher, truth
 
 FACTUALITY = {  # prompt: its name in prompts/
@@ -81,23 +91,51 @@ def read_samples(path):
     return rows
 
 
-async def ask_all(judge, samples):
-    """[(sample, question, label)]; question: one of ORDERS, "safety", or one of FACTUALITY."""
+def continued(folder, data, count, chunk):
+    """Samples for the factuality prompts: what a policy makes of held-out prefixes of documents."""
+    tokenizer, policy, samples = load_tokenizer(folder), load_model(folder), []
+    size = dict(chunk=chunk, max_seq=min(2048, policy.config.max_seq), count=count)
+    for held in held_out_sets(data, tokenizer, **size).values():
+        for batch in held.batches:
+            texts = write_batch(policy, batch, tokenizer, chunk)["texts"]
+            for row in zip(batch.prefix_text, batch.suffix_text, texts, strict=True):
+                samples.append(dict(zip(("prefix", "reference", "text"), row, strict=True)))
+    return samples[:count]
+
+
+def questions(samples):
+    """[(sample, question, kind, how it is asked)]; question: one of ORDERS, "safety", or one of
+    FACTUALITY."""
     asked = []
     for sample in samples:
         given = {field: sample.get(field) for field in ("prefix", "reference", "text")}
         if "better" in sample:
             pair = (sample["better"], sample["worse"])
             for order, (a, b) in zip(ORDERS, (pair, pair[::-1]), strict=True):
-                texts = dict(prefix=sample["prefix"], a=a, b=b)
-                asked.append((sample, order, judge.verdict("quality", **texts)))
+                asked.append((sample, order, "quality", dict(prefix=sample["prefix"], a=a, b=b)))
         if "safe" in sample:
-            asked.append((sample, "safety", judge.verdict("safety", text=sample["text"])))
+            asked.append((sample, "safety", "safety", dict(text=sample["text"])))
         if all(given.values()):
             for what, prompt in FACTUALITY.items():
-                asked.append((sample, what, judge.verdict("factuality", prompt=prompt, **given)))
-    found = await together(question for *_, question in asked)
-    return [(s, what, label) for (s, what, _), (label, _) in zip(asked, found, strict=True)]
+                asked.append((sample, what, "factuality", dict(given, prompt=prompt)))
+    return asked
+
+
+def cost(asked, judges):
+    """What asking them costs, in a line; money where a judge's price_in and price_out are set."""
+    templates = load_prompts()
+    texts = [render(templates[how.get("prompt", kind)], **how) for *_, kind, how in asked]
+    read, written = sum(map(len, texts)) // 4, len(asked) * ANSWER_TOKENS
+    price = sum(c.price_in * read + c.price_out * written for c, _ in judges.values()) / 1e6
+    line = f"{len(asked):,} questions to each of {len(judges)} judges: {read:,} tokens read, "
+    line += f"{written:,} written ({ANSWER_TOKENS} an answer, one that reasons writes more)"
+    return line + f", {price:,.2f} to pay in all" * bool(price)
+
+
+async def ask_all(judge, asked):
+    """[(sample, question, label)]"""
+    found = await together(judge.verdict(kind, **how) for *_, kind, how in asked)
+    return [(s, what, label) for (s, what, *_), (label, _) in zip(asked, found, strict=True)]
 
 
 def percent(values):
@@ -147,31 +185,55 @@ def factuality_table(answers):
     return rows
 
 
+def judges_of(options):
+    """name -> (its keys, dials of the pocket world's teacher)"""
+    flags = dict(judge_url=options.judge_url, judge_max_tokens=options.max_tokens)
+    flags |= dict(concurrency=options.concurrency)
+    rows = {row.rpartition(":")[2]: read_arguments(Config, [row]) for row in options.judges}
+    rows = rows or {model: dict(judge_model=model) for model in options.judge_model.split(",")}
+    if options.judge_url == "world" and not options.judges:
+        return {f"world, noise {x:g}": (Config(**flags), dict(noise=x)) for x in options.noise}
+    return {name: (check(Config(**(flags | keys))), {}) for name, keys in rows.items()}
+
+
 def main(arguments: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flag.add_argument(
+        "judges", nargs="*", metavar="FILE.py:ROW", help="judges as configs have them"
+    )
     flag.add_argument("--judge_url", default="world", help="up to /v1; replicas: commas")
     flag.add_argument("--judge_model", default="judge", help="several: commas")
-    flag.add_argument("--data", default="world", help=".jsonl of labelled samples")
+    flag.add_argument("--data", default="world", help=".jsonl of labelled samples, or documents")
+    flag.add_argument("--policy", help="checkpoint that continues the documents' prefixes")
+    flag.add_argument("--chunk", type=int, default=128, help="tokens of a continuation")
     flag.add_argument("--samples", type=int, default=200, help="of the data")
     flag.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="of world")
     flag.add_argument("--concurrency", type=int, default=256)
     flag.add_argument("--max_tokens", type=int, default=512)
+    flag.add_argument("--record", help="file of all answers (.sqlite), which are not asked again")
     options = flag.parse_args(arguments)
-    rows = world_samples if options.data == "world" else lambda n: read_samples(options.data)[:n]
-    samples, answers = rows(options.samples), {}
-    judges = {model: (model, {}) for model in options.judge_model.split(",")}
-    if options.judge_url == "world":
-        judges = {f"world, noise {x:g}": ("world", dict(noise=x)) for x in options.noise}
-    for name, (model, dials) in judges.items():
+    if options.policy:
+        samples = continued(options.policy, options.data, options.samples, options.chunk)
+    elif options.data == "world":
+        samples = world_samples(options.samples)
+    else:
+        samples = read_samples(options.data)[: options.samples]
+    judges, asked, answers = judges_of(options), questions(samples), {}
+    print(cost(asked, judges), flush=True)
+    for name, (config, dials) in judges.items():
+        how = dict(extra=nested(config.judge_extra), concurrency=config.concurrency)
+        how["cache"] = None if dials else options.record
         with (
-            teacher.teacher_url(options.judge_url, dials) as url,
-            Chat(url, model, concurrency=options.concurrency) as chat,
+            teacher.teacher_url(config.judge_url, dials) as url,
+            Chat(url, config.judge_model, **how) as chat,
         ):
-            judge = Judge(chat, Config(judge_max_tokens=options.max_tokens))
-            answers[name] = command.wait(chat.run(ask_all(judge, samples)))
+            judge = Judge(chat, config)
+            answers[name] = command.wait(chat.run(ask_all(judge, asked)))
         failed, calls, absent = (judge.tally[what] for what in ("failed", "calls", "absent"))
-        asked = f"{failed:,} of {calls:,} answers malformed (--max_tokens={options.max_tokens})"
-        print(f"{name}: {asked}, {absent:,} of {len(answers[name]):,} questions left open\n")
+        told = (
+            f"{failed:,} of {calls:,} answers malformed (at most {config.judge_max_tokens} tokens)"
+        )
+        print(f"{name}: {told}, {absent:,} of {len(asked):,} questions left open\n")
     print(markdown(accuracy_table(answers)), markdown(factuality_table(answers)), sep="\n\n")
 
 
