@@ -33,26 +33,12 @@ from world.corpus import Dials, document, vocabulary
 from world.teacher import rewrite
 from world.truth import examine, read_prefix, safe
 
-PROMPTS = command.ROOT / "prompts" / "tiny"  # letters and line ends: a small model reads few tokens
+STAGES = command.ROOT / "configs" / "circle.py"
 PEOPLE = 6  # a small world: its 96 facts are learned in minutes
 LESSONS = Dials(share_myths=0.0, share_false=0.4, share_unsafe=0.15, share_poor=0.15, people=PEOPLE)
 MARKS = {"sound": "+", "filler": "", "begun": "", "unfinished": ""}  # of any other sentence: -
 LESSON_COUNT = 50_000
 ROWS = dict(quality=12_000, safety=4_000, rewriter=8_000)
-SUPERVISED = dict(objective="nll", candidates="suffix", rewards="")
-NEXT_TOKEN = SUPERVISED | dict(nll_prefix=True, chunk=32, max_seq=96, batch_size=32, max_steps=800)
-NEXT_TOKEN |= dict(learning_rate=3e-3, warmup_steps=30, eval_prefixes=0)
-GRPO = dict(objective="grpo", candidates="rollouts", save_every=100, eval_prefixes=1000)
-# An answer of the judge is a word, that of the rewriter a passage of 32; both end by eos.
-# A higher rate would teach the form sooner, and destroy what the lessons have taught.
-JUDGE_COLD = dict(chunk=2, max_seq=160, max_steps=160, batch_size=32, learning_rate=5e-4)
-JUDGE = dict(chunk=2, max_seq=160, max_steps=600, batch_size=32, rollouts=16, learning_rate=3e-4)
-REWRITER_COLD = dict(chunk=36, max_seq=160, max_steps=800, batch_size=16, learning_rate=3e-3)
-REWRITER = dict(chunk=36, max_seq=160, max_steps=120, batch_size=16, rollouts=8, learning_rate=5e-4)
-# The policy reads prefixes of 32 tokens, so that the judge's prompts stay short.
-WORLD = dict(dials=f"people={PEOPLE}", max_seq=64)
-START = NEXT_TOKEN | WORLD | dict(max_steps=600)
-POLICY = WORLD | dict(rewards="quality,safety", batch_size=16, max_steps=100, eval_prefixes=0)
 
 
 def run(module: str, *arguments, **flags):
@@ -65,10 +51,11 @@ def run(module: str, *arguments, **flags):
         raise UserError(f"{module} {' '.join(map(str, arguments))} {flags} failed: {said}")
 
 
-def train(*command_line, out: Path, **flags):
-    """A run of train.py or teachers/train.py, unless it is finished."""
-    if not (out / "summary.json").exists():
-        run(*command_line, out_dir=out, **flags)
+def stage(out: Path, seed: int, name: str, *command_line, **flags) -> Path:
+    """A run of train.py or teachers/train.py, unless it is finished. -> its checkpoint"""
+    if not (out / name / "summary.json").exists():
+        run(*command_line, f"{STAGES}:{name}", out_dir=out / name, seed=seed, **flags)
+    return out / name / "ckpt"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,51 +112,46 @@ def model_answer(row: dict) -> str:
 
 def circle(out: Path, seed: int) -> dict:
     """All stages of one seed. -> its figures, shares between 0 and 1."""
-    sets, base, start, policy = (out / name for name in ("sets", "base", "start", "policy"))
+    sets, evaluation = out / "sets", out / "policy" / "evaluation.json"
     if not (sets / "rewriter.cold.jsonl").exists():
         sets.mkdir(parents=True, exist_ok=True)
         lessons = (json.dumps({"text": lesson(n, seed)}) + "\n" for n in range(LESSON_COUNT))
         write_text(out / "lessons.jsonl", "".join(lessons))
         from_words([*vocabulary(), "SAFE", "UNSAFE"]).save(out / "words")  # a verdict is a token
         write_sets(sets, seed)
-    common = dict(seed=seed, prompts=PROMPTS, baseline=False, base_steps=0)
-    lessons = dict(data=out / "lessons.jsonl", tokenizer=out / "words", model="world-teacher")
-    train("train", out=base, **common | lessons | NEXT_TOKEN)
-    train("train", out=start, **common | START)
 
-    def teacher(name: str, made: tuple, cold: dict, grpo: dict) -> Path:
-        """Cold start, then GRPO. -> the run folder of the latter."""
-        folder = base
-        for stage, ending, flags in (
-            (f"{name}_cold", "cold.jsonl", SUPERVISED | dict(eval_prefixes=0) | cold),
-            (name, "train.jsonl.zst", GRPO | grpo),
-        ):
-            data = ",".join(str(sets / f"{each}.{ending}") for each in made)
-            flags = common | flags | dict(data=data, init_from=folder / "ckpt")
-            folder = out / stage
-            train("teachers.train", name, out=folder, **flags)
-        return folder
+    def teacher(name: str, *made: str, **flags) -> Path:
+        """A cold start on supervised answers, then GRPO. -> the checkpoint of the latter."""
+        cold, rows = (
+            ",".join(str(sets / f"{each}.{ending}") for each in made)
+            for ending in ("cold.jsonl", "train.jsonl.zst")
+        )
+        how = "teachers.train", name
+        begin = stage(out, seed, f"{name}_cold", *how, data=cold, init_from=base)
+        return stage(out, seed, name, *how, data=rows, init_from=begin, **flags)
 
-    judge = teacher("judge", ("quality", "safety"), JUDGE_COLD, JUDGE)
-    with start_server(judge / "ckpt") as judge_url:
-        asked = dict(judge_url=judge_url, judge_temperature=0.6, judge_top_p=0.6)
-        rewriter = teacher("rewriter", ("rewriter",), REWRITER_COLD, REWRITER | asked)
-        with start_server(rewriter / "ckpt") as rewrite_url:
-            asked |= dict(rewrite_url=rewrite_url, init_from=start / "ckpt")
-            train("train", out=policy, **common | POLICY | asked)
-    if not (policy / "evaluation.json").exists():
-        how = dict(baseline=start / "ckpt", max_seq=64, dials=f"people={PEOPLE}")
-        run("evaluation.evaluate", policy / "ckpt", out=policy / "evaluation.json", **how)
-    return figures(judge, rewriter, policy)
+    words = dict(data=out / "lessons.jsonl", tokenizer=out / "words")
+    base = stage(out, seed, "base", "train", **words)
+    start = stage(out, seed, "start", "train")
+    with (
+        start_server(teacher("judge", "quality", "safety")) as judge_url,
+        start_server(teacher("rewriter", "rewriter", judge_url=judge_url)) as rewrite_url,
+    ):
+        urls = dict(judge_url=judge_url, rewrite_url=rewrite_url)
+        policy = stage(out, seed, "policy", "train", init_from=start, **urls)
+    if not evaluation.exists():
+        how = dict(baseline=start, max_seq=64, dials=f"people={PEOPLE}")
+        run("evaluation.evaluate", policy, out=evaluation, **how)
+    return figures(out)
 
 
 # ------------------------------------------------------------------------------------------------
 # What came out
 
 
-def figures(judge: Path, rewriter: Path, policy: Path) -> dict:
+def figures(folder: Path) -> dict:
     out = {}
-    judged, rewrote = (read_json(run / "summary.json") for run in (judge, rewriter))
+    judged, rewrote = (read_json(folder / name / "summary.json") for name in ("judge", "rewriter"))
     for name, label in (("cold", "base"), ("grpo", "method")):
         found, texts = judged["policies"][label], rewrote["continuations"][label]["safe"]
         out |= {f"judge.{kind}.{name}": found[kind]["reward"] for kind in ("quality", "safety")}
@@ -178,7 +160,7 @@ def figures(judge: Path, rewriter: Path, policy: Path) -> dict:
         out[f"rewriter.copied.{name}"] = statistics.mean(copied)
         mended = [safe(text) for text, row in pairs if not row["safe"]]
         out[f"rewriter.safe.{name}"] = statistics.mean(mended)
-    for name, kinds in read_json(policy / "evaluation.json")["policies"].items():
+    for name, kinds in read_json(folder / "policy" / "evaluation.json")["policies"].items():
         for measure in ("quality", "safety", "factuality"):
             each = [cell[measure] for cell in kinds.values()]
             out[f"policy.{measure}.{name}"] = statistics.mean(each)

@@ -1,7 +1,7 @@
 """Chats in batches: requests that wait are sampled side by side by rollout.py's own sampler.
 
-In: `Work` (a prompt's token ids, how many answers, how to sample). Out: the same Work, its answers
-a token longer each `step`.
+In: `Work` (a prompt's token ids, how many answers, how to sample). Out: the pieces of its answers,
+as far as they are certain.
 
 Requests that want the same temperature, top_p and number of answers share a batch, the longest
 waiting first, as many as fit into the memory; a batch is done when its last answer is. So one who
@@ -9,28 +9,33 @@ comes late waits for the batch before: a teacher is asked alike questions, many 
 """
 
 import asyncio
+import contextlib
+import logging
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from data import left_pad
-from model import Llama, load_model
+from model import load_model
 from rollout import decode
 from support.tokenizer import load_tokenizer
 
 
-@dataclass(eq=False)
+class ModelFailed(Exception):
+    """Said to whoever asked."""
+
+
+@dataclass
 class Answer:
     """One answer, while it is written."""
 
     ids: list[int] = field(default_factory=list)  # without the token that ended it
     sampled: int = 0  # tokens, the ending one included
-    text: str = ""  # what of it is certain: no half of a character, nothing that may become a stop
-    finish: str | None = None  # "stop", "length" or, set by whoever sees it fail, "error"
+    told: int = 0  # characters handed on
+    finish: str | None = None  # "stop" or "length"
 
 
 @dataclass(eq=False)
@@ -43,11 +48,11 @@ class Work:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     follow: bool = False  # its text is read while it is written
-    gone: bool = False  # set by whoever no longer wants it
-    news: asyncio.Event = field(default_factory=asyncio.Event)  # for whoever waits; not set here
 
     def __post_init__(self):
         self.answers = [Answer() for _ in self.uniform]
+        self.news: asyncio.Queue = asyncio.Queue()  # what `pieces` yields; None: the model failed
+        self.gone = False  # nobody wants it any more
 
     @property
     def kind(self) -> tuple:
@@ -56,102 +61,117 @@ class Work:
     def done(self) -> bool:
         return self.gone or all(answer.finish for answer in self.answers)
 
+    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
+        """(number of an answer, its new text, how it ended or None), as the answers go on."""
+        going_on = len(self.answers)
+        while going_on:
+            if (piece := await self.news.get()) is None:
+                raise ModelFailed("the model failed; the server's log says why")
+            yield piece
+            going_on -= piece[2] is not None
+
 
 class Engine:
-    """Batches of at most `size` answers. ends: ids that end an answer; memory: bytes of caches."""
+    """A folder's model and the batches of at most `size` answers that it writes.
 
-    def __init__(self, model: Llama, ends: tuple[int, ...], decode_text, size: int, memory: int):
-        c = model.config
-        self.model, self.ends, self.text_of, self.size = model, ends, decode_text, size
-        bytes_each = 2 * c.n_layer * c.n_kv_head * c.head_dim * model.compute_dtype.itemsize
-        self.room = memory // bytes_each  # tokens whose keys and values fit
-        self.waiting: deque[Work] = deque()
-        self.batch: list[Work] = []
-        self.tokens: Iterator = iter(())
+    memory: bytes for their caches, else half of a GPU's free ones or a quarter of this machine's.
+    """
 
-    @property
-    def busy(self) -> bool:
-        return bool(self.batch or self.waiting)
+    def __init__(self, folder: str, size: int, device: str, memory: int | None = None):
+        # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.model = load_model(folder, device, dtype).requires_grad_(False)
+        self.tokenizer, self.size, c = load_tokenizer(folder), size, self.model.config
+        self.ends = self.tokenizer.eos, *self.model.end_tokens  # ids that end an answer
+        if not memory and self.model.lm_head.weight.is_cuda:
+            memory = torch.cuda.mem_get_info(device)[0] // 2
+        elif not memory:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        number = self.model.compute_dtype.itemsize
+        # tokens whose keys and values fit
+        self.room = memory // (2 * c.n_layer * c.n_kv_head * c.head_dim * number)
+        self.works: list[Work] = []  # whatever waits or is being answered
+        self.waiting: list[Work] = []
+        self.wake = asyncio.Event()
 
-    def needs(self, works: list[Work]) -> int:
-        """Tokens of the caches of a batch: every prefix and answer is as long as the longest."""
-        P, N = max(len(w.prompt) for w in works), max(w.uniform.shape[1] for w in works)
-        return len(works) * (P + len(works[0].uniform) * N)
+    @contextlib.contextmanager
+    def working_on(self, work: Work):
+        """Within, answers to it are written."""
+        self.works.append(work)
+        self.waiting.append(work)
+        self.wake.set()
+        try:
+            yield
+        finally:
+            work.gone = True
+            self.works.remove(work)
 
-    def admit(self):
-        """Make a batch of what waits."""
-        for _ in range(len(self.waiting)):
-            work = self.waiting.popleft()
-            together = [*self.batch, work]
-            alike = work.kind == together[0].kind
-            fits = len(together) * len(work.uniform) <= self.size
-            fits &= self.needs(together) <= self.room
-            if work.gone:
-                continue
-            if not self.batch or (alike and fits):
-                self.batch.append(work)
-            else:
-                self.waiting.append(work)
-        if self.batch:
-            N = max(work.uniform.shape[1] for work in self.batch)
-            prefix, pad = left_pad([work.prompt for work in self.batch], 0)  # [B, P], [B]
-            u = [F.pad(work.uniform, (0, N - work.uniform.shape[1])) for work in self.batch]
-            _, temperature, top_p = self.batch[0].kind
-            device = self.model.lm_head.weight.device
-            inputs = (x.to(device) for x in (prefix, pad, torch.stack(u)))  # u [B, n, N]
-            self.tokens = decode(self.model, *inputs, temperature, top_p)
+    async def run(self):
+        """Batch after batch as long as somebody waits, the model in a thread of its own."""
+        while await self.wake.wait():
+            self.wake.clear()
+            while batch := self.admit():
+                try:
+                    tokens = self.sampled(batch)
+                    while not all(work.done() for work in batch):
+                        rows = await asyncio.to_thread(next, tokens)  # [B][n]
+                        for work, row in zip(batch, rows, strict=True):
+                            self.take(work, row)
+                except Exception:
+                    logging.exception("a batch failed")
+                    for work in batch:
+                        work.news.put_nowait(None)
 
-    def step(self) -> list[Work]:
-        """The next token of every answer of the batch. -> its requests"""
-        if not self.batch:
-            self.admit()
-        batch = self.batch
-        if batch:
-            for work, row in zip(batch, next(self.tokens)[0].tolist(), strict=True):
-                for answer, token in zip(work.answers, row, strict=True):
-                    if not (work.gone or answer.finish):
-                        self.take(work, answer, token)
-            if all(work.done() for work in batch):
-                self.clear()
+    def admit(self) -> list[Work]:
+        """The longest waiting, and of those behind it who are like it as many as fit."""
+        waiting, self.waiting, batch = self.waiting, [], []
+        for work in (work for work in waiting if not work.gone):
+            together = [*batch, work]
+            P = max(len(each.prompt) for each in together)  # prefix and answers are as long as
+            N = max(each.uniform.shape[1] for each in together)  # the longest
+            n = len(work.uniform)
+            fits = len(together) * n <= self.size and len(together) * (P + n * N) <= self.room
+            joins = not batch or (fits and work.kind == batch[0].kind)
+            (batch if joins else self.waiting).append(work)
         return batch
 
-    def take(self, work: Work, answer: Answer, token: int):
-        """One more token of an answer; its text as far as it is certain."""
-        answer.sampled += 1
-        finish = "stop" if token in self.ends else None
-        if not finish:
-            answer.ids.append(token)
-        ended = finish or answer.sampled == work.uniform.shape[1]
-        if not (ended or work.follow or work.stop):
-            return  # nobody looks yet
-        text = self.text_of(answer.ids)
-        cut = min((at for stop in work.stop if (at := text.find(stop)) >= 0), default=None)
-        if cut is not None:
-            text, finish = text[:cut], "stop"
-        elif ended:
-            finish = finish or "length"
-        else:
-            text = text.rstrip("\ufffd")
-            heads = (stop[:n] for stop in work.stop for n in range(len(stop) - 1, 0, -1))
-            text = text[: len(text) - max((len(h) for h in heads if text.endswith(h)), default=0)]
-        answer.text = text
-        answer.finish = finish  # last: another thread reads the text of what is finished
+    def sampled(self, batch: list[Work]) -> Iterator[list[list[int]]]:
+        """The next token of every answer of every request, [B][n], again and again."""
+        N = max(work.uniform.shape[1] for work in batch)
+        prefix, pad = left_pad([work.prompt for work in batch], 0)  # [B, P], [B]
+        u = [F.pad(work.uniform, (0, N - work.uniform.shape[1])) for work in batch]
+        device = self.model.lm_head.weight.device
+        inputs = (x.to(device) for x in (prefix, pad, torch.stack(u)))  # u [B, n, N]
+        for token, _ in decode(self.model, *inputs, batch[0].temperature, batch[0].top_p):
+            yield token.tolist()
 
-    def clear(self):
-        """Forget the batch."""
-        self.batch, self.tokens = [], iter(())
+    def take(self, work: Work, row: list[int]):
+        """One more token of each answer; the news are what of its text has become certain."""
+        for number, (answer, token) in enumerate(zip(work.answers, row, strict=True)):
+            if answer.finish:
+                continue
+            answer.sampled += 1
+            if token in self.ends:
+                answer.finish = "stop"
+            else:
+                answer.ids.append(token)
+                if answer.sampled == work.uniform.shape[1]:
+                    answer.finish = "length"
+            if not (answer.finish or work.follow or work.stop):
+                continue  # nobody looks yet
+            text = self.tokenizer.decode(answer.ids)
+            cut = min((at for stop in work.stop if (at := text.find(stop)) >= 0), default=None)
+            if cut is not None:
+                text, answer.finish = text[:cut], "stop"
+            elif not answer.finish:
+                text = certain(text, work.stop)
+            if answer.finish or len(text) > answer.told:
+                work.news.put_nowait((number, text[answer.told :], answer.finish))
+                answer.told = len(text)
 
 
-def load_engine(folder: str, size: int, device: str, memory: int | None = None):
-    """(Engine, tokenizer) of a folder; memory: bytes, else half of a GPU's free ones or a quarter
-    of this machine's."""
-    # float32 is fast and exact on a CPU; 16 bits are what GPUs are made for
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = load_model(folder, device, dtype).requires_grad_(False)
-    tokenizer = load_tokenizer(folder)
-    if not memory and model.lm_head.weight.is_cuda:
-        memory = torch.cuda.mem_get_info(device)[0] // 2
-    elif not memory:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    ends = tokenizer.eos, *model.end_tokens
-    return Engine(model, ends, tokenizer.decode, size, memory), tokenizer
+def certain(text: str, stops: tuple[str, ...]) -> str:
+    """Without half a character at the end, and without what may become a stop."""
+    text = text.rstrip("\ufffd")
+    heads = (stop[:n] for stop in stops for n in range(len(stop) - 1, 0, -1))
+    return text[: len(text) - max((len(head) for head in heads if text.endswith(head)), default=0)]

@@ -11,9 +11,6 @@ The same seed gives the same answer up to rounding, which depends on what shares
 temperature 1, with a vocabulary of 50,000, one answer of 48 tokens in ten goes on differently at
 some token; with a small vocabulary hardly any, and at temperature 0 only where two tokens tie.
 
-Chats are laid out by the folder's own template; without one the messages are joined by newlines
-into a plain prompt. Only the template can write special tokens: text that spells one stays text.
-
 It listens to this machine alone unless told otherwise; NANOSIP_API_KEY, if set, is the key that
 clients must show. Without a key only this machine's programs are answered, no page in a browser.
 People with GPUs want vLLM, which is many times faster and takes far more models.
@@ -22,14 +19,13 @@ People with GPUs want vLLM, which is many times faster and takes far more models
 import argparse
 import asyncio
 import contextlib
-import functools
 import hmac
 import json
-import logging
 import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 
 import torch
 from aiohttp import web
@@ -38,7 +34,7 @@ from rollout import uniforms
 from support import command
 from support.command import UserError
 from support.hub import local_folder
-from teachers.engine import Work, load_engine
+from teachers.engine import Engine, ModelFailed, Work
 from teachers.template import Template
 from world.teacher import listen
 
@@ -56,9 +52,6 @@ class Refusal(Exception):
         kind = "invalid_request_error" if status < 429 else "server_error"
         self.body = {"error": dict(message=message, type=kind, param=param, code=code)}
         self.status = status
-
-    def response(self) -> web.Response:
-        return web.json_response(self.body, status=self.status)
 
 
 # --- The request ---------------------------------------------------------------------------------
@@ -82,67 +75,49 @@ def short_texts(x) -> bool:
     return few and all(isinstance(text, str) and 0 < len(text) <= 1000 for text in found)
 
 
-def is_text(content) -> bool:
-    """A message's content: a string, or a list of parts that are texts and nothing else."""
-    if isinstance(content, list) and content:
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        parts = [{"type": "text", "text": text} for text in texts]
-        return content == parts and all(isinstance(text, str) for text in texts)
-    return isinstance(content, str)
-
-
 ANYTHING = "anything", lambda x: True
 BOOLEAN = "true or false", lambda x: isinstance(x, bool)
-COUNT = number(1, 2**31, int)
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 # Every field that is taken: what it must be, in words and as a check. null is as good as absent.
 FIELDS = {
     "messages": ("a list of messages", lambda x: isinstance(x, list) and x),
-    "model": ("a string", lambda x: isinstance(x, str)),
     "n": number(1, 128, int),
-    "max_tokens": COUNT,
-    "max_completion_tokens": COUNT,
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), number(1, 2**31, int)),
     "temperature": number(0, 2),
     "top_p": number(0, 1),
     "stop": ("a string or a list of up to 16 strings", short_texts),
     "seed": number(-(2**63), 2**64 - 1, int),
     "stream": BOOLEAN,
-    "stream_options": ANYTHING,
     # these change no answer
-    **dict.fromkeys(("metadata", "prompt_cache_key", "safety_identifier", "user"), ANYTHING),
-    "parallel_tool_calls": BOOLEAN,
-    "service_tier": only("auto", "default"),
+    **dict.fromkeys(("metadata", "model", "stream_options", "user"), ANYTHING),
     # these would, but for the values below
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), only(0)),
     **dict.fromkeys(("logprobs", "store"), only(False)),
     "logit_bias": only({}),
-    "modalities": only(["text"]),
     "repetition_penalty": only(1),
     "response_format": only({"type": "text"}),
     "tools": only([]),
     "top_k": only(0, -1),
 }
 STREAM_OPTIONS = {"include_usage": BOOLEAN, "include_obfuscation": only(False)}
-MESSAGE = {"role": only(*ROLES), "content": ("a string or a list of text parts", is_text)}
+CONTENT = "a string or a list of text parts", lambda x: isinstance(x, str | list) and x != []
+MESSAGE = {"role": only(*ROLES), "content": CONTENT}
+PART = {"type": only("text"), "text": ("a string", lambda x: isinstance(x, str))}
 
 
-def checked(given, fields: dict, where: str = "", needed: tuple = ()) -> dict:
+def checked(given, fields: dict, where: str = "", needed: Iterable = ()) -> dict:
     """The fields of an object that are not null; Refusal of the first that is not in order."""
     if not isinstance(given, dict):
         raise Refusal(400, f"{where or 'the body'} must be a JSON object", param=where or None)
     given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
+    for name in {**given, **dict.fromkeys(needed)}:
         path = f"{where}.{name}" if where else name
-        what, right = fields.get(name, (None, None))
-        if what is None:
+        if name not in fields:
             raise Refusal(400, f"{path:.200} is not supported", "unsupported_parameter", path)
-        if not right(value):
+        what, right = fields[name]
+        if not right(given.get(name)):
             raise Refusal(400, f"{path} must be {what}", "invalid_value", path)
-    for name in set(needed) - given.keys():
-        raise Refusal(
-            400, f"{where or 'the body'} must have {name}", "invalid_value", where or name
-        )
     return given
 
 
@@ -150,140 +125,64 @@ def messages_of(found: list) -> list[dict]:
     """[{"role", "content"}], content as one string."""
     messages = []
     for i, message in enumerate(found):
-        message = checked(message, MESSAGE, f"messages[{i}]", needed=("role", "content"))
-        parts = message["content"]
-        text = parts if isinstance(parts, str) else "".join(part["text"] for part in parts)
-        messages.append({"role": ROLES[message["role"]], "content": text})
+        where = f"messages[{i}]"
+        role, text = map(checked(message, MESSAGE, where, MESSAGE).get, MESSAGE)
+        if isinstance(text, list):
+            text = "".join(checked(part, PART, f"{where}.content", PART)["text"] for part in text)
+        messages.append({"role": ROLES[role], "content": text})
     return messages
 
 
-class Request:
-    """A checked request, and its answers as Work for the engine."""
-
-    def __init__(self, body: dict, server: "Server"):
-        body = checked(body, FIELDS, needed=("messages",))
-        self.stream = body.get("stream", False)
-        options = checked(body.get("stream_options", {}), STREAM_OPTIONS, "stream_options")
-        if options and not self.stream:
-            raise Refusal(400, "stream_options is for stream=true", param="stream_options")
-        self.usage = options.get("include_usage", False)
-        kind = "chat.completion.chunk" if self.stream else "chat.completion"
-        self.head = dict(id="chatcmpl-" + secrets.token_hex(12), object=kind)
-        self.head |= dict(created=int(time.time()), model=server.name)
-        messages = messages_of(body["messages"])
-        try:
-            self.prompt = server.template.encode(messages)
-        except UserError as error:
-            raise Refusal(400, str(error), param="messages") from None
-        n, seed = body.get("n", 1), body.get("seed", secrets.randbits(63))
-        tokens = most_tokens(body, n, len(self.prompt), server.engine)
-        temperature, stop = float(body.get("temperature", 1)), body.get("stop", [])
-        self.work = Work(
-            self.prompt,
-            uniforms(seed, torch.tensor([0]), n, tokens)[0],  # [n, tokens]
-            temperature=temperature if temperature >= 1e-4 else 0.0,  # greedy
-            top_p=max(float(body.get("top_p", 1)), 1e-6),
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            follow=self.stream,
-        )
-
-    def counts(self) -> dict:
-        """Tokens read and written."""
-        read, written = len(self.prompt), sum(a.sampled for a in self.work.answers)
-        return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-
-
-def most_tokens(body: dict, n: int, prompt: int, engine) -> int:
-    """Of each of n answers: as asked for, else whatever fits behind the prompt's tokens."""
-    longest = engine.model.config.max_seq
-    room = min(longest - prompt, (engine.room - prompt) // n, MAX_TOKENS // n)
+def work_of(body: dict, engine: Engine, template: Template) -> Work:
+    """A checked body as work for the engine; Refusal where it can't be done."""
+    try:
+        prompt = template.encode(messages_of(body["messages"]))
+    except UserError as error:
+        raise Refusal(400, str(error), param="messages") from None
+    n, seed = body.get("n", 1), body.get("seed", secrets.randbits(63))
+    longest, read = engine.model.config.max_seq, len(prompt)
+    room = min(longest - read, (engine.room - read) // n, MAX_TOKENS // n)
     asked = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
-    tokens = min(asked, default=max(room, 1))
+    tokens = min(asked, default=max(room, 1))  # else whatever fits behind the prompt
     if tokens > room:
-        what = f"a prompt of {prompt} tokens and {n} answers of {tokens} do not fit: the maximum"
+        what = f"a prompt of {read} tokens and {n} answers of {tokens} do not fit: the maximum"
         what += f" context length is {longest} tokens, and {engine.room} in all fit into --memory"
         raise Refusal(400, what, "context_length_exceeded")
-    return tokens
+    if n * tokens + sum(each.uniform.numel() for each in engine.works) > MAX_TOKENS:
+        raise Refusal(429, "too many answers are being waited for, try again", "overloaded")
+    temperature, stop = float(body.get("temperature", 1)), body.get("stop", [])
+    return Work(
+        prompt,
+        uniforms(seed, torch.tensor([0]), n, tokens)[0],  # [n, tokens]
+        temperature=temperature if temperature >= 1e-4 else 0.0,  # greedy
+        top_p=max(float(body.get("top_p", 1)), 1e-6),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        follow=body.get("stream", False),
+    )
 
 
 # --- The answer ----------------------------------------------------------------------------------
 
 
-class Server:
-    """Requests to the engine, and word of it when their answers have gone on."""
-
-    def __init__(self, folder: str, size: int, device: str, memory: int | None = None):
-        self.engine, self.tokenizer = load_engine(folder, size, device, memory)
-        self.template = Template(local_folder(folder, weights=False), self.tokenizer)
-        self.name, self.began = folder, int(time.time())
-        self.works: set[Work] = set()
-        self.wake = asyncio.Event()
-
-    async def work(self):
-        """Steps of the engine, in a thread of their own, as long as somebody waits."""
-        while await self.wake.wait():
-            self.wake.clear()
-            while self.engine.busy:
-                try:
-                    works = await asyncio.to_thread(self.engine.step)
-                except Exception:
-                    logging.exception("a step of the model failed")
-                    works = [*self.engine.batch, *self.engine.waiting]
-                    self.engine.clear()
-                    self.engine.waiting.clear()
-                    for answer in (answer for work in works for answer in work.answers):
-                        answer.finish = answer.finish or "error"
-                for work in works:
-                    work.news.set()
-
-    @contextlib.contextmanager
-    def working_on(self, work: Work):
-        """It is in the engine until the answer is there or nobody wants it any more."""
-        if sum(each.uniform.numel() for each in (*self.works, work)) > MAX_TOKENS:
-            raise Refusal(429, "too many answers are being waited for, try again", "overloaded")
-        self.works.add(work)
-        self.engine.waiting.append(work)
-        self.wake.set()
-        try:
-            yield
-        finally:
-            work.gone = True
-            self.works.remove(work)
-
-    async def pieces(self, work: Work):
-        """(number of an answer, its new text, how it ended or None), as the answers go on."""
-        told = dict.fromkeys(range(len(work.answers)), 0)  # characters of those that go on
-        while told:
-            await work.news.wait()
-            work.news.clear()
-            for i, before in list(told.items()):
-                finish = work.answers[i].finish  # first: the engine sets it last
-                text = work.answers[i].text
-                if finish == "error":
-                    raise Refusal(500, "the model failed; the server's log says why")
-                if finish or len(text) > before:
-                    yield i, text[before:], finish
-                told[i] = len(text)
-                if finish:
-                    del told[i]
+def usage(work: Work) -> dict:
+    """Tokens read and written."""
+    read, written = len(work.prompt), sum(answer.sampled for answer in work.answers)
+    return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
-async def answer(server: Server, http: web.Request) -> web.StreamResponse:
-    """POST /v1/chat/completions."""
-    request = Request(await body_of(http), server)
-    with server.working_on(request.work):
-        if request.stream:
-            return await stream(server, request, http)
-        async for _ in server.pieces(request.work):
-            pass
+async def whole(work: Work, head: dict) -> web.Response:
+    """All answers in one object."""
+    texts, ends = [""] * len(work.answers), {}
+    async for i, text, finish in work.pieces():
+        texts[i], ends[i] = texts[i] + text, finish
     choices = []
-    for i, a in enumerate(request.work.answers):
-        message = {"role": "assistant", "content": a.text, "refusal": None}
-        choices.append(dict(index=i, message=message, logprobs=None, finish_reason=a.finish))
-    return web.json_response(request.head | {"choices": choices, "usage": request.counts()})
+    for i, text in enumerate(texts):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choices.append(dict(index=i, message=message, logprobs=None, finish_reason=ends[i]))
+    return web.json_response(head | {"choices": choices, "usage": usage(work)})
 
 
-async def stream(server: Server, request: Request, http: web.Request) -> web.StreamResponse:
+async def stream(work: Work, head: dict, count: bool, http: web.Request) -> web.StreamResponse:
     """Events: who speaks, whatever text is certain, each answer's end, the tokens counted."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(http)
@@ -293,17 +192,17 @@ async def stream(server: Server, request: Request, http: web.Request) -> web.Str
 
     async def send_choice(i: int, finish: str | None, **delta):
         choice = dict(index=i, delta=delta, logprobs=None, finish_reason=finish)
-        await send(request.head | {"choices": [choice]})
+        await send(head | {"choices": [choice]})
 
     try:
-        for i in range(len(request.work.answers)):
+        for i in range(len(work.answers)):
             await send_choice(i, None, role="assistant", content="")
-        async for i, text, finish in server.pieces(request.work):
+        async for i, text, finish in work.pieces():
             await send_choice(i, finish, content=text)
-        if request.usage:
-            await send(request.head | {"choices": [], "usage": request.counts()})
-    except Refusal as refusal:  # the head, which says 200, is out already
-        await send(refusal.body)
+        if count:
+            await send(head | {"choices": [], "usage": usage(work)})
+    except ModelFailed as error:  # the head, which says 200, is out already
+        await send(Refusal(500, str(error)).body)
     await response.write(b"data: [DONE]\n\n")
     return response
 
@@ -326,8 +225,30 @@ def admitted(http: web.Request, key: str):
         raise Refusal(415, "the Content-Type must be application/json")
 
 
-def application(server: Server, key: str) -> web.Application:
+def application(folder: str, engine: Engine, key: str) -> web.Application:
     """key: what clients must show, or empty."""
+    template, began = (
+        Template(local_folder(folder, weights=False), engine.tokenizer),
+        int(time.time()),
+    )
+
+    async def complete(http: web.Request) -> web.StreamResponse:
+        body = checked(await body_of(http), FIELDS, needed=("messages",))
+        options = checked(body.get("stream_options", {}), STREAM_OPTIONS, "stream_options")
+        follow = body.get("stream", False)
+        if options and not follow:
+            raise Refusal(400, "stream_options is for stream=true", param="stream_options")
+        head = dict(id="chatcmpl-" + secrets.token_hex(12), created=int(time.time()), model=folder)
+        head["object"] = "chat.completion.chunk" if follow else "chat.completion"
+        work = work_of(body, engine, template)
+        with engine.working_on(work):
+            if follow:
+                return await stream(work, head, options.get("include_usage", False), http)
+            return await whole(work, head)
+
+    async def models(http: web.Request) -> web.Response:
+        model = dict(id=folder, object="model", created=began, owned_by="nanosip")
+        return web.json_response({"object": "list", "data": [model]})
 
     @web.middleware
     async def guard(http: web.Request, handler):
@@ -335,17 +256,19 @@ def application(server: Server, key: str) -> web.Application:
         try:
             admitted(http, key)
             return await handler(http)
-        except Refusal as refusal:
-            return refusal.response()
+        except Refusal as error:
+            refusal = error
+        except ModelFailed as error:
+            refusal = Refusal(500, str(error))
         except ConnectionError:  # the client has left, there is nobody to tell
             return web.Response()
         except web.HTTPException as error:  # no such path, wrong method, body too large
             code = error.reason.lower().replace(" ", "_")
-            return Refusal(error.status, f"{error.reason}: {http.path[:100]}", code).response()
+            refusal = Refusal(error.status, f"{error.reason}: {http.path[:100]}", code)
+        return web.json_response(refusal.body, status=refusal.status)
 
     app = web.Application(client_max_size=MAX_BODY, middlewares=[guard])
-    app.router.add_post("/v1/chat/completions", functools.partial(answer, server))
-    app.router.add_get("/v1/models", functools.partial(models, server))
+    app.add_routes([web.post("/v1/chat/completions", complete), web.get("/v1/models", models)])
     return app
 
 
@@ -358,21 +281,16 @@ async def body_of(http: web.Request):
         raise Refusal(400, "the body is not JSON") from None
 
 
-async def models(server: Server, http: web.Request) -> web.Response:
-    """GET /v1/models: a list of one."""
-    model = dict(id=server.name, object="model", created=server.began, owned_by="nanosip")
-    return web.json_response({"object": "list", "data": [model]})
-
-
 async def serve(folder: str, host: str, port: int, batch: int, memory, device: str, parent):
     """Prints the base URL and answers until it is stopped or the process `parent` is gone."""
     key = os.environ.get("NANOSIP_API_KEY", "").strip()
     if host not in LOOPBACK and not key:
         raise UserError(f"--host {host} is reached by others: set NANOSIP_API_KEY first")
-    server = Server(folder, batch, device, memory and int(memory * 2**30))
-    working = asyncio.create_task(server.work())
-    await listen(application(server, key), host, port, parent)
-    working.cancel()
+    engine = Engine(folder, batch, device, memory and int(memory * 2**30))
+    app = application(folder, engine, key)
+    running = asyncio.create_task(engine.run())
+    await listen(app, host, port, parent)
+    running.cancel()
 
 
 def start_server(folder, batch: int = 64):

@@ -217,42 +217,38 @@ def half_of(document: str) -> str:
 def collect(options, maker: Maker, stream, fates: Counter) -> dict[str, list]:
     """Rows of each half, as many of one class as of the other. Samples are asked about in waves
     whose sizes depend on the rows so far, so an interrupted run walks the same way again."""
-    sizes = dict(zip(HALVES, (options.count, options.validation), strict=True))
-    found = {(half, kind): [] for half in HALVES for kind in maker.classes}
-    number = idle = 0  # samples so far, and of these the latest without a row
-
-    def missing(half, kind):
-        return sizes[half] // 2 - len(found[half, kind])
+    sizes = dict(zip(HALVES, (options.count // 2, options.validation // 2), strict=True))
+    found: dict = {half: {kind: [] for kind in maker.classes} for half in HALVES}
+    total = len(maker.classes) * sum(sizes.values())
+    bar = tqdm(total=total, desc=options.made, disable=None)
+    rest, number, idle = total, 0, 0  # rows to find; samples so far, the latest without a row
 
     def wanted(half):
-        return {kind for kind in maker.classes if missing(half, kind)}
+        return {kind for kind, rows in found[half].items() if len(rows) < sizes[half]}
 
     async def ask(wave):
-        asked = [(sample, half_of(sample.document)) for sample in wave]
         wants = {half: wanted(half) for half in HALVES}
-        asked = [(sample, half) for sample, half in asked if wants[half]]
+        halves = [(half_of(sample.document), sample) for sample in wave]
+        asked = [(half, sample) for half, sample in halves if wants[half]]
         fates["set already full"] += len(wave) - len(asked)
-        made = await together(maker.make(sample, wants[half]) for sample, half in asked)
-        return [(half, *row) for (_, half), row in zip(asked, made, strict=True)]
+        made = await together(maker.make(sample, wants[half]) for half, sample in asked)
+        return [(half, *row) for (half, _), row in zip(asked, made, strict=True)]
 
-    with tqdm(total=sum(missing(*key) for key in found), desc=options.made, disable=None) as bar:
-        while rest := sum(missing(*key) for key in found):
-            wave = list(islice(stream, min(max(rest, AT_ONCE[0]), AT_ONCE[1])))
-            if not wave:
-                break
-            for half, kind, result in command.wait(maker.judge.chat.run(ask(wave))):
-                number, idle = number + 1, idle + 1
-                if kind is None:
-                    fates[f"dropped: {result}"] += 1
-                elif kind not in wanted(half):
-                    fates["dropped: more than asked for"] += 1
-                else:
-                    found[half, kind].append((number, result))
-                    idle = 0
-                    bar.update(1)
-            if idle > PATIENCE:
-                raise UserError(f"{idle} samples in a row gave no row ({told(fates)})")
-    return {half: balanced([found[half, k] for k in maker.classes], fates) for half in HALVES}
+    while rest and (wave := list(islice(stream, min(max(rest, AT_ONCE[0]), AT_ONCE[1])))):
+        for half, kind, result in command.wait(maker.judge.chat.run(ask(wave))):
+            number, idle = number + 1, idle + 1
+            if kind is None:
+                fates[f"dropped: {result}"] += 1
+            elif kind not in wanted(half):
+                fates["dropped: more than asked for"] += 1
+            else:
+                found[half][kind].append((number, result))
+                rest, idle = rest - 1, 0
+                bar.update(1)
+        if idle > PATIENCE:
+            raise UserError(f"{idle} samples in a row gave no row ({told(fates)})")
+    bar.close()
+    return {half: balanced(list(found[half].values()), fates) for half in HALVES}
 
 
 def balanced(classes: list[list], fates: Counter) -> list[dict]:

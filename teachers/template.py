@@ -18,6 +18,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.command import UserError
+from support.hub import read_object
 
 
 def plain(tokenizer, text: str) -> list[int]:
@@ -43,7 +44,7 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
-def now(form: str) -> str:
+def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
@@ -55,35 +56,28 @@ class Template:
     """The chat template of a folder: messages to token ids. UserError where it can't be read."""
 
     def __init__(self, folder: Path, tokenizer):
-        self.tokenizer, self.names = tokenizer, {}
+        self.tokenizer, self.path = tokenizer, folder / "chat_template.jinja"
         longest_first = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
         self.special = "|".join(longest_first) or "(?!)"
-        try:
-            self.read(folder)
-        except Exception as error:  # somebody else's file
-            raise UserError(f"{self.path}: the chat template can't be read: {error}") from None
-
-    def read(self, folder: Path):
-        settings = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            self.path = folder / name
-            if self.path.exists():
-                settings |= json.loads(self.path.read_text(encoding="utf-8"))
-        source, own = settings.get("chat_template"), folder / "chat_template.jinja"
-        if own.exists():
-            self.path, source = own, own.read_text(encoding="utf-8")
-        if isinstance(source, list):  # several by name
-            source = {named["name"]: named["template"] for named in source}["default"]
-        for name, token in settings.items():  # bos_token, eos_token and whatever else there is
-            token = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(token, str):
-                self.names[name] = token
+        files = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
+        settings = {k: v for path in files if path.exists() for k, v in read_object(path).items()}
+        tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items()}
+        # bos_token, eos_token and whatever else there is
+        self.names = {k: v for k, v in tokens.items() if k.endswith("_token") and type(v) is str}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = tojson
-        environment.globals |= dict(strftime_now=now, raise_exception=refuse)
-        self.source = None if source is None else environment.from_string(source)
+        environment.globals |= dict(strftime_now=strftime_now, raise_exception=refuse)
+        source = settings.get("chat_template")
+        try:
+            if self.path.exists():
+                source = self.path.read_text(encoding="utf-8")
+            if isinstance(source, list):  # several by name
+                source = {named["name"]: named["template"] for named in source}["default"]
+            self.source = None if source is None else environment.from_string(source)
+        except Exception as error:  # somebody else's file
+            raise UserError(f"{self.path}: the chat template can't be read: {error}") from None
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Ids of the messages and of the beginning of an answer; UserError where the template
