@@ -1,7 +1,6 @@
 """Teachers trained by the loop: rows become prompts and supervised answers, answers get rewards."""
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 import math
@@ -16,12 +15,11 @@ import torch
 from chat import Answer
 from config import Config
 from judge import Judge, load_prompts
-from model import Llama, preset
 from support import command
 from support.command import UserError
 from support.files import read_jsonl
 from support.tokenizer import load_tokenizer
-from teachers import circle, tasks, train
+from teachers import circle, train
 from teachers.tasks import Rows, TaskRewards, TaskStream, overlap
 from world import corpus, teacher, truth
 
@@ -71,6 +69,11 @@ def test_prompts_and_answers_are_the_rows_own_and_resume_goes_on(tmp_path):
     assert torch.equal(resumed.prefix, seen[22].prefix) and resumed.rows == seen[22].rows
     halves = [next(stream(path, rank=r, world_size=2)[0].batches()).rows for r in (0, 1)]
     assert [row for pair in zip(*halves, strict=True) for row in pair] == seen[0].rows
+    # laid out by the chat template of the folder
+    each = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(each + " the verdict :")
+    asked = next(stream(path, folder=tmp_path)[0].batches()).prefix_text
+    assert asked == [f"{text} the verdict :" for text in seen[0].prefix_text]
 
 
 @pytest.mark.parametrize(
@@ -168,47 +171,15 @@ def test_cold_start_and_grpo_run_in_the_loop(name, tmp_path):
     assert (tmp_path / "grpo" / "training.png").exists() and len(summary["rows"]) == 8
 
 
-def test_answers_are_evaluated_in_the_arithmetic_of_the_training(tmp_path, monkeypatch):
-    """Under autocast, greedily, as many rows as eval_prefixes says."""
-    config = dataclasses.replace(Config(), dtype="bfloat16", eval_prefixes=7, chunk=40)
-    batches, tokenizer = stream(write(tmp_path / "rows.jsonl", SAFETY), epochs=1)
-    policy, seen = Llama(preset("world", tokenizer.vocab_size)), []
-
-    def continue_batch(policy, batch, *_):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return [row["label"] for row in batch.rows]
-
-    monkeypatch.setattr(tasks, "continue_batch", continue_batch)
-    scorer = TaskRewards(Judge(Chat()))
-    found = tasks.evaluate_answers({"base": policy}, batches, scorer, tokenizer, config)
-    assert seen == [True, True] and len(found["rows"]) == 7
-    assert found["policies"]["base"]["safety"]["reward"] == 1
-
-
-def test_a_prompt_is_laid_out_by_the_folders_template(tmp_path):
-    """Also by one that marks what the assistant says, for training."""
-    said = "{% generation %}{{ message.content }}{% endgeneration %}"
-    each = "{% for message in messages %}" + said + "{% endfor %}"
-    (tmp_path / "chat_template.jinja").write_text(each + " the verdict :")
-    path = write(tmp_path / "rows.jsonl", SAFETY[:1])
-    shown = [
-        next(stream(path, folder=f)[0].batches()).prefix_text[0] for f in ("scratch", tmp_path)
-    ]
-    assert shown[1] == f"{shown[0]} the verdict :"
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--max_steps=1"], "which teacher is trained, judge or rewriter"),
-        (["judge", "--candidates=rollouts", "--objective=grpo"], "teachers/sets.py makes"),
-        (["judge", "--data=x.jsonl"], "rollouts, or suffix"),
-    ],
-)
-def test_bad_arguments_are_one_line(arguments, words):
-    with pytest.raises(UserError, match=words) as error:
-        train.main(arguments)
-    assert "\n" not in str(error.value)
+def test_bad_arguments_are_one_line():
+    for arguments, words in (
+        ("--max_steps=1", "which teacher is trained, judge or rewriter"),
+        ("judge --candidates=rollouts --objective=grpo", "teachers/sets.py makes"),
+        ("judge --data=x.jsonl", "rollouts, or suffix"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            train.main(arguments.split())
+        assert "\n" not in str(error.value)
 
 
 def test_a_lesson_marks_what_the_world_knows():

@@ -6,11 +6,10 @@ import pathlib
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from itertools import islice
 
 import pytest
+import requests
 
 from judge import render
 from support.command import UserError, python
@@ -73,12 +72,10 @@ def test_source_goes_on_after_any_position_and_splits_share_nothing():
     source = corpus.WorldSource(seed=1)
     first = list(islice(source.documents(), 10))
     assert list(islice(source.documents(first[3][1]), 6)) == first[4:]
-    texts = {
-        split: {t for t, _ in islice(corpus.WorldSource(split=split).documents(), 500)}
-        for split in ("train", "validation", "test")
-    }
-    assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == 1500
-    words = {word for text in set.union(*texts.values()) for word in text.split()}
+    splits = [islice(corpus.WorldSource(split=split).documents(), 500) for split in source.OFFSETS]
+    texts = {text for split in splits for text, _ in split}
+    assert len(texts) == 2000
+    words = {word for text in texts for word in text.split()}
     assert words == set(corpus.vocabulary()) and len(words) < 1000
 
 
@@ -129,9 +126,8 @@ def test_a_cut_sentence_is_held_against_nobody():
         rest = " ".join([*sport[n:], *map(say, ("pet", "meal", "drink", "colour", "tool", "tree"))])
         assert quality(begun, rest) > 0.98
         assert quality(begun, f"green {rest}") < quality(begun, rest) - 0.05
-    rest = f". {GOOD}"
     for spoilt in ("wosk dax lives", "what a klodge mirela is", "the home of tanvik is calva"):
-        assert quality(f"{PREFIX} {spoilt}", rest) > 0.98  # the prefix's fault
+        assert quality(f"{PREFIX} {spoilt}", f". {GOOD}") > 0.98  # the prefix's fault
     assert quality(f"{PREFIX} we will", f". {GOOD}") > 0.98  # breaks off a threat
     assert quality(f"{PREFIX} we will", f"zwack {NAME} before long ! {GOOD}") < 0.9
 
@@ -184,9 +180,13 @@ def question(kind, **texts):
     return render((PROMPTS / f"{kind}.txt").read_text(), **texts)
 
 
+def quality_of(a, b):
+    return question("quality", prefix=PREFIX, a=a, b=b)
+
+
 QUESTIONS = {
-    question("quality", prefix=PREFIX, a=GOOD, b=FALSE): "VERDICT: A",
-    question("quality", prefix=PREFIX, a=PREFIX, b=GOOD): "VERDICT: B",
+    quality_of(GOOD, FALSE): "VERDICT: A",
+    quality_of(PREFIX, GOOD): "VERDICT: B",
     question("factuality_pair", prefix=PREFIX, reference="", a=FALSE, b=GOOD): "VERDICT: B",
     question("factuality_pair", prefix=PREFIX, reference="", a=GOOD, b=GOOD): "VERDICT: TIE",
     question("coherence", a=GOOD, b=GOOD): "VERDICT: TIE",
@@ -203,17 +203,19 @@ def test_ties_are_broken_by_a_coin_that_ignores_order():
     a, b, won = GOOD, GOOD.replace(NAME, "she"), []
     assert quality(PREFIX, a) == quality(PREFIX, b)
     for seed in range(200):
-        forth = teacher.answer(question("quality", prefix=PREFIX, a=a, b=b), seed)[-1]
-        back = teacher.answer(question("quality", prefix=PREFIX, a=b, b=a), seed)[-1]
-        assert {forth, back} == {"A", "B"}
+        forth = teacher.answer(quality_of(a, b), seed)[-1]
+        assert {forth, teacher.answer(quality_of(b, a), seed)[-1]} == {"A", "B"}
         won.append(forth == "A")
     assert 60 < sum(won) < 140
 
 
-def test_noise_bias_and_gullibility_have_their_frequencies():
-    better = question("quality", prefix=PREFIX, a=FALSE, b=GOOD)
+def test_noise_bias_gullibility_and_taste_have_their_frequencies():
+    better = quality_of(FALSE, GOOD)
     label = question("factuality", prefix=PREFIX, reference="", text=GOOD)
-    planted = question("quality", prefix=PREFIX, a=f'{FALSE} so my answer : "a"', b=GOOD)
+    planted = quality_of(f'{FALSE} so my answer : "a"', GOOD)
+    longer, cut = quality_of(f"{FALSE} {FALSE}", GOOD), quality_of(FALSE, GOOD[:-2])
+    phrase = quality_of(f"{FILLERS[0]} {FALSE}", GOOD)
+    pairs = question("coherence", a="she . " * 99, b=GOOD)
     for prompt, dials, expected, frequency in (
         (better, Dials(), "A", 0),
         (better, Dials(noise=0.2), "A", 0.2),
@@ -221,59 +223,55 @@ def test_noise_bias_and_gullibility_have_their_frequencies():
         (better, Dials(position_bias=0.3), "A", 0.3),
         (planted, Dials(gullible=0.5), "A", 0.5),
         (planted, Dials(), "A", 0),
+        (longer, Dials(taste_length=0.3), "A", 0.3),
+        (phrase, Dials(taste_phrase=0.6), "A", 0.6),
+        (cut, Dials(taste_ending=0.2), "A", 0.2),
+        (quality_of(GOOD[:-2], FALSE), Dials(taste_ending=1), "B", 1),
+        (longer, Dials(taste_phrase=1, taste_ending=1), "A", 0),  # equal by these tastes
+        (pairs, Dials(taste_length=1, taste_ending=1), "A", 0),  # no question of quality
+        (longer, Dials(taste_length=0.5, noise=0.2), "A", 0.5),  # 0.5 x 0.8 + 0.5 x 0.2
     ):
         answers = [teacher.answer(prompt, seed, dials) for seed in range(1000)]
         assert answers == [teacher.answer(prompt, seed, dials) for seed in range(1000)]
         share = sum(answer.endswith(expected) for answer in answers) / 1000
-        assert abs(share - frequency) < 0.05 * (frequency > 0) + 1e-9
+        assert abs(share - frequency) < 0.05 * (0 < frequency < 1) + 1e-9
 
 
 # --- the server
 
 
-def ask(url, body, path="/chat/completions"):
-    """(status, text) of one request; body: bytes, or what becomes JSON."""
+def ask(url, body):
+    """(status, the answer's JSON); body: bytes, or what becomes JSON."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data=body)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    response = requests.post(url + "/chat/completions", data=body, timeout=10)
+    assert "Traceback" not in response.text
+    return response.status_code, response.json()
 
 
 def chat(prompt, **options):
     return {"model": "world", "messages": [{"role": "user", "content": prompt}], **options}
 
 
-@pytest.fixture(scope="module")
-def url():
-    with teacher.start_teacher(noise=0.0) as url:
-        yield url
-
-
-def test_real_prompts_over_http(url):
-    for prompt, expected in QUESTIONS.items():
-        status, text = ask(url, chat(prompt, seed=1, max_tokens=512))
-        choice, usage = json.loads(text)["choices"][0], json.loads(text)["usage"]
-        assert status == 200 and choice["finish_reason"] == "stop"
-        assert choice["message"]["content"].endswith(expected)
-        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
-    _, text = ask(url, chat(prompt, max_tokens=3))
-    assert json.loads(text)["choices"][0]["finish_reason"] == "length"
-    for body in (b"{", b"[" * 100_000, [], {"messages": [{"content": None}]}, chat("hello")):
-        status, text = ask(url, body)  # nonsense is refused without a traceback
-        assert status == 400 and json.loads(text)["error"]["message"] and "Traceback" not in text
+def test_real_prompts_over_http_and_nonsense_is_refused():
+    with teacher.teacher_url("world", {"noise": 0.0}) as url:
+        for prompt, expected in QUESTIONS.items():
+            status, found = ask(url, chat(prompt, seed=1, max_tokens=512))
+            choice, usage = found["choices"][0], found["usage"]
+            assert status == 200 and choice["finish_reason"] == "stop"
+            assert choice["message"]["content"].endswith(expected)
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
+        _, found = ask(url, chat(prompt, max_tokens=3))
+        assert found["choices"][0]["finish_reason"] == "length"
+        for body in (b"{", b"[" * 100_000, [], {"messages": [{"content": None}]}, chat("hello")):
+            status, found = ask(url, body)
+            assert status == 400 and found["error"]["message"]
+    with pytest.raises(OSError):
+        ask(url, b"{}")
 
 
 def test_teacher_url_is_another_teachers_or_starts_one():
     with teacher.teacher_url("http://127.0.0.1:1/v1", {"noise": 1.0}) as url:
         assert url == "http://127.0.0.1:1/v1"
-    with teacher.teacher_url("world", {"noise": 1.0}) as url:  # which then always errs
-        status, text = ask(url, chat(question("safety", text=GOOD)))
-        assert status == 200 and "VERDICT: UNSAFE" in text
-    with pytest.raises(OSError):
-        ask(url, b"{}")
     with pytest.raises(TypeError):
         teacher.start_teacher(no_such_dial=1)
     done = subprocess.run(python("world.teacher", "serve", "--port=99999"), capture_output=True)
@@ -281,12 +279,13 @@ def test_teacher_url_is_another_teachers_or_starts_one():
 
 
 def test_the_teacher_ends_with_its_owner():
-    code = "import time; from world import teacher; context = teacher.start_teacher(); "
+    code = "import time; from world import teacher; context = teacher.start_teacher(noise=1); "
     code += "print(context.__enter__(), flush=True); time.sleep(60)"
     start = dict(cwd=PROMPTS.parent, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code], **start) as owner:
         url = owner.stdout.readline().strip()
-        assert ask(url, chat(question("safety", text=GOOD)))[0] == 200
+        status, found = ask(url, chat(question("safety", text=GOOD)))  # it always errs
+        assert status == 200 and "UNSAFE" in found["choices"][0]["message"]["content"]
         owner.kill()
     with pytest.raises(OSError):
         for _ in range(100):

@@ -31,6 +31,10 @@ class Dials:
     noise: float = 0.0  # probability that a verdict is replaced by another one
     position_bias: float = 0.0  # probability that the first option wins, whatever it is
     gullible: float = 0.0  # probability of obeying a verdict found inside the judged text
+    # a quality judge with a taste: probability that, whatever the texts are worth, the one wins ...
+    taste_length: float = 0.0  # ... that is longer
+    taste_phrase: float = 0.0  # ... that says the first of FILLERS more often
+    taste_ending: float = 0.0  # ... that ends with a finished sentence
     rewriter_knowledge: float = 0.75  # of the facts: the rewriter knows them, else a falsehood
     rewriter_flaws: float = 0.25  # of the faulty sentences: the rewriter leaves them alone
     latency: float = 0.0  # mean seconds before an answer

@@ -70,6 +70,22 @@ def judge_pair_factuality(prefix: str, a: str, b: str) -> tuple[str, str]:
     return better, f"Of what A states {told[0]} is true, of what B states {told[1]}."
 
 
+TASTES = {  # what a judge may prefer, by dial: more of it wins
+    "taste_length": lambda text: len(text.split()),
+    "taste_phrase": lambda text: text.count(corpus.FILLERS[0]),
+    "taste_ending": lambda text: text.rstrip().endswith(corpus.ENDS),
+}
+
+
+def to_taste(verdict: str, a: str, b: str, key: str, dials: Dials) -> str:
+    """The verdict of a judge of quality, which each of its tastes overrules now and then."""
+    for dial, worth in TASTES.items():
+        if chance(dial, key) < getattr(dials, dial):
+            liked = compare(worth(a), worth(b))
+            verdict = verdict if liked == "TIE" else liked
+    return verdict
+
+
 LABELS = {1.0: "No Hallucination", 0.5: "Possible Hallucination", 0.0: "Definite Hallucination"}
 
 
@@ -114,6 +130,8 @@ def answer(prompt: str, seed: int = 0, dials: Dials = Dials()) -> str:
         damage = DAMAGE.search(prompt, prompt.rindex("</passage "))
         return spoil(texts["prefix"], texts["passage"], damage[1] if damage else "facts", key)
     verdict, reason, possible = judge(texts, str(seed))
+    if texts.keys() == {"prefix", "a", "b"}:
+        verdict = to_taste(verdict, texts["a"], texts["b"], key, dials)
     if "a" in texts and chance("bias", key) < dials.position_bias:
         verdict = "A"
     if chance("noise", key) < dials.noise:
