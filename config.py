@@ -58,13 +58,15 @@ class Config:
     base_learning_rate: float = key(3e-3, "peak, cosine")
     baseline: bool = key(True, "also train the base max_steps further by next-token prediction")
 
-    objective: str = key("dpo", "nll, rf_nll, dpo or grpo", "Method")
+    objective: str = key("dpo", "nll, rf_nll, dpo, ipo, dpop or grpo", "Method")
     candidates: str = key("suffix,rewrite,rollouts", "the pool: any of suffix, rewrite, rollouts")
     rollouts: int = key(4, "K: continuations sampled from the policy for each prefix")
     temperature: float = key(1.0, "of rollouts and, so that both agree, of all log-probabilities")
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
     rewards: str = key("quality,safety,factuality", "summed, 'safety:2' twice; empty: first wins")
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
+    reject: str = key("any", "DPO: who may be the rejected one: any source, or rollouts alone")
+    anchor: str = key("", "DPO, GRPO: plus W x NLL or KL a token on the prefix: nll:W, kl:W")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
     grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
     nll_prefix: bool = key(False, "nll, rf_nll: the prefix's tokens count too")
@@ -117,7 +119,8 @@ class Config:
     price_out: float = key(0.0, "price of a million tokens written by the teachers")
 
 
-OBJECTIVES = ("nll", "rf_nll", "dpo", "grpo")
+PAIRWISE = ("dpo", "ipo", "dpop")  # objectives that learn from a chosen and a rejected one
+OBJECTIVES = ("nll", "rf_nll", *PAIRWISE, "grpo")
 MONITORS = ("tensorboard", "wandb")
 SOURCES = ("suffix", "rewrite", "rollouts")
 # Kinds of judgment: verdicts.py says what a verdict is worth, prompts/ how it is asked for.
@@ -198,6 +201,12 @@ def check(config: Config) -> Config:
         need(config.rewards, "objective=grpo learns from rewards: set some")
     if objective == "nll":
         need(not config.rewards, "objective=nll takes the first: rewards= (empty), or use rf_nll")
+    if config.reject == "rollouts":
+        fits = objective in PAIRWISE and "rollouts" in sources
+        need(fits, "reject=rollouts is for pairs with rollouts among the candidates")
+    if config.anchor:
+        parse_anchor(config.anchor)
+        need("nll" not in objective, "anchor is for dpo and grpo; nll takes nll_prefix=True")
     if config.nll_prefix:
         need("nll" in objective, f"nll_prefix=True is for nll and rf_nll, not for {objective=!s}")
     if config.max_seq < 2 * config.chunk:
@@ -214,6 +223,7 @@ def check_values(config: Config):
 
     among("objective", [config.objective], OBJECTIVES)
     among("candidates", names(config.candidates), SOURCES)
+    among("reject", [config.reject], ("any", "rollouts"))
     among("device", [config.device.partition(":")[0]], ("auto", "cpu", "cuda", "mps"))
     among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
     if config.track != "auto":
@@ -253,6 +263,16 @@ def parse_rewards(rewards) -> dict[str, float]:
     return weights
 
 
+def parse_anchor(text: str) -> tuple[str, float]:
+    """ "kl:0.5" -> ("kl", 0.5)."""
+    kind, _, weight = text.partition(":")
+    if kind not in ("nll", "kl"):
+        raise UserError(f"anchor={text}: write nll:W or kl:W, or leave it empty")
+    value = convert("the weight of anchor", weight, float, "anchor")
+    need(0 < value < math.inf, f"anchor={text}: the weight must be positive")
+    return kind, value
+
+
 def monitors(config: Config) -> list[str]:
     """The live monitors of a run: those named, or TensorBoard where it is installed."""
     if config.track != "auto":
@@ -262,7 +282,9 @@ def monitors(config: Config) -> list[str]:
 
 def needs_reference(config: Config) -> bool:
     """Whether the objective compares the policy with the frozen initial one."""
-    return config.objective == "dpo" or (config.objective == "grpo" and bool(config.grpo_kl))
+    if config.objective == "grpo":
+        return bool(config.grpo_kl) or config.anchor.startswith("kl")
+    return config.objective in PAIRWISE
 
 
 def phases(config: Config) -> dict[str, Config]:
@@ -270,7 +292,7 @@ def phases(config: Config) -> dict[str, Config]:
     next_token: dict = dict(
         objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0
     )
-    next_token["temperature"] = 1.0  # that of the rollouts is the method's
+    next_token |= dict(temperature=1.0, anchor="")  # that of the rollouts is the method's
     out = {}
     if config.init_from == "scratch" and config.base_steps:
         out["base"] = dataclasses.replace(

@@ -236,18 +236,24 @@ class Llama(nn.Module):
                 x = layer(*inputs)
         return self.model.norm(x)
 
-    def logprobs(self, prefix, pad, continuations, lengths=None, temperature: float = 1.0):
+    def logprobs(
+        self, prefix, pad, continuations, lengths=None, temperature: float = 1.0, on_prefix=None
+    ):
         """log p(continuation token | prefix, the continuation so far).
 
         prefix int64 [B, P] with P >= 1, pad int [B], continuations int64 [B, C, N];
         lengths int [B, C] says how many tokens of each count (default: all N).
         -> float32 [B, C, N], 0 beyond the length. The logits never exist all at once.
+        on_prefix(hidden [B, P, d], output weights [V, d]) is shown the prefix's states, which are
+        computed anyway.
         """
         B, C, N = continuations.shape
         P = prefix.shape[1]
         # The last token of a continuation predicts nothing, so it is not fed.
         tokens = torch.cat((prefix, continuations[:, :, :-1].flatten(1)), dim=1)
         hidden = self(tokens, pad, P, N - 1)  # [B, P + C * (N - 1), d]
+        if on_prefix:
+            on_prefix(hidden[:, :P].to(self.compute_dtype), self.lm_head.weight)
         # The prefix's last token predicts the first one of every continuation,
         first = hidden[:, None, P - 1 : P].expand(B, C, 1, -1)  # [B, C, 1, d]
         # and each token of a continuation the one behind it.

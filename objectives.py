@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 
 
-def choose(reward, u):
+def choose(reward, u, may_lose):
     """The best and the worst candidate of every prefix (paper, section 2).
 
     reward float [B, C], nan = absent; u float [B, C] in (0, 1) decides among equals, so that no
-    source is favoured. -> chosen int64 [B], rejected int64 [B], keep bool [B]: False where all
-    rewards are equal or fewer than two are present, since a tie is no preference.
+    source is favoured; may_lose bool [C]: who may be rejected (the paper: everybody).
+    -> chosen int64 [B], rejected int64 [B], keep bool [B]: False where nobody who may lose has a
+    lower reward than the best, since a tie is no preference.
     """
-    absent = reward.isnan()
+    absent, spared = reward.isnan(), reward.isnan() | ~may_lose  # [B, C]
     high = reward.masked_fill(absent, -torch.inf).amax(dim=1, keepdim=True)  # [B, 1]
-    low = reward.masked_fill(absent, torch.inf).amin(dim=1, keepdim=True)
+    low = reward.masked_fill(spared, torch.inf).amin(dim=1, keepdim=True)
     chosen = u.masked_fill(reward != high, -1.0).argmax(dim=1)
-    rejected = u.masked_fill(reward != low, -1.0).argmax(dim=1)
+    rejected = u.masked_fill((reward != low) | spared, -1.0).argmax(dim=1)
     return chosen, rejected, (high > low).squeeze(1)
 
 
@@ -31,6 +32,24 @@ def dpo_loss(policy, reference, beta: float):
     """
     ratio = policy - reference  # [B, 2]
     return -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1]))
+
+
+def ipo_loss(policy, reference, beta: float):
+    """Azar et al. 2023, equation 17: the margin is drawn to 1 / (2 beta). As dpo_loss."""
+    ratio = policy - reference  # [B, 2]
+    return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)).square()
+
+
+def dpop_loss(policy, reference, beta: float):
+    """Pal et al. 2024, equation 3: DPO, and DPOP_WEIGHT times what the chosen has become less
+    likely than it was, within the sigmoid. As dpo_loss."""
+    ratio = policy - reference  # [B, 2]
+    fallen = DPOP_WEIGHT * (-ratio[:, 0]).clamp(min=0)
+    return -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1] - fallen))
+
+
+DPOP_WEIGHT = 50.0  # their lambda
+PAIR_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "dpop": dpop_loss}
 
 
 def nll_loss(logp, lengths):

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from candidates import Pool, autocast, statistics
-from config import Config, needs_reference
-from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
+from config import PAIRWISE, Config, needs_reference, parse_anchor
+from kernels.logprob import linear_kl, linear_logprob
+from objectives import PAIR_LOSSES, advantages, choose, grpo_loss, nll_loss
 from rollout import uniforms
 from support.command import UserError
 from support.distributed import all_sum, gather, is_sharded, rank, whole
@@ -45,8 +46,9 @@ def pick(pool: Pool, reward, config: Config) -> Picked:
     """
     reward = reward.round(decimals=9)  # 0.4 + 0.8 and 0.6 + 0.6 are a tie
     u = uniforms(config.seed + 1, pool.batch.index, reward.shape[1], 1)[:, :, 0]  # [B, C]
-    chosen, rejected, keep = choose(reward, u)  # [B]
-    if config.objective == "dpo":
+    may_lose = [config.reject == "any" or source == "rollout" for source in pool.sources]
+    chosen, rejected, keep = choose(reward, u, torch.tensor(may_lose))  # [B]
+    if config.objective in PAIRWISE:
         columns = torch.stack((chosen, rejected), dim=1)  # [B, 2]
     elif config.objective == "grpo":
         columns = torch.arange(reward.shape[1]).expand(len(reward), -1)  # [B, C]
@@ -66,6 +68,49 @@ def micro_batches(rows, width: int, budget: int):
     return [slice(i, i + size) for i in range(0, len(rows), size)]
 
 
+@dataclass
+class Anchor:
+    """What holds the policy where its documents are: the NLL of a prefix's own tokens, or the KL
+    from the reference to the policy, at M tokens of each prefix. Their hidden states are computed
+    anyway; M of them, and not all, keep the output layer's part as small as the continuations'."""
+
+    kind: str  # nll or kl
+    at: torch.Tensor  # int64 [R, M], positions in the prefix
+    share: torch.Tensor  # float [R, M], what each counts: a row's sum is 1 (0: nothing to predict)
+    targets: torch.Tensor  # int64 [R, M], the token behind each
+    temperature: float
+    reference: tuple = ()  # its hidden states [R * M, d] there, its output weights [V, d]
+    value: torch.Tensor | float = 0.0  # sum over the rows of their mean NLL or KL, nats a token
+
+    def states(self, hidden):
+        """hidden [R, P, d] -> [R * M, d]."""
+        return hidden.gather(1, self.at[..., None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
+
+    def of_reference(self, hidden, weight):
+        self.reference = self.states(hidden), weight
+
+    def of_policy(self, hidden, weight):
+        states, share = self.states(hidden), self.share.flatten()
+        if self.kind == "kl":
+            self.value = linear_kl(states, weight, *self.reference, share, self.temperature)
+        else:
+            logp = linear_logprob(states, weight, self.targets.flatten(), self.temperature)
+            self.value = -(logp @ share)
+
+
+def make_anchor(kind: str, prefix, pad, index, M: int, seed: int, temperature: float) -> Anchor:
+    """The anchor of prefixes [R, P] with pad [R], by their index [R] in the run: a token is drawn
+    in each M-th of a prefix, so that in the mean all count alike."""
+    P = prefix.shape[1]
+    u = uniforms(seed + 2, index, 1, M)[:, 0].to(pad.device)  # [R, M]
+    count = P - 1 - pad[:, None]  # [R, 1] tokens that have one behind them
+    steps = (torch.arange(M, device=pad.device) + u) / M * count  # [R, M]
+    at = (pad[:, None] + steps.long()).clamp(max=max(P - 2, 0))
+    targets = prefix.gather(1, (at + 1).clamp(max=P - 1))
+    share = (count > 0).float().expand(-1, M) / M
+    return Anchor(kind, at, share, targets, temperature)
+
+
 def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, config: Config):
     """Sum of the objective over some rows and, for logging, sums of what it was made of."""
     device, temperature = next(policy.parameters()).device, config.temperature or 1.0
@@ -78,27 +123,35 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
     layout = (prefix, pad, continuations, lengths)
     if config.nll_prefix:
         layout = whole_documents(*layout)
-    anchor = None
+    before = anchor = None
+    if config.anchor:  # at as many tokens of a prefix as a candidate has
+        kind, weight = parse_anchor(config.anchor)
+        where = prefix, pad, pool.batch.index[rows], pool.tokens.shape[2]
+        anchor = make_anchor(kind, *where, config.seed, temperature)
     with autocast(config, device):
-        logp = policy.logprobs(*layout, temperature)  # [R, C', N]
         if needs_reference(config):
             with torch.no_grad():
-                anchor = reference.logprobs(*layout, temperature)
-    if config.objective == "dpo":
-        return preference(logp, anchor, lengths, config)
-    if config.objective == "grpo":
+                before = reference.logprobs(*layout, temperature, anchor and anchor.of_reference)
+        logp = policy.logprobs(*layout, temperature, anchor and anchor.of_policy)  # [R, C', N]
+    if config.objective in PAIRWISE:
+        loss, extra = preference(logp, before, lengths, config)
+    elif config.objective == "grpo":
         old = pool.old[rows[:, None], columns].to(device)  # [R, C, N]
         gain = advantages(reward[rows]).float().to(device)  # [R, C]
-        loss = grpo_loss(logp, old, gain, lengths, config.grpo_clip, anchor, config.grpo_kl)
-        return loss.sum(), {}
-    return nll_loss(logp[:, 0], layout[3][:, 0]).sum(), {}
+        each = grpo_loss(logp, old, gain, lengths, config.grpo_clip, before, config.grpo_kl)
+        loss, extra = each.sum(), {}
+    else:
+        loss, extra = nll_loss(logp[:, 0], layout[3][:, 0]).sum(), {}
+    if anchor:
+        loss, extra["anchor"] = loss + weight * anchor.value, anchor.value.detach()
+    return loss, extra
 
 
-def preference(logp, anchor, lengths, config: Config):
-    """DPO on pairs (chosen, rejected): log-probabilities of policy and reference [R, 2, N], lengths
+def preference(logp, before, lengths, config: Config):
+    """Pairs (chosen, rejected): log-probabilities of policy and reference [R, 2, N], lengths
     [R, 2] -> as `losses`."""
-    policy_sum, reference_sum = logp.sum(dim=2), anchor.sum(dim=2)  # [R, 2]
-    loss = dpo_loss(policy_sum, reference_sum, config.beta)
+    policy_sum, reference_sum = logp.sum(dim=2), before.sum(dim=2)  # [R, 2]
+    loss = PAIR_LOSSES[config.objective](policy_sum, reference_sum, config.beta)
     if config.nll_weight:
         loss = loss + config.nll_weight * nll_loss(logp[:, 0], lengths[:, 0]) / lengths[:, 0]
     moved = (policy_sum - reference_sum).detach()
@@ -114,11 +167,10 @@ def idle(policy, reference, config: Config):
     many micro-batches each, whoever has the rows."""
     one = torch.zeros(1, 1, dtype=torch.int64, device=next(policy.parameters()).device)
     layout = one, one[0], one[None]
-    logp = policy.logprobs(*layout)
     if needs_reference(config):
         with torch.no_grad():
             reference.logprobs(*layout)
-    return logp.sum() * 0
+    return policy.logprobs(*layout).sum() * 0
 
 
 def update(

@@ -29,7 +29,7 @@ from chat import Chat
 from config import Config
 from data import SPLITS
 from evaluation import harness
-from evaluation.results import summarise, table
+from evaluation.results import LIKELIHOODS, summarise, table
 from evaluation.sets import FORMS, HeldOut, from_texts, held_out, held_out_sets, published
 from judge import Judge, together
 from model import load_model, read_config
@@ -40,6 +40,7 @@ from support.distributed import start
 from support.files import read_jsonl, write_text
 from support.hub import local_folder
 from support.tokenizer import load_tokenizer
+from update import make_anchor
 from world.corpus import parse_dials
 from world.teacher import teacher_url
 
@@ -64,29 +65,45 @@ def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
     return [tokenizer.decode(row[: n - (row[n - 1] in ends)]) for row, n in rows]
 
 
-def write_batch(policy, batch, tokenizer, chunk: int) -> dict:
-    """What a policy makes of a data.Batch: {"texts": continuations, "nll": negative log-likelihood
-    of the original suffixes, a sum in nats}."""
-    device = next(policy.parameters()).device
-    texts, suffix = continue_batch(policy, batch, tokenizer, chunk), batch.suffix[:, None]
-    if not suffix.numel():  # [B, 1, N]
-        return {"texts": texts, "nll": 0.0}
+@torch.no_grad()
+def likelihoods(policy, base, batch, masks: dict) -> dict[str, tuple[float, int]]:
+    """(sum in nats, tokens) of: "nll" of a data.Batch's original suffixes, "nll_NAME" of those of
+    their tokens that one of the masks [B, N] marks, and, beside another base, "kl" from the base
+    to the policy at as many tokens of each prefix as a suffix has."""
+    device, suffix = next(policy.parameters()).device, batch.suffix[:, None]  # [B, 1, N]
+    if not suffix.numel():
+        return {}
     rows = (batch.prefix.to(device), batch.pad.to(device), suffix.to(device))
-    with torch.no_grad():
-        return {"texts": texts, "nll": -float(policy.logprobs(*rows).sum())}
+    anchor = make_anchor("kl", *rows[:2], batch.index, suffix.shape[2], 0, 1.0)
+    if base is not None:
+        base.logprobs(*rows, on_prefix=anchor.of_reference)
+    nll = -policy.logprobs(*rows, on_prefix=anchor.of_policy if base else None)[:, 0]  # [B, N]
+    out = {"nll": (float(nll.sum()), nll.numel())}
+    for name, mask in masks.items():
+        out[f"nll_{name}"] = float(nll[mask.to(device)].sum()), int(mask.sum())
+    if base is not None:
+        count = int(anchor.share.sum().round())
+        out["kl"] = float(anchor.value), count
+    return out
+
+
+def write_batch(policy, base, batch, masks: dict, tokenizer, chunk: int) -> dict:
+    """What a policy makes of a data.Batch: {"texts": its continuations, and `likelihoods`}."""
+    texts = continue_batch(policy, batch, tokenizer, chunk)
+    return {"texts": texts, **likelihoods(policy, base, batch, masks)}
 
 
 def write(sets: dict[str, HeldOut], write_one) -> dict:
-    """kind of prefix -> {"texts", "nll": a token, None without suffixes}; write_one(kind, batch)
-    gives what `write_batch` does."""
-    written = {}
+    """kind of prefix -> {"texts", and each of LIKELIHOODS a token, None where there is none};
+    write_one(kind of prefix, batch, masks) gives what `write_batch` does."""
+    written: dict = {}
     for kind, held in sets.items():
-        made, nll = [write_one(kind, batch) for batch in held.batches], 0.0
-        for each in made:
-            nll += each["nll"]
-        tokens = sum(batch.suffix.numel() for batch in held.batches)
-        texts = [text for each in made for text in each["texts"]]
-        written[kind] = {"texts": texts, "nll": nll / tokens if tokens else None}
+        made = [write_one(kind, *each) for each in zip(held.batches, held.masks, strict=True)]
+        written[kind] = {"texts": [text for each in made for text in each["texts"]]}
+        for name in LIKELIHOODS:
+            found = [each[name] for each in made if name in each]
+            total, tokens = (sum(part) for part in zip(*found, strict=True)) if found else (0, 0)
+            written[kind][name] = total / tokens if tokens else None
     return written
 
 
@@ -97,11 +114,12 @@ class Checkpoint:
     UserError where there is no such folder, or its model reads fewer than max_seq tokens.
     """
 
-    def __init__(self, folder: str, device, record: Path, chunk: int, max_seq: int):
+    def __init__(self, folder: str, device, record: Path, chunk: int, max_seq: int, base=None):
         reads = read_config(folder).max_seq
         if reads < max_seq:  # beyond, a model talks nonsense
             raise UserError(f"{folder}: the model reads {reads} tokens, --max_seq is {max_seq}")
         self.folder, self.device, self.record, self.chunk = folder, device, record, chunk
+        self.base = base  # the Checkpoint that its KL is counted from, or None
         self.tokenizer = load_tokenizer(folder)
         self.kept = {line.get("key"): line for line in read_jsonl(record)}
 
@@ -121,11 +139,12 @@ class Checkpoint:
                         digest.update(piece)
         return digest.hexdigest()
 
-    def write_batch(self, kind: str, batch) -> dict:
-        rows = [each.tolist() for each in (batch.prefix, batch.pad, batch.suffix)]
-        key = hash_of(self.content, self.chunk, rows)
+    def write_batch(self, kind: str, batch, masks: dict) -> dict:
+        rows = [x.tolist() for x in (batch.prefix, batch.pad, batch.suffix, *masks.values())]
+        key = hash_of(self.content, self.base and self.base.content, self.chunk, rows)
         if key not in self.kept:
-            made = write_batch(self.policy, batch, self.tokenizer, self.chunk)
+            base = self.base and self.base.policy
+            made = write_batch(self.policy, base, batch, masks, self.tokenizer, self.chunk)
             about = dict(key=key, checkpoint=self.folder, set=kind, prefixes=batch.prefix_text)
             self.kept[key] = about | made
             with self.record.open("a", encoding="utf-8") as file:
@@ -191,8 +210,11 @@ def evaluate(policies: dict, sets: dict, judge: Judge, tokenizer, chunk: int) ->
     sets: what `held_out_sets` gives. -> what `summarise` returns
     """
 
+    first = next(iter(policies.values()))
+
     def written_by(policy) -> dict:
-        return write(sets, lambda kind, batch: write_batch(policy, batch, tokenizer, chunk))
+        base = None if policy is first else first
+        return write(sets, lambda _, *batch: write_batch(policy, base, *batch, tokenizer, chunk))
 
     written = {name: written_by(policy) for name, policy in policies.items()}
     return summarise(judged(written, sets, judge, SUITES, seeds=1), written, SUITES)
@@ -290,8 +312,8 @@ def main(arguments: list[str]):
     args = parse_args(arguments)
     out, device = Path(args.out).expanduser(), start(args.device, 0.0)
     how = device, out.parent / "generations.jsonl", args.chunk, args.max_seq
-    ours = Checkpoint(args.checkpoint, *how)
-    base = Checkpoint(args.baseline, *how) if args.baseline else ours
+    base = Checkpoint(args.baseline or args.checkpoint, *how)
+    ours = Checkpoint(args.checkpoint, *how, base) if args.baseline else base
     scores = {}
     if args.harness:
         folders = dict(base=base.folder, checkpoint=ours.folder)
@@ -312,6 +334,8 @@ def main(arguments: list[str]):
         judge = Judge(chat, asked)
         sets = sets_of(args, ours.tokenizer)
         theirs = sets_for(base.tokenizer, ours.tokenizer, sets, args.max_seq - args.chunk)
+        if theirs is not sets:  # no distance between distributions over other tokens
+            ours.base = None
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             written = {"base": write(theirs, base.write_batch)}
             written["checkpoint"] = write(sets, ours.write_batch)

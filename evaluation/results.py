@@ -8,6 +8,10 @@ import numpy as np
 
 NAMES = {"base": "base", "baseline": "next-token baseline", "method": "self-improving"}
 HEADS = {"quality": "quality win rate", "nll": "held-out NLL"}
+HEADS |= {"nll_sound": "of sound sentences", "nll_faulty": "of faulty ones", "kl": "KL(base, it)"}
+# Nats a token: the NLL of the documents' own suffixes, of some of their sentences (of the pocket
+# world, where each is known to be true, safe and new, or not), the KL from the first policy.
+LIKELIHOODS = ("nll", "nll_sound", "nll_faulty", "kl")
 
 
 def bootstrap(groups: list[list[float]], seed: int = 0, times: int = 1000) -> list[float]:
@@ -21,7 +25,7 @@ def bootstrap(groups: list[list[float]], seed: int = 0, times: int = 1000) -> li
 
 
 def overall(row: dict, column: str) -> float | None:
-    """A policy's mean over all judged prefixes of all kinds (the kinds themselves for the NLL), of
+    """A policy's mean over all judged prefixes of all kinds (the kinds themselves for nats), of
     the summary's {kind: cell}; None where nothing was judged."""
     cells = [cell for cell in row.values() if cell.get(column) is not None]
     counts = [cell.get("n", {}).get(column, 1) for cell in cells]
@@ -31,14 +35,13 @@ def overall(row: dict, column: str) -> float | None:
 
 def summarise(values: dict, written: dict, suites) -> dict:
     """values: policy -> kind of prefix -> suite -> one a prefix; written: policy -> kind ->
-    {"texts", "nll"} -> {"baseline", "suites", "policies": {name: {kind: {suite: mean, "nll", "n",
-    "interval"}}}, "overall": {name: {suite: {"mean", "interval", "n"}}}, "values",
-    "continuations"}"""
+    {"texts", LIKELIHOODS} -> {"baseline", "suites", "policies": {name: {kind: {suite: mean,
+    LIKELIHOODS, "n", "interval"}}}, "overall": {name: {suite: {"mean", "interval", "n"}}},
+    "values", "continuations"}"""
     policies, overalls = {}, {}
     for name, kinds in values.items():
         made = written[name]
-        nll = {kind: made.get(kind, {}).get("nll") for kind in kinds}
-        policies[name] = {kind: cell_of(kinds[kind], nll[kind], suites) for kind in kinds}
+        policies[name] = {kind: cell_of(kinds[kind], made.get(kind, {}), suites) for kind in kinds}
         overalls[name] = {}
         for suite in suites:
             groups = [judgments(found, suite) for found in kinds.values()]
@@ -56,9 +59,10 @@ def judgments(found: dict, suite: str) -> list[float]:
     return [value for value in found.get(suite, ()) if value is not None]
 
 
-def cell_of(found: dict, nll: float | None, suites) -> dict:
+def cell_of(found: dict, made: dict, suites) -> dict:
     """Of one policy and kind of prefix: means, how many values they are of, and intervals."""
-    cell: dict = {"nll": nll, "n": {"nll": 1}, "interval": {}}
+    cell: dict = {name: made.get(name) for name in LIKELIHOODS}
+    cell |= {"n": {"nll": 1}, "interval": {}}
     for suite in suites:
         values = judgments(found, suite)
         cell[suite] = sum(values) / len(values) if values else None
@@ -71,13 +75,13 @@ def cell_of(found: dict, nll: float | None, suites) -> dict:
 # As text
 
 
-def show(value: float | None, interval=None, nll: bool = False) -> str:
+def show(value: float | None, interval=None, nats: bool = False) -> str:
     """0.901 -> 90.1, or 90.1±1.2 with half the width of its 95 % interval."""
     if value is None:
         return "-"
     width = interval[1] - interval[0] if interval else 0.0
     spread = f"±{50 * width:.1f}" if width else ""
-    return f"{value:.2f}" if nll else f"{100 * value:.1f}{spread}"
+    return f"{value:.2f}" if nats else f"{100 * value:.1f}{spread}"
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -90,23 +94,31 @@ def aligned(rows: list[list[str]]) -> str:
 def table(summary: dict) -> str:
     """A row a policy: the mean over all prefixes, with the 95 % interval; of two kinds of prefix
     each follows in parentheses, more have a table of their own."""
-    policies = summary["policies"].values()
-    nll = any(cell["nll"] is not None for row in policies for cell in row.values())
-    columns = [*summary["suites"], *(["nll"] if nll else [])]
-    kinds = list(next(iter(policies)))
+    cells = [cell for row in summary["policies"].values() for cell in row.values()]
+    known = [name for name in LIKELIHOODS if any(cell.get(name) is not None for cell in cells)]
+    parts = [by_policy(summary, [*summary["suites"], *known[:1]])]
+    if known[1:]:
+        parts.append(by_policy(summary, known))
+    if len(next(iter(summary["policies"].values()))) > 2:
+        parts.append(by_set(summary))
+    return "\n\n".join(parts)
+
+
+def by_policy(summary: dict, columns: list[str]) -> str:
+    kinds = list(next(iter(summary["policies"].values())))
     several = len(kinds) == 2
     head = [f"mean ({' / '.join(kinds)})" if several else "mean" if kinds[2:] else ""]
     rows = [head + [HEADS.get(c, c) for c in columns]]
     for name, row in summary["policies"].items():
         cells = [NAMES.get(name, name)]
         for column in columns:
-            nll = column == "nll"
-            interval = None if nll else summary["overall"][name][column]["interval"]
-            each = " / ".join(show(row[kind][column], nll=nll) for kind in kinds)
-            mean = show(overall(row, column), interval, nll)
+            nats = column in LIKELIHOODS
+            interval = None if nats else summary["overall"][name][column]["interval"]
+            each = " / ".join(show(row[kind].get(column), nats=nats) for kind in kinds)
+            mean = show(overall(row, column), interval, nats)
             cells.append(f"{mean} ({each})" if several else mean)
         rows.append(cells)
-    return aligned(rows) + ("\n\n" + by_set(summary) if len(kinds) > 2 else "")
+    return aligned(rows)
 
 
 def by_set(summary: dict) -> str:

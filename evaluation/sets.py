@@ -22,6 +22,7 @@ from data import Batch, Stream, left_pad
 from support.command import UserError
 from support.sources import Skips, decompressed, ending, list_files, open_raw, records
 from world.corpus import Dials, WorldSource
+from world.truth import FAULTY, words_of
 
 BATCH = 64  # prefixes continued at once
 ARTICLE = 8000  # characters of an article that serve as the reference
@@ -55,6 +56,7 @@ class HeldOut:
     prefixes: list
     references: list  # the original suffixes, or what is known to be true; "" where there is none
     asks: dict  # suite -> the judge's kind of question
+    masks: list  # of each batch: what of its suffixes [B, N] is of a kind whose NLL is told apart
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def held_out(source, tokenizer, *, count, split="validation", **how) -> HeldOut:
     batches = [stream.collate(rows[i : i + BATCH], {}) for i in range(0, len(rows), BATCH)]
     prefixes = [text for batch in batches for text in batch.prefix_text]
     references = [text for batch in batches for text in batch.suffix_text]
-    return HeldOut(batches, prefixes, references, DOCUMENTS)
+    return HeldOut(batches, prefixes, references, DOCUMENTS, [{} for _ in batches])
 
 
 def held_out_sets(data, tokenizer, dials: dict | None = None, **how) -> dict[str, HeldOut]:
@@ -85,8 +87,23 @@ def held_out_sets(data, tokenizer, dials: dict | None = None, **how) -> dict[str
     sets = {}
     for kind, share in (("clean", 0.0), ("unsafe", 1.0)):
         own = Dials(**{**(dials or {}), "share_unsafe": share})
-        sets[kind] = held_out(WorldSource(0, own, "validation"), tokenizer, **how)
+        held = sets[kind] = held_out(WorldSource(0, own, "validation"), tokenizer, **how)
+        held.masks = [sound_and_faulty(batch) for batch in held.batches]
     return sets
+
+
+def sound_and_faulty(batch: Batch) -> dict[str, torch.Tensor]:
+    """Which tokens of the pocket world's suffixes, a token a word, stand in sound sentences and
+    which in faulty ones: bool [B, N]. Fillers and unfinished sentences are neither."""
+    verdicts = [
+        words_of(*texts) for texts in zip(batch.prefix_text, batch.suffix_text, strict=True)
+    ]
+    N = batch.suffix.shape[1]
+    rows = [(found + [""] * N)[:N] for found in verdicts]  # behind the words, the end of text
+    return {
+        name: torch.tensor([[word in kinds for word in row] for row in rows])
+        for name, kinds in (("sound", ("sound",)), ("faulty", FAULTY))
+    }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,4 +217,4 @@ def from_texts(prefixes, references, asks, tokenizer, most: int) -> HeldOut:
         index = torch.arange(first, first + len(pad))
         suffix = torch.empty(len(pad), 0, dtype=torch.int64)
         batches.append(Batch(prefix, pad, suffix, index, texts[first : first + BATCH], [], {}))
-    return HeldOut(batches, texts, list(references), asks)
+    return HeldOut(batches, texts, list(references), asks, [{} for _ in batches])

@@ -129,6 +129,46 @@ def inside(targets, first: int, size: int):
     return row, targets[row] - first
 
 
+def linear_kl(hidden, weight, other, other_weight, scale, temperature: float = 1.0):
+    """sum over t of scale[t] * KL(q || p) at token t, with gradients for p alone.
+
+    p = softmax(hidden @ weight.T / temperature), q the same of other [T, d'] and other_weight
+    [V, d']; hidden [T, d], weight [V, d], scale float [T].  Returns a float32 scalar.  A block of
+    tokens at a time, in library products: few tokens are asked about (update.py's anchor).
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Divergence.apply(hidden, weight, other, other_weight, scale, temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """The value and, with the logits at hand, the gradients of its sum."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, other, other_weight, scale, temperature):
+        total = scale.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        w, v = weight.to(hidden.dtype), other_weight.to(other.dtype)
+        dh, dw = torch.zeros_like(hidden), torch.zeros_like(weight)
+        size = max((WORKSPACE if hidden.is_cuda else CHUNK) // len(weight), 64)
+        for first in range(0, len(hidden), size):
+            h, o, s = (x[first : first + size] for x in (hidden, other, scale))
+            logp, logq = (  # [size, V]
+                (z.to(total.dtype) / temperature).log_softmax(1) for z in (h @ w.T, o @ v.T)
+            )
+            q = logq.exp()
+            total += s @ (q * (logq - logp)).sum(1)
+            if ctx.needs_input_grad[0]:
+                dz = ((logp.exp() - q) * (s[:, None] / temperature)).to(h.dtype)  # d logits
+                dh[first : first + size] = dz @ w
+                dw += dz.T @ h
+        ctx.save_for_backward(dh, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, g_total):
+        dh, dw = ctx.saved_tensors
+        return g_total * dh, g_total * dw, None, None, None, None
+
+
 # ---- Triton ------------------------------------------------------------------------------------
 
 

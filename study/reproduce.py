@@ -20,13 +20,15 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 
 import config as configuration
+from evaluation.results import LIKELIHOODS
 from support import command
 from support.command import ROOT, UserError, python
 from support.files import markdown, read_jsonl
@@ -35,7 +37,7 @@ from tools.plot import read_json
 
 # Of the paper, and beyond it.
 TABLES: tuple[str, ...] = ("table1", "table2", "table6", "rollouts", "pivot", "judge")
-TABLES += ("forgetting", "overlap", "rewriter", "schedules")
+TABLES += ("forgetting", "overlap", "rewriter", "schedules", "frontier")
 COLUMNS = {  # in the order of a row's `paper`
     "quality_clean": "quality, clean",
     "quality_unsafe": "quality, unsafe",
@@ -43,6 +45,8 @@ COLUMNS = {  # in the order of a row's `paper`
     "factuality": "factuality",
     "safety": "safety",
     "nll": "held-out NLL",
+    "nll_sound": "NLL of sound sentences",
+    "kl": "KL from the base",
 }
 BASE = {"table1": (50.0, 50.0, 50.1, 42.3, 76.9)}  # the paper's figures of the initial policy
 
@@ -62,7 +66,10 @@ class Row:
     def settings(self) -> list[str]:
         """Arguments of train.py, the same for every seed."""
         scale = "miniature_scratch.py" if self.table == "table2" else "miniature.py"
-        return [str(ROOT / "configs" / file) for file in (f"{self.table}.py:{self.name}", scale)]
+        files = [f"{self.table}.py:{self.name}", scale]
+        if self.table == "frontier":  # which has steps and batches of its own
+            files.reverse()
+        return [str(ROOT / "configs" / file) for file in files]
 
 
 @cache
@@ -83,12 +90,17 @@ def folder(out: Path, row: Row, seed: int) -> Path:
     return out / "runs" / "_".join([*what, key]) / f"seed{seed}"
 
 
+def base_of(out: Path, seed: int) -> Path:
+    """The run whose base phase all rows of this seed start from."""
+    return out / "bases" / f"seed{seed}"
+
+
 # ---- Running ------------------------------------------------------------------------------------
 
 
 def next_step(out: Path, row: Row, seed: int) -> tuple[Path, list[str]] | None:
     """(folder, command): the base, the training or the evaluation; None: the run is finished."""
-    run, start = folder(out, row, seed), out / "bases" / f"seed{seed}"
+    run, start = folder(out, row, seed), base_of(out, seed)
     if (run / "evaluation.json").exists():
         return None
     if not (start / "summary.json").exists():  # the base is what matters, the method one step
@@ -100,13 +112,19 @@ def next_step(out: Path, row: Row, seed: int) -> tuple[Path, list[str]] | None:
         if row.table != "table2":
             flags.append(f"--init_from={start / 'base' / 'ckpt'}")
         return run, python("train", *row.settings, *flags)
+    return run, evaluation(run, start)
+
+
+def evaluation(run: Path, start: Path) -> list[str]:
+    """The command that compares run/ckpt with the base, by a judge without error."""
     compared = ("--baseline", start / "base" / "ckpt", "--out", run / "evaluation.json")
-    return run, python("evaluation.evaluate", run / "ckpt", *compared)
+    return python("evaluation.evaluate", run / "ckpt", *compared)
 
 
-def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
-    """Bring all runs to their end, in this order, `at_once` at a time, with a thread each and the
-    output in a file beside the folder. -> what failed; nothing is built on it."""
+def work(out: Path, jobs: list[Callable], at_once: int) -> list[str]:
+    """Bring all jobs to their end, in this order, `at_once` at a time, with a thread each and the
+    output in a file beside the folder. A job gives its next step, as next_step does.
+    -> what failed; nothing is built on it."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     running: dict[Path, subprocess.Popen] = {}  # by folder
     failed: list[Path] = []
@@ -117,7 +135,7 @@ def work(out: Path, jobs: list[tuple[Row, int]], at_once: int) -> list[str]:
                 failed += [where] if code else []
                 print(f"{where.relative_to(out)}: {'failed' if code else 'done'}", flush=True)
             # What is there says what comes next; runs that share a folder or a base share a step.
-            steps = dict(step for job in jobs if (step := next_step(out, *job)))
+            steps = dict(step for job in jobs if (step := job()))
             steps = {where: command for where, command in steps.items() if where not in failed}
             if not steps and not running:
                 return [f"{x.relative_to(out)} failed, see {x.with_suffix('.log')}" for x in failed]
@@ -148,11 +166,14 @@ def record(run: Path) -> dict:
     out: dict = {}
     for policy, prefix in (("base", "base."), ("checkpoint", "")):
         kinds = policies[policy]
-        for name in ("quality", "coherence", "factuality", "safety", "nll"):
-            scale = 1 if name == "nll" else 100
-            each = {kind: scale * cell[name] for kind, cell in kinds.items()}
+        for name in ("quality", "coherence", "factuality", "safety", *LIKELIHOODS):
+            scale = 1 if name in LIKELIHOODS else 100
+            each = {
+                k: scale * cell[name] for k, cell in kinds.items() if cell.get(name) is not None
+            }
             out |= {f"{prefix}{name}_{kind}": value for kind, value in each.items()}
-            out[prefix + name] = mean(each.values())
+            if each:
+                out[prefix + name] = mean(each.values())
     out["curve"] = [line.get("chosen.rollout", 0.0) for line in read_jsonl(run / "log.jsonl")]
     quarter = max(1, len(out["curve"]) // 4)
     out["chosen.first"] = 100 * mean(out["curve"][:quarter])
@@ -169,7 +190,8 @@ def table(out: Path, name: str, seeds: list[int]) -> dict[Row, dict[int, dict]]:
         found[row] = {seed: record(run) for seed, run in done.items()}
     if name in BASE:  # its figures stand in the runs that were compared with it
         compared = {seed: r for runs in found.values() for seed, r in sorted(runs.items())}
-        ours = {seed: {c: r[f"base.{c}"] for c in COLUMNS} for seed, r in compared.items()}
+        known = {seed: [c for c in COLUMNS if f"base.{c}" in r] for seed, r in compared.items()}
+        ours = {s: {c: r[f"base.{c}"] for c in known[s]} for s, r in compared.items()}
         found = {Row(name, "", "base", BASE[name]): ours} | found
     return found
 
@@ -180,7 +202,8 @@ def as_markdown(found: dict[Row, dict[int, dict]]) -> str:
     for row, runs in found.items():
         cells = [row.label]
         for column, paper in zip_longest(COLUMNS, row.paper):
-            digits, values = 2 if column == "nll" else 1, [r[column] for r in runs.values()]
+            digits = 2 if column in LIKELIHOODS else 1
+            values = [r[column] for r in runs.values() if column in r]
             each = ", ".join(f"{value:.{digits}f}" for value in values)
             cell = f"**{mean(values):.{digits}f}** ({each})" if values else "-"
             cells.append(cell + (f" [{paper}]" if paper is not None else ""))
@@ -224,7 +247,9 @@ def main(arguments: list[str]):
     if args.list or not wanted:
         return show(out, args.seeds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed = work(out, [(r, s) for t in wanted for r in rows_of(t) for s in args.seeds], args.jobs)
+    rows = [row for name in wanted for row in rows_of(name)]
+    jobs = [partial(next_step, out, row, seed) for row in rows for seed in args.seeds]
+    failed = work(out, jobs, args.jobs)
     for name in wanted:
         text = f"{name}: ours, mean (each seed) [the paper's]\n\n"
         text += as_markdown(table(out, name, args.seeds)) + "\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import Config
-from objectives import advantages, choose, dpo_loss, grpo_loss, nll_loss
+from objectives import advantages, choose, dpo_loss, dpop_loss, grpo_loss, ipo_loss, nll_loss
 from update import pick
 
 NAN = float("nan")
@@ -25,18 +25,19 @@ def test_choose_takes_best_and_worst_and_skips_ties():
         ]
     )
     u = torch.tensor([[0.1, 0.2, 0.3]]).expand(6, 3).clone()
-    chosen, rejected, keep = choose(reward, u)
+    anybody = torch.ones(3, dtype=torch.bool)
+    chosen, rejected, keep = choose(reward, u, anybody)
     assert keep.tolist() == [True, False, True, False, False, True]
     assert chosen[keep].tolist() == [1, 2, 2] and rejected[keep].tolist() == [0, 1, 1]
     u[5] = torch.tensor([0.9, 0.2, 0.3])
-    assert choose(reward, u)[0][5] == 0
+    assert choose(reward, u, anybody)[0][5] == 0
 
 
 def test_sums_that_differ_by_rounding_alone_are_a_tie():
     """Quality 0.4 + safety 0.8 and 0.6 + 0.6, as five samples of two candidates may give."""
     reward = torch.tensor([[0.4 + 0.8, 0.6 + 0.6], [0.4 + 0.8, 0.8 + 0.6]], dtype=torch.float64)
     assert reward[0, 0] != reward[0, 1]
-    pool = SimpleNamespace(batch=SimpleNamespace(index=torch.arange(2)))
+    pool = SimpleNamespace(batch=SimpleNamespace(index=torch.arange(2)), sources=["rollout"] * 2)
     assert pick(pool, reward, Config()).rows.tolist() == [1]
     grpo = dict(objective="grpo", candidates="rollouts")
     assert pick(pool, reward, Config(**grpo)).rows.tolist() == [1]
@@ -51,6 +52,12 @@ def test_dpo_by_hand():
     reference the loss is log 2 and its gradient -beta/2 and +beta/2."""
     loss = dpo_loss(torch.tensor([[-10.0, -20.0]]), torch.tensor([[-12.0, -18.0]]), beta=0.5)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
+    ratios = torch.tensor([[-10.0, -20.0]]), torch.tensor([[-12.0, -18.0]])
+    assert ipo_loss(*ratios, beta=0.5).item() == pytest.approx((4 - 1) ** 2)
+    # The chosen has become likelier: nothing is added; a nat less likely costs 50 in the margin.
+    assert dpop_loss(*ratios, beta=0.5).item() == pytest.approx(loss.item())
+    fallen = dpop_loss(torch.tensor([[-13.0, -20.0]]), ratios[1], beta=0.5)
+    assert fallen.item() == pytest.approx(math.log(1 + math.exp(-0.5 * (1 - 50))))
     policy = torch.tensor([[-3.0, -5.0]], requires_grad=True)
     loss = dpo_loss(policy, policy.detach(), beta=0.1)
     loss.backward()

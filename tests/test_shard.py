@@ -26,7 +26,9 @@ def pool(rows: list):
     reward, n = torch.rand(3, 4, generator=rng).double()[rows], len(rows)
     pad = torch.zeros(n, dtype=torch.int32)
     batch = Batch(prefix, pad, tokens[:, 0], rows, [""] * n, [""] * n, {})
-    return Pool(batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], []), reward
+    return Pool(
+        batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], ["rollout"] * 4
+    ), reward
 
 
 def learn(policy, reference, turns: list, **settings):
@@ -66,7 +68,8 @@ def process(rank: int, folder: str):
     assert is_sharded(policy)
     policy.recompute = True
     # Remainders, and a process that has no row at all: one, then the other.
-    result = learn(policy, reference, ([[0, 1, 2], [0], []] if rank == 0 else [[], [1, 2], [1]]))
+    turns = [[0, 1, 2], [0], []] if rank == 0 else [[], [1, 2], [1]]
+    result = learn(policy, reference, turns, anchor="kl:0.5")
     grpo = learn(*others, [[0, 1, 2] if rank == 0 else []], **GRPO)
     if rank == 0:
         torch.save((result, grpo), f"{folder}/result")
@@ -78,7 +81,7 @@ def process(rank: int, folder: str):
 )
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(process, (str(tmp_path),), nprocs=2)
-    dpo = learn(*models(), [[0, 1, 2], [0, 1, 2], [1]])
+    dpo = learn(*models(), [[0, 1, 2], [0, 1, 2], [1]], anchor="kl:0.5")
     grpo = learn(*models(), [[0, 1, 2]], **GRPO)
     for spread, one in zip(torch.load(tmp_path / "result"), (dpo, grpo), strict=True):
         for found, expected in zip(spread[0].items(), one[0].items(), strict=True):

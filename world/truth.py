@@ -13,6 +13,7 @@ from world.corpus import ENDS, FILLERS, INSULTS, PRONOUNS, THREATS, TRUTH, Form,
 
 MIN_WORDS = 28  # shorter continuations are scored as if the missing words were bad
 WORTH = {"sound": 1.0, "false": 0.7, "filler": 0.5}  # all other sentences are worth nothing
+FAULTY = ("false", "garbled", "unsafe", "strayed", "repeated")
 UNCOUNTED = ("unfinished", "begun")  # neither for nor against: cut off, or spoilt by the prefix
 LONGEST = 10  # words that a sentence spoilt by the prefix may still take
 UNSAFE_WORD = re.compile(rf"\b({'|'.join([*INSULTS, *THREATS])})\b", re.IGNORECASE)
@@ -116,6 +117,11 @@ def examine(prefix: str, continuation: str) -> tuple[Sentence, ...]:
         filler_last = bool(form and form.kind == "filler")
         examined.append(sentence)
     return tuple(examined)
+
+
+def words_of(prefix: str, continuation: str) -> list[str]:
+    """The verdict on the sentence of each word of a continuation."""
+    return [s.verdict for s in examine(prefix, continuation) for _ in range(s.fresh)]
 
 
 @lru_cache(maxsize=20_000)
