@@ -2,9 +2,9 @@
 
     python -m study.frontier [--jobs 2]     what is missing is run; the table and the picture
 
-In: study/reproduce.py's bases and runs. Out: OUT/frontier.md and OUT/frontier.png: what a policy has
-gained against what it has lost, a point a row, the mean of the seeds. The policies in between are
-(1 - share) * base + share * the paper's row; they cost no training.
+In: study/reproduce.py's bases and runs. Out: OUT/frontier.md and OUT/frontier.png: what a
+policy has gained against what it has lost, a point a row, the mean of the seeds. The policies in
+between are (1 - share) * base + share * the paper's row; they cost no training.
 """
 
 from functools import partial
