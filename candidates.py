@@ -4,6 +4,7 @@ In: a batch of the stream, the policy, a rewriter. Out: a Pool; whoever asks the
 the coming answer into `Pool.scores`. Also what a log tells of a pool, and pools for checkpoints.
 """
 
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -141,22 +142,30 @@ def statistics(pool: Pool, scores, judged: bool) -> dict:
 
 
 def of_rollouts(pool: Pool, mask) -> dict:
-    """Their tokens, length, surprise (nats a token) and repetition; mask bool [C]."""
+    """Their tokens, length, surprise (nats a token), repetition within each and the share that
+    holds the phrase that most of them hold; mask bool [C]."""
     tokens, lengths = pool.tokens[:, mask].flatten(0, 1), pool.lengths[:, mask].flatten()
     total, count = int(lengths.sum()), len(lengths)
-    rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    phrases = Counter(phrase for row in rows for phrase in set(grams(row, 5)))
     return {
         "rollout.tokens": (total, 0),
         "rollout.length": (total, count),
         "rollout.nll": (-float(pool.old.sum()), total),
-        "rollout.repeated": (sum(repeated_share(row[:n]) for row, n in rows), count),
+        "rollout.repeated": (sum(map(repeated_share, rows)), count),
+        "rollout.alike": (max(phrases.values(), default=0), count),
     }
 
 
 def repeated_share(ids: list) -> float:
     """Share of a rollout's 3-grams that it has already used: 1 when it says one thing for ever."""
-    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    used = grams(ids, 3)
+    return 1 - len(set(used)) / len(used) if used else 0.0
+
+
+def grams(ids: list, n: int) -> list[tuple]:
+    """Its sequences of n tokens."""
+    return list(zip(*(ids[i:] for i in range(n)), strict=False))
 
 
 def example(pool: Pool, scores) -> str:

@@ -199,14 +199,16 @@ def words(line: dict) -> list[str]:
 WINDOW = 10  # steps that are averaged, at the start of the run and now
 COLLAPSED = {  # when, by the two means
     "rollout.nll": lambda before, now: now < 0.2 * before,
-    "rollout.length": lambda before, now: now < 0.25 * before,
+    "rollout.length": lambda before, now: not 0.25 * before <= now <= 2 * before,
     "rollout.repeated": lambda before, now: now > max(0.5, 3 * before),  # share of 3-grams
+    "rollout.alike": lambda before, now: now > max(0.5, 2 * before),  # hold the same 5 tokens
 }
 
 
 class Collapse:
-    """Watches a run for rollouts that lose their entropy, their length or their variety, measured
-    against its own first steps. In: the lines of the log. Out: words for the step line."""
+    """Watches a run for rollouts that lose their entropy, their variety or their usual length, as
+    they do when a policy pleases its judge by other means than it should; measured against its own
+    first steps. In: the lines of the log. Out: words for the step line."""
 
     def __init__(self, lines: list[dict]):
         self.first: list[dict] = []
@@ -223,6 +225,8 @@ class Collapse:
             return []
         notes = []
         for name, collapsed in COLLAPSED.items():
+            if name not in line or name not in self.first[0]:  # a run of an older version
+                continue
             before, now = (sum(x[name] for x in xs) / WINDOW for xs in (self.first, self.recent))
             if collapsed(before, now):
                 notes.append(f"COLLAPSE: {name} {now:.2f}, {before:.2f} at the start")

@@ -237,10 +237,12 @@ def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(runs, tmp_
 
 def test_collapse_is_announced_against_the_runs_own_start():
     healthy = {"rollout.nll": 1.0, "rollout.length": 30.0, "rollout.repeated": 0.1}
+    healthy["rollout.alike"] = 0.2
     log = [healthy] * WINDOW
-    changed = {"rollout.nll": 0.1, "rollout.length": 5.0, "rollout.repeated": 0.9}
+    changed = [("rollout.nll", 0.1), ("rollout.length", 5.0), ("rollout.length", 90.0)]
+    changed += [("rollout.repeated", 0.9), ("rollout.alike", 0.7)]
     assert Collapse(log).see({"loss": 1.0}) == []
-    for name, value in changed.items():
+    for name, value in changed:
         watch = Collapse(log)  # as a resumed run would
         assert watch.see(healthy | {name: 0.5 * healthy[name]}) == []
         words = [watch.see(healthy | {name: value}) for _ in range(2 * WINDOW)]
