@@ -67,7 +67,7 @@ class Row:
         """Arguments of train.py, the same for every seed."""
         scale = "miniature_scratch.py" if self.table == "table2" else "miniature.py"
         files = [f"{self.table}.py:{self.name}", scale]
-        if self.table == "frontier":  # which has steps and batches of its own
+        if self.table in ("frontier", "hacking"):  # which have steps and batches of their own
             files.reverse()
         return [str(ROOT / "configs" / file) for file in files]
 
