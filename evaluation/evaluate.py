@@ -114,12 +114,12 @@ class Checkpoint:
     UserError where there is no such folder, or its model reads fewer than max_seq tokens.
     """
 
-    def __init__(self, folder: str, device, record: Path, chunk: int, max_seq: int, base=None):
+    def __init__(self, folder: str, device, record: Path, chunk: int, max_seq: int):
         reads = read_config(folder).max_seq
         if reads < max_seq:  # beyond, a model talks nonsense
             raise UserError(f"{folder}: the model reads {reads} tokens, --max_seq is {max_seq}")
         self.folder, self.device, self.record, self.chunk = folder, device, record, chunk
-        self.base = base  # the Checkpoint that its KL is counted from, or None
+        self.base: Checkpoint | None = None  # which its KL is counted from
         self.tokenizer = load_tokenizer(folder)
         self.kept = {line.get("key"): line for line in read_jsonl(record)}
 
@@ -312,8 +312,9 @@ def main(arguments: list[str]):
     args = parse_args(arguments)
     out, device = Path(args.out).expanduser(), start(args.device, 0.0)
     how = device, out.parent / "generations.jsonl", args.chunk, args.max_seq
-    base = Checkpoint(args.baseline or args.checkpoint, *how)
-    ours = Checkpoint(args.checkpoint, *how, base) if args.baseline else base
+    ours = Checkpoint(args.checkpoint, *how)
+    base = Checkpoint(args.baseline, *how) if args.baseline else ours
+    ours.base = base if args.baseline else None
     scores = {}
     if args.harness:
         folders = dict(base=base.folder, checkpoint=ours.folder)

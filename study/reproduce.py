@@ -37,7 +37,7 @@ from tools.plot import read_json
 
 # Of the paper, and beyond it.
 TABLES: tuple[str, ...] = ("table1", "table2", "table6", "rollouts", "pivot", "judge")
-TABLES += ("forgetting", "overlap", "rewriter", "schedules", "frontier")
+TABLES += ("forgetting", "overlap", "rewriter", "schedules")
 COLUMNS = {  # in the order of a row's `paper`
     "quality_clean": "quality, clean",
     "quality_unsafe": "quality, unsafe",

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 from matplotlib.figure import Figure
@@ -84,13 +85,17 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduce, "python", python)
     rows = ["table1:safety", "table6:dpo_suffix_16_rollouts", "table6:sft_rewrite"]  # two share
-    jobs = [(row(name), seed) for name in rows for seed in (0, 1)]
+
+    def jobs(out):
+        each = [(row(name), seed) for name in rows for seed in (0, 1)]
+        return [partial(reproduce.next_step, out, *job) for job in each]
+
     for _ in range(2):
-        assert reproduce.work(tmp_path, jobs, 3) == []
+        assert reproduce.work(tmp_path, jobs(tmp_path), 3) == []
     files = sorted(tmp_path.glob("*/**/*.json"))
     assert len(files) == 2 + 2 * 4, "a summary a base, a summary and an evaluation a run"
     assert all(file.read_text() in "TE" for file in files)
-    failed = reproduce.work(tmp_path / "broken", jobs, 2)
+    failed = reproduce.work(tmp_path / "broken", jobs(tmp_path / "broken"), 2)
     assert [line.partition(",")[0] for line in failed] == [f"bases/seed{s} failed" for s in (0, 1)]
 
 
