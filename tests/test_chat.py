@@ -379,6 +379,8 @@ def test_a_field_that_the_user_adds_is_never_left_out(client):
     "owner, sent, said",
     [
         ("vllm", dict(top_k=-1, min_p=0.0, repetition_penalty=1.0), 0),
+        ("sglang", dict(top_k=-1, min_p=0.0, repetition_penalty=1.0), 0),
+        ("llamacpp", dict(top_k=0, min_p=0.0, repeat_penalty=1.0), 0),
         ("me", dict(top_k=0, min_p=0.0, repeat_penalty=1.0), 0),
         ("nanosip", {}, 0),
         ("library", {}, 1),
@@ -429,6 +431,8 @@ def test_fields_of_ones_own(client, tmp_path, caplog):
 
 def test_urls():
     assert Endpoint("http://host:1/v1/").url == "http://host:1/v1/chat/completions"
+    hosts = ("api.openai.com", "me.openai.azure.com", "api.mistral.ai")  # need not be asked
+    assert all(Endpoint(f"https://{host}/v1").neutral == {} for host in hosts)
     for url in ["", "host:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://["]:
         with pytest.raises(UserError, match="looks like"):
             Endpoint(url)
