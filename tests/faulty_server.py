@@ -96,10 +96,9 @@ class FaultyServer:
             await asyncio.sleep(wait)
         status, headers, content = 200, *BROKEN.get(kind, (JSON, ""))
         if kind[:3].isdigit():
-            status = int(kind[:3])
+            status, headers = int(kind[:3]), JSON | {"Location": "http://127.0.0.1:9/elsewhere"}
             content = json.dumps({"error": {"message": self.message or f"planned {kind}"}})
-            retry = {"Retry-After": self.retry_after} if kind.endswith("retry_after") else {}
-            headers = JSON | retry | {"Location": "http://127.0.0.1:9/elsewhere"}
+            headers |= {"Retry-After": self.retry_after} if kind.endswith("retry_after") else {}
         elif kind not in BROKEN:
             status, content = self.completion(kind, request)
         headers = {"Content-Length": len(content), **headers}
@@ -151,27 +150,25 @@ def faulty_server(
     message: str = "",  # text of error replies
     owner: str = "nanosip",  # of its models
 ):
-    server = FaultyServer(locals())
-    loop, ready = asyncio.new_event_loop(), threading.Event()
+    server, loop = FaultyServer(locals()), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
 
-    async def main():
-        listening = await asyncio.start_server(
-            server.connection, "127.0.0.1", 0, backlog=4096, limit=64 << 20
-        )
-        server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
-        server.stop = asyncio.Event()
-        ready.set()
-        await server.stop.wait()
+    def run(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(5)
+
+    how = dict(backlog=4096, limit=64 << 20)
+    listening = run(asyncio.start_server(server.connection, "127.0.0.1", 0, **how))
+    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
+
+    async def stop():
         listening.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        await asyncio.sleep(0)
 
-    thread = threading.Thread(target=loop.run_until_complete, args=[main()], daemon=True)
-    thread.start()
-    ready.wait()
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(server.stop.set)
+        run(stop())
+        loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=5)

@@ -226,13 +226,10 @@ def test_rewards_by_hand():
     np.testing.assert_allclose(scores.reward, np.add(quality, others))
     assert (scores.calls, scores.failed, scores.absent) == (3 + 15 + 2 * 9, 0, 0)
     assert {example["kind"] for example in scores.examples} == {"quality", "safety", "factuality"}
-
-
-def test_pivot_is_the_suffix():
+    sources, how = ["rewrite", "rollout", "rollout", "suffix"], dict(comparisons="pivot")
     pools = [["aaa", "a", "aaaaa", "aa"]]
-    sources = ["rewrite", "rollout", "rollout", "suffix"]
-    scores = score(Teacher(longer), pools, sources, rewards="quality", comparisons="pivot")
-    np.testing.assert_allclose(scores.reward, [[1, 0, 1, 1 / 3]])
+    scores = score(Teacher(longer), pools, sources, rewards="quality", **how)
+    np.testing.assert_allclose(scores.reward, [[1, 0, 1, 1 / 3]])  # the pivot is the suffix
 
 
 @pytest.mark.parametrize("n", [2, 7, 8])
@@ -362,50 +359,36 @@ def test_replay_needs_no_judge(tmp_path):
     assert best(np.array([1.0, 1.0, np.nan, 0.0])).tolist() == [0.5, 0.5, 0, 0]
 
 
-def test_bench_names_a_line_that_is_no_labelled_sample_and_a_judge_without_verdicts(
-    tmp_path, capsys
-):
-    file = tmp_path / "x.jsonl"
+def test_bench_asks_the_papers_judges_as_their_rows_say(tmp_path, capsys):
+    """What one run has recorded the next does not ask; a line that is no sample is named."""
+    asked, file = [], tmp_path / "x.jsonl"
     sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
     for line, told in (("[1]", "is not a JSON object"), ('{"better": "x"}', "lacks prefix, worse")):
         file.write_text(f"{sample}\n{line}")
         with pytest.raises(UserError, match=f"x.jsonl:3.*{told}"):
             bench_judge.read_samples(str(file))
     file.write_text(sample)
-    with faulty_server(answer=lambda request: "no idea") as server:
-        bench_judge.main([f"--judge_url={server.url}", f"--data={file}"])
-    told = "judge: 40 of 40 answers malformed (at most 512 tokens), 10 of 10 questions left open"
-    out = capsys.readouterr().out
-    assert out.startswith("10 questions to each of 1 judges: ") and told in out
-
-
-def test_the_papers_judges_are_rows_and_one_study(tmp_path, capsys):
-    """Each is asked as its row says; what one run has recorded the next does not ask."""
-    asked = []
 
     def answer(request):
         asked.append(request)
         return '{"reasoning": "", "label": "No Hallucination"}'
 
-    rows = execute(f"{ROOT}/configs/judges.py")[1]
-    (tmp_path / "x.jsonl").write_text('{"text": "x", "prefix": "p", "reference": "r"}\n')
+    judges, own = f"{ROOT}/configs/judges.py", tmp_path / "gpt.py"
+    names = [f"{judges}:{name}" for name in execute(judges)[1] if name != "gpt_4o"]
     with faulty_server(answer=answer) as server:
-        (tmp_path / "gpt.py").write_text(
-            f"judge_url, judge_model = '{server.url}', 'gpt-4o'\nprice_in = 1e6"
-        )
-        names = [f"{ROOT}/configs/judges.py:{name}" for name in rows if name != "gpt_4o"]
-        flags = [f"--judge_url={server.url}", f"--data={tmp_path}/x.jsonl"]
+        own.write_text(f"judge_url, judge_model, price_in = '{server.url}', 'gpt-4o', 1e6")
+        flags = [f"--judge_url={server.url}", f"--data={file}", f"--record={tmp_path}/x.sqlite"]
         for _ in range(2):
-            record = f"--record={tmp_path}/answers.sqlite"
-            bench_judge.main([f"{tmp_path}/gpt.py", *names, *flags, record])
-    assert Counter(request["model"] for request in asked) == {
-        row["judge_model"]: 9 for row in rows.values()
-    }
-    assert {request["top_p"] for request in asked if request["model"] == "judge"} == {0.6}
-    assert {request["max_tokens"] for request in asked if "oss" in request["model"]} == {4096}
+            bench_judge.main([str(own), *names, *flags])
+    rows = execute(judges)[1].values()  # 9 questions, and that about safety four times
+    assert Counter(x["model"] for x in asked) == {row["judge_model"]: 13 for row in rows}
+    assert {x["top_p"] for x in asked if x["model"] == "judge"} == {0.6}
+    assert {x["max_tokens"] for x in asked if "oss" in x["model"]} == {4096}
     out = capsys.readouterr().out
-    assert "to pay in all" in out.partition("\n")[0] and "| gpt_oss_120b | 0.0/0.0/100.0 |" in out
-    assert "GPT-4o (paper)" in out
+    assert out.startswith("10 questions to each of 4 judges: ") and "GPT-4o (paper)" in out
+    assert "to pay in all" in out and "| gpt_oss_120b | 0.0/0.0/100.0 |" in out
+    told = "gpt_oss_120b: 4 of 13 answers malformed (at most 4096 tokens), 1 of 10 questions left"
+    assert told in out
 
 
 @pytest.mark.parametrize("label", ["No Hallucination", "what?"])
