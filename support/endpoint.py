@@ -121,11 +121,10 @@ class Endpoint:
 
     def meet(self, models: bytes) -> None:
         """Recognises the server by its list of models; none: it has answered, but not that."""
-        owner = None
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            owner = json.loads(models)["data"][0]["owned_by"]
-        self.unknown = owner not in NEUTRAL
-        self.neutral = NEUTRAL.get(str(owner), {})
+        owner = ""
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            owner = str(json.loads(models)["data"][0]["owned_by"])
+        self.unknown, self.neutral = owner not in NEUTRAL, NEUTRAL.get(owner, {})
 
     def fields(self, request: dict) -> dict:
         """The request in the server's words; a value of None leaves its field out."""
