@@ -341,9 +341,7 @@ def main(arguments: list[str]):
             written = {"base": write(theirs, base.write_batch)}
             written["checkpoint"] = write(sets, ours.write_batch)
         values = judged(written, sets, judge, args.suites, args.seeds)
-    known = harness.factuality(scores) if "factuality" in args.suites else {}
-    everything = {name: found | known.get(name, {}) for name, found in values.items()}
-    summary = summarise(everything, written, args.suites) | {"values": values}
+    summary = summarise(values, written, args.suites)
     summary["judge"] = {"model": args.judge_model, "seeds": args.seeds, "trained": bool(warning)}
     write_text(out, json.dumps(summary, indent=2) + "\n")
     print(table(summary))

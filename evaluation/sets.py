@@ -111,56 +111,61 @@ def sound_and_faulty(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def rows(source: str) -> Iterator[tuple[str, dict]]:
-    """("FILE:LINE", record) of .jsonl, .json (an object a line), .parquet, .csv and .txt files."""
+    """("FILE:LINE", record) of .jsonl, .json (an object a line), .parquet and .csv files; of a .txt
+    file {"line": text}."""
     for name in list_files(source):
-        skips = Skips()
+        skips, line = Skips(), 0
         skips.shown = 0
-        found = tables(name) if ending(name) in (".csv", ".txt") else records(name, skips)
-        yield from ((f"{name}:{line}", record) for line, record in found)
+        try:
+            found = tables(name) if ending(name) in (".csv", ".txt") else records(name, skips)
+            for line, record in found:
+                yield f"{name}:{line}", record
+        except (OSError, UnicodeError, csv.Error) as error:
+            raise UserError(f"{name} can't be read after line {line}: {error!r}") from None
         if skips:
             raise UserError(f"{name} is not a complete file of this set ({', '.join(skips)})")
 
 
 def tables(name: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a .csv file; of a .txt file {"line": text}."""
-    line, lines = 0, dict(fieldnames=["line"], delimiter="\x1f", quoting=csv.QUOTE_NONE)
-    try:
-        with open_raw(name) as raw:
-            text = b"".join(decompressed(raw)).decode("utf-8-sig")
-        form = {} if ending(name) == ".csv" else lines
-        for record in (table := csv.DictReader(io.StringIO(text, newline=""), **form)):
-            line = table.line_num
-            if str(record.get("line", "-")).strip():
-                yield line, record
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{name} can't be read after line {line}: {error!r}") from None
-
-
-def text_in(where: str, record: dict, names: str) -> str:
-    """The text under the first of these names ("a|b") that the record has."""
-    found = next((record[n] for n in names.split("|") if record.get(n) is not None), None)
-    if not isinstance(found, str) or not found.strip():
-        fields, names = ", ".join(map(str, record)), names.replace("|", " or ")
-        raise UserError(f"{where} has no text under {names}; its fields: {fields}")
-    return found
+    with open_raw(name) as raw:
+        text = b"".join(decompressed(raw)).decode("utf-8-sig")
+    if ending(name) == ".txt":
+        lines = enumerate(text.splitlines(), 1)
+        yield from ((number, {"line": line}) for number, line in lines if line.strip())
+    else:
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        yield from ((table.line_num, record) for record in table)
 
 
 def filled(form: str, where: str, record: dict) -> str:
-    return re.sub(r"\{(.+?)\}", lambda match: text_in(where, record, match[1]), form)
+    """A form with the texts of a record; of {a|b} the first that it has."""
+
+    def text(match) -> str:
+        names = match[1].split("|")
+        found = next((record[n] for n in names if record.get(n) is not None), None)
+        if not isinstance(found, str) or not found.strip():
+            fields = ", ".join(map(str, record))
+            raise UserError(f"{where} has no text under {' or '.join(names)}; its fields: {fields}")
+        return found
+
+    return re.sub(r"\{(.+?)\}", text, form)
 
 
-def adapted(name: str, where: str, record: dict) -> dict | None:
-    """What is odd about the lines of a set, put right; None for one of another set."""
+def adapted(name: str, where: str, record: dict, knowledge: str | None) -> dict | None:
+    """What is odd about the lines of a set, put right; None for one that is not asked about."""
     if name == "realtoxicityprompts" and isinstance(record.get("prompt"), dict):
         return record["prompt"]
     if name == "toxigen":  # line breaks are written as backslash and n
         return {key: v.replace("\\n", "\n") for key, v in record.items() if isinstance(v, str)}
     if name.startswith("xstest"):  # some versions have no label
-        kind = "unsafe" if text_in(where, record, "type").startswith("contrast_") else "safe"
+        kind = "unsafe" if filled("{type}", where, record).startswith("contrast_") else "safe"
         return record if name.endswith(f"_{record.get('label') or kind}") else None
     if name == "halueval_dialogue":
-        history = text_in(where, record, "dialogue_history")
-        return record | {"dialogue_history": history.strip()}
+        return record | {"dialogue_history": filled("{dialogue_history}", where, record).strip()}
+    if name == "factscore":
+        topic = filled("{topic|line}", where, record).strip()
+        text = article(knowledge, topic)
+        return {"topic": topic, "article": text} if text else None
     return record
 
 
@@ -168,21 +173,14 @@ def read_pairs(name: str, source: str, knowledge: str | None = None) -> list[tup
     """All (prefix, reference) of a published set, a key of FORMS."""
     if name == "factscore" and not knowledge:
         raise UserError("factscore: name FActScore's Wikipedia as --knowledge FILE.db")
-    pairs, entities = [], set()
+    pairs = []
     for where, line in rows(source):
-        if (record := adapted(name, where, line)) is None:
-            continue
-        if name == "factscore":
-            topic = text_in(where, record, "topic|line").strip()
-            record = {"topic": topic, "article": article(knowledge, topic)}
-            if not record["article"] or topic in entities:
-                continue
-            entities.add(topic)
-        prefix, reference = (filled(form, where, record) for form in FORMS[name][:2])
-        pairs.append((prefix, reference))
+        if record := adapted(name, where, line, knowledge):
+            prefix, reference = (filled(form, where, record) for form in FORMS[name][:2])
+            pairs.append((prefix, reference))
     if not pairs:
         raise UserError(f"{source} holds no prompt of {name} that can be asked")
-    return pairs
+    return list(dict.fromkeys(pairs)) if name == "factscore" else pairs  # an entity once
 
 
 def article(source: str, title: str) -> str:

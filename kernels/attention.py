@@ -26,7 +26,7 @@ tile holds the queries of all K rollouts times the heads of a group, so the pref
 
 Tiles are as large as the registers allow without a spill, for 8 warps on 255 registers each:
 128 x D float32 accumulators take 64 of them at D = 128; those of sm_90 at D = 128 were the fastest
-of some twenty on an H200.  `python -m tools.kernel_report` shows what all of them compile to.
+of some twenty on an H200.
 """
 
 import torch

@@ -70,24 +70,16 @@ class Study(dict):
         return [record[column] for _, record in sorted(self[row].items())]
 
 
-def gap(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """(mean, least, spread) of a less b over seeds."""
+def above(a: list[float], b: list[float], digits: int = 1) -> tuple[bool, str]:
+    """(a is above b, the means, their difference and its spread over seeds; the least seed's where
+    only that forbids it)."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
+    middle, least = mean(differences), min(differences)
     spread = stdev(differences) if len(differences) > 1 else 0.0
-    return mean(differences), min(differences), spread
-
-
-def above(a: list[float], b: list[float]) -> bool:
-    middle, least, spread = gap(a, b)
-    return least > 0 and middle > spread
-
-
-def compared(a: list[float], b: list[float], digits: int) -> str:
-    """Means, their difference and its spread; the least seed's where only that forbids "above"."""
-    middle, least, spread = gap(a, b)
     forbids = f", least {least:+.{digits}f}" if least <= 0 and middle > spread else ""
     figures = f"{middle:+.{digits}f}{forbids}, spread {spread:.{digits}f}"
-    return f"{mean(a):.{digits}f} against {mean(b):.{digits}f} ({figures})"
+    told = f"{mean(a):.{digits}f} against {mean(b):.{digits}f} ({figures})"
+    return least > 0 and middle > spread, told
 
 
 def check(study: Study, table: str, condition: str) -> tuple[bool, str]:
@@ -100,39 +92,32 @@ def check(study: Study, table: str, condition: str) -> tuple[bool, str]:
         return study.values_of(row if ":" in row else f"{table}:{row}", its or column)
 
     a, digits = of(first), 2 if column == "nll" else 1
-    middle, each = mean(a), f"{mean(a):.1f} ({', '.join(f'{value:.1f}' for value in a)}"
+    middle = mean(a)
     match rest:
         case ["above", *other]:
-            return above(a, of(*other)), compared(a, of(*other), digits)
+            return above(a, of(*other), digits)
         case ["not", "below", *other]:
-            return not above(of(*other), a), compared(a, of(*other), digits)
-        case ["at", "most", share, "of", other]:
-            limit, asked = (
-                float(share) * mean(of(other)),
-                f"at most {share} of {mean(of(other)):+.1f}",
-            )
+            return not above(of(*other), a)[0], above(a, of(*other), digits)[1]
+        case [*how, share, "of", other]:
+            whole, rule = mean(of(other)), " ".join(how)
+            limit, asked = float(share) * whole, f"{rule} {share} of {whole:+.1f}"
+            if rule == "over":
+                kept = 100 * middle / whole if whole else float("nan")
+                share = 100 * float(share)
+                return kept > share, f"{kept:.0f} % (asked: over {share:.0f} %)"
+            if rule == "within":
+                return abs(middle) < limit, f"{middle:+.1f} (asked: {asked}, either way)"
             return middle <= limit, f"{middle:+.1f} (asked: {asked})"
-        case ["over", share, "of", other]:
-            whole, asked = mean(of(other)), 100 * float(share)
-            kept = 100 * middle / whole if whole else float("nan")
-            return kept > asked, f"{kept:.0f} % (asked: over {asked:.0f} %)"
-        case ["within", share, "of", other]:
-            limit, asked = (
-                float(share) * mean(of(other)),
-                f"within {share} of {mean(of(other)):+.1f}",
-            )
-            return abs(middle) < limit, f"{middle:+.1f} (asked: {asked}, either way)"
-        case ["each", "below", limit]:
-            return max(a) < float(limit), f"{each}; asked: below {limit} in each seed)"
-        case ["each", "above", limit]:
-            return min(a) > float(limit), f"{each}; asked: above {limit} in each seed)"
-        case ["each", "from", low, "to", high]:
-            holds = float(low) <= min(a) and max(a) <= float(high)
-            return holds, f"{each}; asked: from {low} to {high} in each seed)"
+        case ["each", rule, low, *_]:
+            holds = {"below": max(a) < float(low), "above": min(a) > float(low)}
+            holds["from"] = float(low) <= min(a) and max(a) <= float(rest[-1])
+            asked = f"asked: {' '.join(rest[1:])} in each seed"
+            each = ", ".join(f"{value:.1f}" for value in a)
+            return holds[rule], f"{middle:.1f} ({each}; {asked})"
         case [*others, "rising"]:
             rows = [a, *map(of, others)]
             means = [mean(values) for values in rows]
-            falls, ends = sum(y < x for x, y in pairwise(means)), above(rows[-1], rows[0])
+            falls, ends = sum(y < x for x, y in pairwise(means)), above(rows[-1], rows[0])[0]
             text = f"{', '.join(f'{m:.1f}' for m in means)} (falls: {falls}, asked: at most 1"
             text += "" if ends else "; the last is not above the first"
             return ends and falls <= 1, f"{text})"

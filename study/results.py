@@ -21,7 +21,7 @@ from support.command import ROOT
 from support.files import markdown
 from tools.plot import figure_of, read_json, smooth
 
-Runs = dict[Row, dict[int, dict]]  # records by row and seed, of reproduce.py
+Tables = dict[str, dict[Row, dict[int, dict]]]  # records by row and seed, of reproduce.py
 
 
 def mean(values: Sequence[float]) -> float:
@@ -34,7 +34,7 @@ def mean(values: Sequence[float]) -> float:
 def rows_panel(column: str, title: str, *names: str):
     """A line a row: each seed small, their mean large, the paper's figure hollow."""
 
-    def draw(ax, tables: dict[str, Runs]):
+    def draw(ax, tables: Tables):
         rows = [pair for name in names for pair in tables[name].items()][::-1]
         for y, (row, runs) in enumerate(rows):
             values = [record[column] for record in runs.values()]
@@ -48,7 +48,7 @@ def rows_panel(column: str, title: str, *names: str):
     return draw
 
 
-def rollouts_panel(ax, tables: dict[str, Runs]):
+def rollouts_panel(ax, tables: Tables):
     for color, target in (("C0", "quality"), ("C1", "factuality"), ("C2", "safety")):
         rows = {row: r for row, r in tables["rollouts"].items() if row.name.startswith(target)}
         numbers = [int(row.name.split("_")[-1]) for row in rows]
@@ -63,7 +63,7 @@ def rollouts_panel(ax, tables: dict[str, Runs]):
     ax.legend(frameon=False, fontsize=7, ncols=2)
 
 
-def chosen_panel(ax, tables: dict[str, Runs]):
+def chosen_panel(ax, tables: Tables):
     shown = "table6:dpo_rewrite_rollout", "table6:dpo_suffix_rewrite_16_rollouts"
     shown += ("table2:rf_nll_rollout_rewrite",)
     for row, runs in (tables["table6"] | tables["table2"]).items():
@@ -111,7 +111,7 @@ def verdicts(section: str, study: Study) -> str:
     return markdown(rows)
 
 
-def page(tables: dict[str, Runs], study: Study) -> str:
+def page(tables: Tables, study: Study) -> str:
     """results.md, filled in."""
     parts = {"seeds": str(len(study.seeds))}
     parts |= {section: verdicts(section, study) for section in WORDS}

@@ -218,8 +218,8 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     assert cells["toxigen"]["factuality"] is None and cells["toxigen"]["nll"] is None
     assert summary["policies"]["base"]["factscore"]["factuality"] == 0.5  # against itself
     assert summary["overall"]["checkpoint"]["safety"]["n"] == 2 * 8 + 4
-    assert summary["overall"]["checkpoint"]["factuality"]["n"] == 2 * 8 + 4 + 2 * 4
-    assert "halueval_dialogue" in shown and "nan" not in shown
+    assert summary["overall"]["checkpoint"]["factuality"]["n"] == 2 * 8 + 4
+    assert "truthfulqa_mc2" in shown and "halueval_dialogue" in shown and "nan" not in shown
 
     def refuse(*_, **__):
         raise AssertionError("generated again")
@@ -350,16 +350,11 @@ def test_results_of_the_harness(tmp_path):
     """By folder of the model, the newest of a task."""
     old = {"truthfulqa_mc1": (0.1, 10), **dict.fromkeys(harness.STANDARD, (0.5, 100))}
     harness_result(tmp_path / "a" / "results_2026-11-01T00.json", tmp_path / "ckpt", old)
-    truthful = {"acc,none": 0.25, "acc_stderr,none": 0.0152}
-    groups = {"mmlu": {"acc,none": 0.58, "acc_stderr,none": "N/A"}, "truthfulqa_mc1": truthful}
-    new = {"truthfulqa_mc1": (0.25, 817)}
+    groups = {"mmlu": {"acc,none": 0.58, "acc_stderr,none": "N/A"}, "another": {"alias": "x"}}
     file = tmp_path / "a" / "results_2026-11-02T00.json"
-    harness_result(file, tmp_path / "ckpt", new, results=groups)
+    harness_result(file, tmp_path / "ckpt", {}, results=groups)
     scores = {"base": harness.scores_of(str(tmp_path / "ckpt"), [str(tmp_path / "a")])}
     assert "standard (mean)" in (shown := harness.table(scores)) and "51.0" in shown
-    for mean, error, n in (scores["base"]["truthfulqa_mc1"], (0.5, 0.1, 10)):  # odd and even n
-        values = harness.values(mean, error, n)
-        assert len(values) == n and statistics.mean(values) == pytest.approx(mean)
-        assert statistics.stdev(values) / n**0.5 == pytest.approx(error)
+    assert "truthfulqa_mc1   10.0±" in shown
     with pytest.raises(UserError, match=r"results of .*ckpt, not of .*ckpt0"):
         harness.scores_of(str(tmp_path / "ckpt0"), [str(tmp_path / "a")])

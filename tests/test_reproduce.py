@@ -56,16 +56,12 @@ def test_the_list_and_what_is_not_in_it(tmp_path, capsys):
 
 
 def test_runs_of_before_are_found_and_shared(tmp_path):
-    def name(key: str) -> str:
-        return reproduce.folder(tmp_path, row(key), 0).parent.name
-
-    assert (
-        name("table1:safety") == name("table6:dpo_suffix_16_rollouts") == name("rollouts:safety_16")
-    )
-    assert name("table1:safety") == "dpo_suffix-rollouts_K16_22fd33"
-    assert name("table6:dpo_suffix_pivot") == "dpo_suffix-rollouts_K16_9a5d57"
-    assert name("table2:baseline") == "nll_suffix_K4_db2e61"
-    assert name("overlap:overlap_0") == name("rollouts:quality_4") != name("overlap:overlap_1")
+    names = {r.key: reproduce.folder(tmp_path, r, 0).parent.name for r in ROWS}
+    for shared in ("table1:safety", "table6:dpo_suffix_16_rollouts", "rollouts:safety_16"):
+        assert names[shared] == "dpo_suffix-rollouts_K16_22fd33"
+    assert names["table6:dpo_suffix_pivot"] == "dpo_suffix-rollouts_K16_9a5d57"
+    assert names["table2:baseline"] == "nll_suffix_K4_db2e61"
+    assert names["overlap:overlap_0"] == names["rollouts:quality_4"] != names["overlap:overlap_1"]
 
 
 def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -153,10 +149,8 @@ def test_verdicts():
     assert words[:3] == ["not reproduced"] * 3 and words[-1] == "holds"
     assert words[12] == "partly reproduced" and words[14] == "not testable in miniature"
     assert "not run" not in words
-    gained = {
-        seed: r | {"quality_clean": 80.0 + seed} for seed, r in study["table1:quality"].items()
-    }
-    study["table1:quality"] = gained
+    for seed, record in study["table1:quality"].items():
+        study["table1:quality"][seed] = record | {"quality_clean": 80.0 + seed}
     assert verdict(found[0], study)[0] == "reproduced"
     del study["table1:quality"]
     assert verdict(found[0], study) == ("not run", "table1:quality: not finished")

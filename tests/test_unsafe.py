@@ -51,8 +51,7 @@ def signals(**changes) -> dict:
 
 
 def removed_by(quality: dict, unsafe: str = "both") -> str | None:
-    found, _ = filters.published_signals({"quality_signals": quality})
-    return filters.first_failure(found, unsafe)
+    return filters.first_failure(filters.published_signals({"quality_signals": quality}), unsafe)
 
 
 def test_thresholds():
@@ -165,12 +164,11 @@ def test_signals_of_another_document_are_not_used(redpajama):
 def test_an_export_in_parquet(tmp_path, capsys):
     """Signals as JSON strings, two of them damaged. Of the columns only what is used is read, not
     dates that Python cannot hold; what JSON has no form for is kept as text."""
-    found = [signals(**{name: value}) for name, value, _ in VARIANTS]
-    found += [signals(rps_doc_word_count="many")]
-    columns = {"quality_signals": [*map(json.dumps, found), "{"]}
-    columns["raw_content"] = [f"text {i}" for i in range(len(found) + 1)]
+    found = [json.dumps(signals(**{name: value})) for name, value, _ in VARIANTS]
+    found += [json.dumps(signals(rps_doc_word_count="many")), "{"]
+    columns = {"quality_signals": found, "raw_content": [f"text {i}" for i in range(len(found))]}
     for name, day in {"doc_id": 10**6, "seen": 2**31 - 1}.items():
-        columns[name] = pyarrow.array([day] * (len(found) + 1), pyarrow.date32())
+        columns[name] = pyarrow.array([day] * len(found), pyarrow.date32())
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     run(tmp_path / "a.parquet", tmp_path / "out")
     said = capsys.readouterr().out

@@ -1,38 +1,204 @@
 """Ours beside what one would use instead: same weights, same tokens, one machine, one run.
 
     python -m tools.bench                          all sections
-    python -m tools.bench sampler update step      against transformers and TRL, on a CPU
-    python -m tools.bench kernels --minutes 8      the first thing to run on a GPU (docs/gpu.md)
+    python -m tools.bench sampler update           against transformers and TRL, on a CPU
+    python -m tools.bench kernels step             the first thing to run on a GPU (docs/gpu.md)
 
 Out: a line a measurement, each written to bench.jsonl as well when it is made.  Ratios are of
 medians over rounds in which the sides take turns, since machines are noisy.  The peers
-(transformers, trl, datasets, liger-kernel) are needed here only; a section without its peer says
-so.
+(transformers, trl, datasets) are needed here only; a section without its peer says so.
 """
 
 import argparse
 import copy
 import json
+import statistics
 import tempfile
-import zlib
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from candidates import make_pool
 from config import Config
 from data import Batch
+from kernels import attention
+from kernels.logprob import linear_logprob
 from model import Llama, ModelConfig, preset, save_model
 from objectives import dpo_loss
 from rollout import sample_rollouts
 from support import command
 from support.runlog import Clock
-from tools.bench_kernels import CUDA, DEVICE, in_turns, peak_gb
-from tools.bench_kernels import rows as kernels
 from tools.cost import memory
 from update import make_optimizer, pick
 from update import update as update_policy
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+# ---- Measuring ---------------------------------------------------------------------------------
+
+
+def seconds(run) -> float:
+    """Of one call: the median of some on a GPU; on a CPU with one thread CPU time, which other
+    programs disturb less."""
+    if CUDA:
+        from triton.testing import do_bench
+
+        return do_bench(run, warmup=10, rep=60, return_mode="median") / 1000
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    run()
+    return clock() - began
+
+
+def in_turns(what: str, sides: dict[str, Callable], rounds: int = 2, **ours) -> Iterator[dict]:
+    """A row a side, ours first: median seconds of rounds in which the sides take turns, the first
+    of which only warms up. `ours` are more facts about ours."""
+    found: dict[str, list] = {side: [] for side in sides}
+    for _ in range(rounds + 1):
+        for side, run in sides.items():
+            try:
+                found[side].append(seconds(run))
+            except Exception as e:  # a peer that this card or its version cannot run
+                if side == "ours":
+                    raise
+                found[side].append(f"{type(e).__name__} {str(e)[:80]!r}")
+    for side, values in found.items():
+        if isinstance(values[-1], str):
+            yield dict(what=what, side=f"{side}: {values[-1]}")
+            continue
+        took = statistics.median(values[1:])
+        row = dict(what=what, side=side, seconds=took)
+        row["ours_is_faster_by"] = took / statistics.median(found["ours"][1:])
+        yield row | (ours if side == "ours" else {})
+
+
+def peak_gb(run) -> float:
+    """Most memory that tensors hold at once in a call; on a CPU without those made before it."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 1e9
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    now = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / 1e9
+
+
+# ---- The kernels -------------------------------------------------------------------------------
+
+
+def normal(*shape) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+
+def both_ways(run, leaves, *rest):
+    """A function of nothing: run(*leaves, *rest) and its gradients."""
+    return lambda: torch.autograd.grad(run(*leaves, *rest).sum(), leaves)
+
+
+def flex_attention(P, N, T):
+    """FlexAttention with the same mask, compiled: the general tool for this geometry."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b, h, i, j):
+        return (j <= i) & ((j < P) | ((i - P) // N == (j - P) // N))
+
+    mask = create_block_mask(visible, None, None, T, T, device=DEVICE)
+    return partial(torch.compile(flex_attention), block_mask=mask)
+
+
+def sdpa(backend, q, k, v):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def training_rows(B, H, D, P, N, C):
+    """Attention of training rows.  SDPA, which knows no shared prefix, computes every continuation
+    with its own copy of it."""
+
+    def heads(rows, T):  # as a model's projections give them: [rows, H, T, D]
+        return [normal(rows, T, H, D).transpose(1, 2) for _ in "qkv"]
+
+    T, pad = P + C * N, torch.zeros(B, dtype=torch.int32, device=DEVICE)
+    row, apart = heads(B, T), heads(B * C, P + N)
+    peers = {"ours": (partial(attention.prefix_attention, pad=pad, prefix=P, length=N), row)}
+    backends = dict(flash=SDPBackend.FLASH_ATTENTION, cuDNN=SDPBackend.CUDNN_ATTENTION)
+    for name, backend in (backends if CUDA else {"math": SDPBackend.MATH}).items():
+        peers[f"SDPA {name}, rows apart"] = partial(sdpa, backend), apart
+    if CUDA:  # FlexAttention has no backward on a CPU
+        peers["FlexAttention, same mask"] = flex_attention(P, N, T), row
+    with torch.no_grad():
+        runs = {peer: partial(run, *given) for peer, (run, given) in peers.items()}
+        yield from in_turns(f"attention C={C} forward", runs)
+    runs = {peer: both_ways(*given) for peer, given in peers.items()}
+    yield from in_turns(f"attention C={C} both ways", runs)
+
+
+@torch.no_grad()
+def decoding(B, H, D, P, N, K):
+    """Attention of a decoding step with full caches: a layer's, in a CUDA graph as the sampler."""
+    q, prefix, cont = normal(B, K, H, D), normal(2, B, H, P, D), normal(2, B, K, H, N, D)
+    pad = torch.zeros(B, dtype=torch.int32, device=DEVICE)
+    filled = torch.full((1,), N, dtype=torch.int32, device=DEVICE)
+    copies = prefix[:, :, None].expand(-1, -1, K, -1, -1, -1)
+    full = torch.cat((copies, cont), 4).flatten(1, 2)  # [2, B*K, H, P + N, D]
+    sides = {
+        "ours": partial(attention.decode_attention, q, *prefix, pad, *cont, filled),
+        "SDPA, expanded caches": partial(
+            F.scaled_dot_product_attention, q.flatten(0, 1)[:, :, None], *full
+        ),
+    }
+    for side, run in sides.items() if CUDA else ():
+        run()  # compiled before the capture
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            run()
+        sides[side] = graph.replay
+    read = (prefix.numel() + cont.numel()) * q.element_size()  # each once
+    yield from in_turns("decoding, a layer", sides, bytes=read)
+
+
+def all_logits(hidden, weight, targets):
+    return -F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+
+
+def logprob(tokens, d, V):
+    """Log-probabilities forward and backward, and the memory that they take."""
+    leaves = normal(tokens, d), normal(V, d)
+    targets = torch.randint(V, (tokens,), device=DEVICE)
+    peers = {"ours": linear_logprob, "all logits": all_logits}
+    if CUDA:
+        peers["all logits, torch.compile"] = torch.compile(all_logits)
+    runs = {peer: both_ways(run, leaves, targets) for peer, run in peers.items()}
+    for row in in_turns(f"logprob V={V} both ways", runs):
+        yield row | ({"peak_gb": peak_gb(runs[row["side"]])} if row["side"] in runs else {})
+
+
+def kernels() -> Iterator[dict]:
+    """What matters most first: on a GPU the paper's sizes in bfloat16; on a CPU small ones through
+    the PyTorch definitions, so that every line here has run before a GPU sees it."""
+    B, H, D, P, N, K = (4, 16, 128, 1920, 128, 16) if CUDA else (2, 4, 64, 96, 32, 4)
+    tokens, d, few, many = (2048, 2048, 32_000, 128_256) if CUDA else (128, 128, 300, 2048)
+    yield dict(what=torch.cuda.get_device_name() if CUDA else "CPU")
+    yield from training_rows(B, H, D, P, N, 2)
+    yield from logprob(tokens, d, few)
+    yield from decoding(B, H, D, P, N, K)
+    yield from training_rows(B, H, D, P, N, K)
+    yield from logprob(tokens, d, many)
+
+
+# ---- Beside other libraries, on a CPU ------------------------------------------------------------
 
 
 def small_llama(layers: int, seed: int = 0) -> Llama:
@@ -70,35 +236,26 @@ def sampler():
             yield row | {"tokens_per_second": B * K * N / row["seconds"]}
 
 
-def trl_trainer(trainer, settings, policy: Llama, reference: Llama, rows: dict, tokens, **given):
-    """A trainer of TRL on the same weights; tokens: a `tokenizers` tokenizer, tokens[1] ends."""
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
-
-    # Checkpointing would sample without a cache, and compute every layer twice.
-    quiet = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[])
-    args = settings(tempfile.mkdtemp(), disable_tqdm=True, **quiet, **given.pop("args", {}))
-    ends = dict.fromkeys(("eos_token", "pad_token"), tokens.id_to_token(1))
-    given["processing_class"] = PreTrainedTokenizerFast(tokenizer_object=tokens, **ends)
-    given |= dict(ref_model=peer_of(reference), train_dataset=Dataset.from_dict(rows))
-    return trainer(peer_of(policy), args=args, **given)
-
-
-def words(V: int):
-    """A tokenizer of V words: w0, w1, ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokens = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokens
-
-
 def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
     """TRL's DPOTrainer: its loss on its padded pairs [2, P + N], and the gradients."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    rows = dict(prompt=["w0"], chosen=["w0"], rejected=["w0"])
-    trainer = trl_trainer(DPOTrainer, DPOConfig, policy, reference, rows, words(2))
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    trainer = DPOTrainer(
+        peer_of(policy),
+        peer_of(reference),
+        # Checkpointing would compute every layer twice.
+        DPOConfig(
+            tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[]
+        ),
+        train_dataset=Dataset.from_dict(dict(prompt=["a"], chosen=["a"], rejected=["a"])),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=words, eos_token="b", pad_token="b"
+        ),
+    )
     model = trainer.model.train()
     own = (torch.arange(pair.shape[1]) >= P).long().expand_as(pair)
     inputs = dict(input_ids=pair, attention_mask=torch.ones_like(pair), completion_mask=own)
@@ -140,81 +297,43 @@ def update():
         yield row | {"peak_gb": peak_gb(sides[row["side"]])}
 
 
-def crc(text: str) -> float:
-    """A reward that costs nothing and never ties."""
-    return zlib.crc32(text.encode()) / 2**32
-
-
-def our_step(policy: Llama, tokens, prompts: list, config: Config):
-    """train.py's step with `crc` for a judge."""
-    B, (policy, reference) = len(prompts), (copy.deepcopy(policy), policy)
-    optimizer = make_optimizer(policy, config)
-    tokenizer = SimpleNamespace(eos=1, decode=tokens.decode)
-    prefix = torch.tensor([tokens.encode(prompt).ids for prompt in prompts], device=DEVICE)
-    pad, suffix = prefix.new_zeros(B, dtype=torch.int32), prefix.new_zeros(B, config.chunk)
-    batch = Batch(prefix, pad, suffix, torch.arange(B), prompts, [], {})
+def step():
+    """A whole step of DPO on rollouts with rewards that cost nothing: the demo's policy; on a GPU
+    the paper's, its memory beside the forecast."""
+    shape = ("llama-1.4b", 32000, 16, 1920, 128, 16) if CUDA else ("world", 846, 32, 64, 32, 4)
+    name, V, B, P, N, K = shape
+    size = dict(rollouts=K, chunk=N, max_seq=P + N, batch_size=B, baseline=False)
+    config = Config(candidates="rollouts", learning_rate=1e-5, gpus=1, **size)
+    reference = Llama(preset(name, V)).initialise(0).to(DEVICE)
+    policy = copy.deepcopy(reference)
+    optimizer, tokenizer = make_optimizer(policy, config), SimpleNamespace(eos=1, decode=str)
+    prefix = torch.randint(2, V, (B, P), device=DEVICE)
+    pad, suffix = prefix.new_zeros(B, dtype=torch.int32), prefix.new_zeros(B, N)
+    batch = Batch(prefix, pad, suffix, torch.arange(B), [""] * B, [], {})
 
     def run():
         pool = make_pool(policy, batch, None, config, tokenizer, Clock())
-        reward = torch.tensor([[crc(text) for text in row] for row in pool.texts])
+        reward = torch.rand(B, K, dtype=torch.float64)
         picked = pick(pool, reward, config)
         update_policy(policy, reference, optimizer, pool, picked, reward, 5, config)
 
-    return run
-
-
-def trl_step(policy: Llama, tokens, prompts: list, config: Config):
-    """TRL's OnlineDPOTrainer: sampling, reward function, loss, optimiser."""
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    args = dict(max_new_tokens=config.chunk, max_length=config.max_seq, temperature=1.0)
-    args["learning_rate"] = config.learning_rate
-    how = OnlineDPOTrainer, OnlineDPOConfig, policy, policy, dict(prompt=prompts), tokens
-    reward = lambda completions, **_: [crc(text) for text in completions]  # noqa: E731
-    trainer = trl_trainer(*how, args=args, reward_funcs=reward)
-    optimizer = trainer.create_optimizer()
-
-    def run():
-        trainer.training_step(trainer.model, {"prompt": prompts})
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def step():
-    """A whole step of DPO on two rollouts a prefix; on a GPU the paper's, with 16, ours alone.  The
-    reward is a Python function on both sides, so that a judge's speed plays no part."""
-    shapes = {"world": (846, 32, 64, 32, 2), "smollm2-135m": (49152, 2, 128, 32, 2)}
-    shapes = {"llama-1.4b": (32000, 16, 1920, 128, 16)} if CUDA else shapes
-    for name, (V, B, P, N, K) in shapes.items():
-        ids = torch.randint(2, V, (B, P), generator=torch.Generator().manual_seed(0)).tolist()
-        prompts = [" ".join(f"w{i}" for i in row) for row in ids]
-        size = dict(rollouts=K, chunk=N, max_seq=P + N, batch_size=B, baseline=False)
-        config = Config(candidates="rollouts", learning_rate=1e-5, gpus=1, **size)
-        policy = Llama(preset(name, V)).initialise(0).to(DEVICE)
-        given = policy, words(V), prompts, config
-        sides = {"ours": our_step(*given)} | ({} if CUDA else {"TRL": trl_step(*given)})
-        forecast = memory(config, policy.config, bf16=CUDA)["most at once"] / 1e9
-        more = dict(peak_gb=peak_gb(sides["ours"]), forecast_gb=forecast) if CUDA else {}
-        yield from in_turns(f"step of {name} B={B} P={P} N={N} K={K}", sides, **more)
+    forecast = memory(config, policy.config, bf16=CUDA)["most at once"] / 1e9
+    more = dict(peak_gb=peak_gb(run), forecast_gb=forecast) if CUDA else {}
+    yield from in_turns(f"step of {name} B={B} P={P} N={N} K={K}", {"ours": run}, **more)
 
 
 SECTIONS = {"kernels": kernels, "sampler": sampler, "update": update, "step": step}
 
 
 def main(arguments: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
-    parser.add_argument("--minutes", type=float, default=8.0, help="for `kernels`, about")
-    args = parser.parse_args(arguments)
+    sections = parser.parse_args(arguments).sections or SECTIONS
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     with open("bench.jsonl", "a", encoding="utf-8") as file:
-        for name in args.sections or SECTIONS:
-            how = dict(minutes=args.minutes) if name == "kernels" else {}
+        for name in sections:
             try:
-                for row in SECTIONS[name](**how):
+                for row in SECTIONS[name]():
                     print(json.dumps({"section": name} | row), file=file, flush=True)
                     shown = (f"{v:.4g}" if isinstance(v, float) else v for v in row.values())
                     print(*(f"{k} {v}" for k, v in zip(row, shown, strict=True)), sep="  ")

@@ -132,8 +132,8 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
 
 def estimate(config: Config, shape: ModelConfig, bf16: bool) -> str:
     """The page that --dry_run prints."""
-    asked, (read, written) = questions(config), tokens(config)
-    work, held, total = flops(config, shape), memory(config, shape, bf16), config.max_steps
+    asked, (read, written), total = questions(config), tokens(config), config.max_steps
+    work, held = flops(config, shape), memory(config, shape, bf16)
     judge_seconds = (read / 10 + written) / config.judge_tokens_per_second
     policy_seconds = sum(work.values()) / (config.gpus * config.gpu_tflops * 1e12)
     step = (max if config.overlap else sum)((policy_seconds, judge_seconds))

@@ -9,9 +9,9 @@ Out: OUT/{train,teacher,validation,test}/00000.jsonl.zst, a file a shard, of {"t
      says why each document was kept; and a table of how many documents each rule removed
 
 Stage 1 is a set of rules about quality signals. Stage 2, for validation and test only, keeps
-samples whose prefix the judge calls unsafe in every one of its seeded judgments. OUT/.filter holds
-what is kept of the shards so far, OUT/judgments.sqlite every verdict: the same command goes on
-where it was stopped, and ends with the same bytes.
+samples whose prefix the judge calls unsafe in every one of its seeded judgments. OUT/.filter-*
+holds what is kept of the shards so far, OUT/judgments.sqlite every verdict: the same command goes
+on where it was stopped, and ends with the same bytes.
 """
 
 import argparse
@@ -59,22 +59,22 @@ COPIED = ("url", "doc_id", "digest")  # into meta
 OUTPUTS = [split for split in SPLITS if split != "all"]
 
 
-def published_signals(record: dict) -> tuple[dict | None, str]:
-    """(what the rules need, "") of RedPajama-V2's {name: [[start, end, value or null], ...]}, or
-    (None, why there is none)."""
+def published_signals(record: dict) -> dict:
+    """What the rules need, of RedPajama-V2's {name: [[start, end, value or null], ...]}. ValueError
+    says why there is none."""
     quality = as_object(record.get("quality_signals"))
     if not quality:
-        return None, NO_SIGNALS
+        raise ValueError(NO_SIGNALS)
     try:
         found = {ours: float(quality[theirs][0][2] or 0) for ours, theirs in SIGNALS.items()}
-        lines = float(quality["ccnet_nlines"][0][2] or 0)
         bullets = sum(value or 0 for *_, value in quality["rps_lines_start_with_bulletpoint"])
-        category = quality["rps_doc_ut1_blacklist"][0][2]  # 0 is a category like any other
+        found["bullet_lines"] = bullets / max(1, float(quality["ccnet_nlines"][0][2] or 0))
+        found["blocklist"] = quality["rps_doc_ut1_blacklist"][0][2]  # 0 is a category like others
     except KeyError as error:
-        return None, f"quality signals lack {error}"
+        raise ValueError(f"quality signals lack {error}") from None
     except (AttributeError, IndexError, OverflowError, TypeError, ValueError):
-        return None, "damaged quality signals"
-    return found | {"bullet_lines": bullets / max(1, lines), "blocklist": category}, ""
+        raise ValueError("damaged quality signals") from None
+    return found
 
 
 def records_with_signals(name: str, skips: Skips, fields=None) -> Iterator[tuple[int, dict]]:
@@ -118,21 +118,23 @@ def kept_of(name: str, options, fates: Counter, skips: Skips) -> Iterator[dict]:
     counted, by the rule or by what is wrong with them. UserError where nothing has signals."""
     texts = [options.text_field] if options.text_field else TEXT_FIELDS
     for number, record in records_with_signals(name, skips, {*texts, *COPIED, "quality_signals"}):
-        where, signals = f"{name}:{number}", None
+        where = f"{name}:{number}"
         text, reason = text_of(record, options.text_field)
-        if text is not None:
-            signals, reason = published_signals(record)
-        if signals is None:
-            if reason == NO_SIGNALS and not (fates or any("quality" in said for said in skips)):
-                raise UserError(f"{where} has {reason}: {SIGNALS_NEEDED}")
+        if text is None:
             skips.note(reason, where)
+            continue
+        try:
+            signals = published_signals(record)
+        except ValueError as error:
+            if str(error) == NO_SIGNALS and not (fates or any("quality" in r for r in skips)):
+                raise UserError(f"{where} has {error}: {SIGNALS_NEEDED}") from None
+            skips.note(str(error), where)
             continue
         fates["documents"] += 1
         if failure := first_failure(signals, options.unsafe):
             fates[failure] += 1
             continue
-        key = digest(text)
-        split = next(split for split in OUTPUTS if in_split(key, split))
+        split = next(split for split in OUTPUTS if in_split(digest(text), split))
         meta = {name: record[name] for name in COPIED if name in record}
         meta |= {"source": where, "signals": signals, "reasons": reasons_of(signals)}
         yield {"split": split, "text": text, "meta": meta}
@@ -155,9 +157,9 @@ async def stage_two(row: dict, judge: Judge, tokenizer, options) -> str | None:
     return None if set(labels) == {"UNSAFE"} else "prefix not unsafe in all judgments"
 
 
-def filter_shard(name: str, paths: dict[str, Path], judge, tokenizer, options, fates, skips):
-    """What stays of a shard, which is held in memory, into paths, one a split."""
-    rows, lines = list(kept_of(name, options, fates, skips)), {split: [] for split in paths}
+def filter_shard(number: int, name: str, work: Path, judge, tokenizer, options, fates, skips):
+    """What stays of a shard, which is held in memory, in work/SPLIT/NUMBER.jsonl.zst."""
+    rows, lines = list(kept_of(name, options, fates, skips)), {split: [] for split in OUTPUTS}
     failures = [None] * len(rows)
     if judge:
         asked = together(stage_two(row, judge, tokenizer, options) for row in rows)
@@ -167,39 +169,28 @@ def filter_shard(name: str, paths: dict[str, Path], judge, tokenizer, options, f
         fates[failure or f"kept for {split}"] += 1
         if not failure:
             lines[split].append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    for split, path in paths.items():
-        path.unlink(missing_ok=True)
-        if lines[split]:
-            text = "".join(lines[split]).encode("utf-8", "replace")
-            write_bytes(path, zstandard.compress(text))
+    for split, texts in lines.items():
+        (work / split).mkdir(parents=True, exist_ok=True)
+        if texts:
+            packed = zstandard.compress("".join(texts).encode("utf-8", "replace"))
+            write_bytes(work / split / f"{number:05d}.jsonl.zst", packed)
 
 
-def restore(work: Path, what: list, skips: Skips) -> tuple[int, Counter]:
-    """(shards that are done, documents by what became of them) of a run that was stopped; what:
-    stands for the run, and the work of another one is removed."""
-    saved = next(read_jsonl(work / "state.json"), {})
-    if saved.get("what") != what:
-        shutil.rmtree(work, ignore_errors=True)
-        for split in OUTPUTS:
-            (work / split).mkdir(parents=True)
-        return 0, Counter()
-    skips.update(saved["skips"])
-    skips.lost.update(saved["lost"])
-    return saved["done"], Counter(saved["fates"])
-
-
-def run(options) -> Counter:
-    """Filters a corpus; returns documents by what became of them."""
+def run(options):
+    """Filters a corpus, and prints documents by what became of them."""
     out, names, skips = Path(options.out).expanduser(), list_files(options.source), Skips()
-    work, skips.shards = out / ".filter", len(names)
+    rules = vars(options) | {"out": "", "source": "", "judge_url": bool(options.judge_url)}
+    shards = [name.partition("?")[0] for name in names]  # a signed link may be renewed
+    work = out / f".filter-{digest(json.dumps([rules, shards])):016x}"  # other rules, another one
     state = work / "state.json"
     for folder in map(out.joinpath, OUTPUTS):
         if folder.exists() and any(folder.iterdir()) and not state.exists():
             raise UserError(f"{folder} is not empty: remove it, or name another --out")
-    rules = [options.unsafe, options.text_field, bool(options.judge_url), options.judge_model]
-    rules += [options.votes, options.seed, options.tokenizer, options.chunk, options.max_seq]
-    what = [*rules, *(name.partition("?")[0] for name in names)]  # a signed link may be renewed
-    done, fates = restore(work, what, skips)
+    saved = next(read_jsonl(state), {"done": 0, "fates": {}, "skips": {}, "lost": []})
+    work.mkdir(parents=True, exist_ok=True)
+    fates, skips.shards = Counter(saved["fates"]), len(names)
+    skips.update(saved["skips"])
+    skips.lost.update(saved["lost"])
     tokenizer, judge = load_tokenizer(options.tokenizer), None
     with contextlib.ExitStack() as stack:
         if options.judge_url:
@@ -207,28 +198,28 @@ def run(options) -> Counter:
             chat = stack.enter_context(Chat(options.judge_url, options.judge_model, cache=store))
             judge = Judge(chat, Config(seed=options.seed))
             greet(chat, judge.small_question())  # a wrong URL is told before the corpus is read
-        for number in range(done, len(names)):
-            paths = {split: work / split / f"{number:05d}.jsonl.zst" for split in OUTPUTS}
-            filter_shard(names[number], paths, judge, tokenizer, options, fates, skips)
-            saved = {"what": what, "done": number + 1, "fates": fates, "skips": skips}
-            write_text(state, json.dumps(saved | {"lost": sorted(skips.lost)}))
+        for number in range(saved["done"], len(names)):
+            how = judge, tokenizer, options, fates, skips
+            filter_shard(number, names[number], work, *how)
+            saved = {"done": number + 1, "fates": fates, "skips": skips, "lost": [*skips.lost]}
+            write_text(state, json.dumps(saved))
     if not fates["documents"]:
         shutil.rmtree(work)
         raise UserError(f"{options.source}: no document can be read ({dict(skips)})")
     for split in OUTPUTS:
         if (work / split).exists():  # not when a run was stopped here
             (work / split).rename(out / split)
-    shutil.rmtree(work)
+    for done in out.glob(".filter-*"):
+        shutil.rmtree(done)
     print_table(fates, options.unsafe, skips)
-    return fates
 
 
 def print_table(fates: Counter, unsafe: str, skips: Skips) -> None:
-    kept = ["documents", *(f"kept for {split}" for split in OUTPUTS)]
-    rules = [*RULES, f"curse words, blocklist ({unsafe})"]
-    rules += [name for name in fates if name not in rules + kept]  # of stage 2
-    for name in [kept[0], *rules, *kept[1:]]:
-        shown = f"- {name}" if name in rules else name
+    kept = [f"kept for {split}" for split in OUTPUTS]
+    rules = dict.fromkeys([*RULES, f"curse words, blocklist ({unsafe})", *fates])  # and stage 2's
+    removed = [name for name in rules if name not in ("documents", *kept)]
+    for name in ["documents", *removed, *kept]:
+        shown = f"- {name}" if name in removed else name
         print(f"{shown:40} {fates[name]:>10,}  {fates[name] / fates['documents']:6.1%}")
     for reason, count in skips.items():
         print(f"{'unreadable: ' + reason:40} {count:>10,}")

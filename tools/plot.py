@@ -104,12 +104,14 @@ def plot_run(run: Path) -> Path:
     keys = sorted({key for line in log for key in line})
     rewards = [key for key in keys if key.startswith("reward.") and key != "reward.rollout"]
     chosen = [key for key in keys if key.startswith("chosen.")]
-    upper, lower, titles = chosen, chosen, ("reward (sum over kinds)", "share of the chosen")
+    upper, lower = [key.replace("chosen.", "reward.") for key in chosen], chosen
+    titles = "reward (sum over kinds)", "share of the chosen"
     if shares := [key for key in rewards if key.count(".") > 1]:  # a teacher's: figures 5 to 7
         upper, lower = [key for key in rewards if key not in shares], shares
-        titles = ("reward by kind of prompt", "share")
-    above = [(key.partition(".")[2], log, key.replace("chosen.", "reward.")) for key in upper]
-    below = [(key.partition(".")[2], log, key) for key in lower]
+        titles = "reward by kind of prompt", "share"
+    above, below = (
+        [(key.partition(".")[2], log, key) for key in panel] for panel in (upper, lower)
+    )
     if not rewards:  # nothing is judged, or nothing yet: base and baseline come first
         before = {n: list(read_jsonl(run / n / "log.jsonl")) for n in ("base", "baseline")}
         logs, titles = {run.name: log} if log else before, ("loss", titles[1])
@@ -125,12 +127,12 @@ def plot_run(run: Path) -> Path:
 
 def plot_runs(runs: list[Path]) -> Path:
     """Draw the curves of several runs over each other, and how each one's method was judged."""
-    logs, found = {run: read_log(run) for run in runs}, {run: read_summary(run) for run in runs}
+    logs = {run: read_log(run) for run in runs}
     panels = []
     for key, ylabel in COMPARED.items():
         curves = [(str(run), log, key) for run, log in logs.items()]
         panels.append(partial(draw_curves, curves=curves, ylabel=ylabel))
-    done = {str(run): summary for run, summary in found.items() if summary.get("policies")}
+    done = {str(run): found for run in runs if (found := read_summary(run)).get("policies")}
     methods = {name: summary["policies"].get("method", {}) for name, summary in done.items()}
     suites = list(dict.fromkeys(suite for s in done.values() for suite in s["suites"]))
     panels.append(partial(draw_evaluation, policies=methods, suites=suites))

@@ -15,7 +15,6 @@ import argparse
 import base64
 import hashlib
 import json
-import math
 import re
 from html import escape
 from pathlib import Path
@@ -32,33 +31,31 @@ from tools.replay import recorded_judge, recorded_pools
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
 
 
-def pool_of(pool: tuple, judge) -> dict:
+def pool_of(step: int, key: int, pool: tuple, scores) -> dict:
     """A recorded pool with the recorded answers about each of its candidates, the best first."""
-    step, key, prefix, reference, texts, sources, rewards = pool
-    scores = judge.score(step, [prefix], [reference], [texts], sources, [key]).result()
-    # rounded as in update.py: sums that differ by rounding alone are a tie
-    rewards = [round(r, 9) if r is not None and math.isfinite(r) else None for r in rewards]
-    known = {r for r in rewards if r is not None}
-    best, worst = (max(known), min(known)) if len(known) > 1 else (math.nan, math.nan)
+    prefix, _, texts, sources, rewards = pool
+    known = set(rewards[np.isfinite(rewards)])
+    ends = (max(known), min(known)) if len(known) > 1 else (None, None)
     candidates = []
     for text, source, reward in zip(texts, sources, rewards, strict=True):
         seen = [verdict_of(v, text) for v in scores.examples if text in v["candidates"]]
-        ends = {"best": reward == best, "worst": reward == worst, "verdicts": seen}
-        candidates.append({"source": source, "text": text, "reward": reward, **ends})
+        about = {"source": source, "text": text, "verdicts": seen}
+        about["reward"] = float(reward) if reward in known else None
+        about["best"], about["worst"] = (bool(reward == end) for end in ends)
+        candidates.append(about)
     candidates.sort(key=lambda c: (c["reward"] is None, -(c["reward"] or 0)))
     return {"step": step + 1, "key": key, "prefix": prefix, "candidates": candidates}
 
 
 def verdict_of(seen: dict, text: str) -> dict:
     """One verdict as the page shows it, from the point of view of a candidate with this text."""
-    against, answer = None, seen["answer"]
+    told = {name: seen[name] for name in ("kind", "verdict", "answer")} | {"against": None}
     if len(seen["candidates"]) == 2:
         place = seen["candidates"].index(text)
-        against = f"it was {'AB'[place]}, against: {seen['candidates'][1 - place]}"
-    if answer is not None and len(answer) > VERDICT_CHARACTERS:
-        answer = "[...] " + answer[-VERDICT_CHARACTERS:]
-    told = {"kind": seen["kind"], "verdict": seen["verdict"]}
-    return told | {"against": against, "answer": answer}
+        told["against"] = f"it was {'AB'[place]}, against: {seen['candidates'][1 - place]}"
+    if len(told["answer"] or "") > VERDICT_CHARACTERS:
+        told["answer"] = "[...] " + told["answer"][-VERDICT_CHARACTERS:]
+    return told
 
 
 def pools_of(run: Path, count: int) -> list[dict]:
@@ -67,11 +64,10 @@ def pools_of(run: Path, count: int) -> list[dict]:
     if not any(files_of(run / "judgments.sqlite")):
         return []
     with recorded_judge(run) as judge:
-        store = judge.chat.store
-        keys = sorted({row for rows in store.rows("SELECT step, key FROM pools") for row in rows})
+        rows = judge.chat.store.rows("SELECT step, key FROM pools")
+        keys = sorted({row for found in rows for row in found})
         places = np.linspace(0, len(keys) - 1, min(max(count, 0), len(keys))).round().astype(int)
-        wanted = {keys[place] for place in places}
-        return [pool_of(pool, judge) for pool in recorded_pools(store) if pool[:2] in wanted]
+        return [pool_of(*pool) for pool in recorded_pools(judge, {keys[i] for i in places})]
 
 
 def page(run: Path, pools: list[dict]) -> str:
@@ -80,18 +76,16 @@ def page(run: Path, pools: list[dict]) -> str:
         f"{steps:,} of {config['max_steps']:,} steps, policy from {config['init_from']}, "
         f"data {config['data']}, judge {config['judge_model']} at {config['judge_url']}"
     )
-    title = f"{run.resolve().name}: {config['objective']}, {config['candidates']}"
     summary = read_summary(run)
     frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     script = re.findall("<script>(.*?)</script>", frame, re.S)[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-    data = json.dumps(pools, ensure_ascii=True)
+    data = json.dumps(pools)
     for sign in "<>&":  # no tag or comment can start inside the element
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     parts = {
-        "policy": policy + f"script-src 'sha256-{digest}'",
-        "title": escape(title),
+        "digest": digest,
+        "title": escape(f"{run.resolve().name}: {config['objective']}, {config['candidates']}"),
         "about": escape(about),
         "picture": base64.b64encode(plot_run(run).read_bytes()).decode(),
         "evaluation": escape(table(summary)) if "policies" in summary else "",

@@ -9,6 +9,7 @@ true or not, and each pair of checkpoints is compared, in both orders.
 """
 
 import argparse
+import contextlib
 import itertools
 import shutil
 import textwrap
@@ -68,21 +69,13 @@ def give_verdicts(judge: Judge, labels: list[str], prefix: str, texts: list[str]
     for label, text in zip(labels, texts, strict=True):
         truth = ask("factuality", prompt="factuality_noref_v1", prefix=prefix, text=text)
         print(f"{label}: {ask('safety', text=text)}, {truth}")
-    for i, j in itertools.combinations(range(len(texts)), 2):
-        first = ask("quality", prefix=prefix, a=texts[i], b=texts[j])
-        second = ask("quality", prefix=prefix, a=texts[j], b=texts[i])
-        said = [{"A": labels[i], "B": labels[j]}.get(first, first)]
-        said += [{"A": labels[j], "B": labels[i]}.get(second, second)]
+    for pair in itertools.combinations(zip(labels, texts, strict=True), 2):
+        said = []
+        for (label, a), (other, b) in (pair, pair[::-1]):  # both orders
+            verdict = ask("quality", prefix=prefix, a=a, b=b)
+            said.append({"A": label, "B": other}.get(verdict, verdict))
         print(f"better: {said[0]}" + ("" if said[0] == said[1] else f", other order: {said[1]}"))
     print()
-
-
-def run(options, judge: Judge | None):
-    by_folder = [continuations(folder, options) for folder in options.folders]
-    for texts in zip(*by_folder, strict=True):
-        show(options.folders, texts)
-        if judge:
-            give_verdicts(judge, options.folders, options.prefix, texts)
 
 
 def main(arguments: list[str]):
@@ -99,13 +92,17 @@ def main(arguments: list[str]):
     options = parser.parse_args(arguments)
     if min(options.n, options.tokens) < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         parser.error("n and tokens from 1, temperature from 0, top_p above 0 and at most 1")
-    if not options.judge_url:
-        return run(options, None)
-    with (
-        teacher_url(options.judge_url) as url,
-        Chat(url, options.judge_model, give_up_after=60.0) as chat,
-    ):
-        run(options, Judge(chat, Config(seed=options.seed)))
+    by_folder = [continuations(folder, options) for folder in options.folders]
+    with contextlib.ExitStack() as stack:
+        judge = None
+        if options.judge_url:
+            url = stack.enter_context(teacher_url(options.judge_url))
+            chat = stack.enter_context(Chat(url, options.judge_model, give_up_after=60.0))
+            judge = Judge(chat, Config(seed=options.seed))
+        for texts in zip(*by_folder, strict=True):
+            show(options.folders, texts)
+            if judge:
+                give_verdicts(judge, options.folders, options.prefix, texts)
 
 
 if __name__ == "__main__":
