@@ -76,22 +76,20 @@ def test_flops_are_those_of_a_step(changes):
 def test_memory_holds_what_training_keeps():
     """The initial policy always, the baseline until the evaluation; of a step's 8 prefixes of 64
     tokens a process's 4, rollouts of 32, and a pair of them learned from."""
-    count = cost.parameters(SHAPE)
+    count, layer = cost.parameters(SHAPE), (16 * 128 + 4 * 352) * 3.4  # bytes of a token
     base, baseline = "initial policy (the reference)", "next-token baseline, for the evaluation"
     held = cost.memory(Config(objective="rf_nll"), SHAPE, bf16=True)
     assert held["weights, gradients, optimiser"] == 16 * count
     assert held[base] == held[baseline] == 4 * count  # float32 in bfloat16 runs too
     assert held["their copies in bfloat16"] == 2 * count  # rf_nll asks no reference
-    assert baseline not in cost.memory(Config(baseline=False), SHAPE, bf16=True)
     spread = cost.memory(Config(shard=True, gpus=8), SHAPE, bf16=False)
     assert spread["weights, gradients, optimiser"] == 2 * count and spread[base] == count / 2
     assert spread["whole weights while sampling"] == 4 * count and baseline not in spread
     for budget, rows in ((65536, 4), (300, 2)):
         size = dict(batch_size=8, gpus=2, chunk=32, max_seq=96, micro_batch_tokens=budget)
         held = cost.memory(Config(**size), SHAPE, bf16=True)
-        assert held["cache of prefixes and rollouts"] == 4 * (64 + 4 * 32) * 2 * 2 * 1 * 16 * 2
-        learning = held["activations of a micro-batch"]
-        assert learning == pytest.approx(rows * (64 + 2 * 32) * 2 * (16 * 128 + 4 * 352) * 3.4)
+        cache, learning = 4 * (64 + 4 * 32) * 2 * 2 * 1 * 16 * 2, rows * (64 + 2 * 32) * 2 * layer
+        assert held["cache of prefixes and rollouts"] == cache
+        assert held["activations of a micro-batch"] == pytest.approx(learning)
         # sampling and learning take turns: the larger counts
-        fixed, most = 16 * count + 3 * 4 * count, held["most at once"]
-        assert most == pytest.approx(fixed + max(learning, held["cache of prefixes and rollouts"]))
+        assert held["most at once"] == pytest.approx((16 + 3 * 4) * count + max(learning, cache))

@@ -98,10 +98,7 @@ def test_logprob_memory():
 
 
 def test_bench_runs_and_outlives_a_peer():
-    rows = list(bench.kernels())
-    assert [row["what"][:9] for row in rows if row.get("side") == "ours"] == [
-        *(["attention"] * 2 + ["logprob V", "decoding,"] + ["attention"] * 2 + ["logprob V"])
-    ]
+    assert sum(row.get("side") == "ours" for row in bench.kernels()) == 7
     # a peer that fails loses its own row, and a failure of ours is not hidden
     sides = {"ours": lambda: None, "broken": lambda: 1 / 0, "last": lambda: None}
     found = [row["side"] for row in bench.in_turns("x", sides)]

@@ -6,7 +6,6 @@ import re
 import shutil
 
 import pytest
-from matplotlib.figure import Figure
 
 from chat import Chat
 from config import Config
@@ -63,16 +62,6 @@ def test_the_page_holds_what_was_judged_and_no_markup_of_models(run):
     assert "innerHTML" not in text and "<b>run" not in text and "<h1>&lt;b&gt;run" in text
     assert "://" not in text.partition('id="data"')[0].partition("<pre>")[0]
     assert "3 of 100 steps" in text and re.search("self-improving +75.0 .50.0 / 100.0.", text)
-
-
-def test_bars_are_means_over_what_was_judged():
-    safe = {"copied": 1.0, "words": None, "n": {"copied": 30, "words": 0}}
-    unsafe = {"copied": 0.0, "words": 0.5, "n": {"copied": 10, "words": 4}}
-    ax = Figure().add_subplot()
-    row = {"safe": safe, "unsafe": unsafe}
-    plot.draw_evaluation(ax, {"method": row}, ["copied", "words", "none"])
-    assert [bar.get_height() for bar in ax.patches] == [75.0, 50.0, 0.0]
-    assert [text.get_text() for text in ax.texts] == ["75", "50", "-"]
 
 
 def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):

@@ -61,41 +61,35 @@ def show_pool(pool, batch, config):
 
 
 def show_scores(pool, scores, judge, batch):
-    texts, seen = pool.texts[0], {v["kind"]: v for v in reversed(scores.examples)}
-    for kind in ("quality", "safety"):
+    seen = {verdict["kind"]: verdict for verdict in reversed(scores.examples)}
+    for kind, names in (("quality", ("a", "b")), ("safety", ("text",))):
         verdict = seen[kind]
-        names = ("a", "b") if len(verdict["candidates"]) == 2 else ("text",)
         shown = dict(zip(names, verdict["candidates"], strict=True), prefix=batch.prefix_text[0])
-        question = render(judge.prompts[kind], **shown, reference=batch.suffix_text[0])
+        question = render(judge.prompts[kind], **shown)
         say(f"3. A question of {kind}, as sent: judge.render, chat.Chat.ask", question)
-        read = f"-> {verdict['verdict']}"
-        say("3. Its answer, and the verdict in it: verdicts.parse", verdict["answer"], "", read)
-    rows = [f"{'':9}" + " ".join(f"{kind:>10}" for kind in scores.by_kind) + f"{'reward':>10}"]
+        answer = verdict["answer"], "", f"-> {verdict['verdict']}"
+        say("3. Its answer, and the verdict in it: verdicts.parse", *answer)
+    columns = scores.by_kind | {"reward": scores.reward}
+    rows = [f"{'':9}" + " ".join(f"{kind:>10}" for kind in columns)]
     for c, source in enumerate(pool.sources):
-        kinds = " ".join(f"{values[0, c]:10.2f}" for values in scores.by_kind.values())
-        rows.append(f"{source:9}{kinds}{scores.reward[0, c]:10.2f}")
-    say(f"3. Rewards [B, C] = [1, {len(texts)}]: judge.Judge.score", *rows)
-
-
-def sums(policy, layout) -> torch.Tensor:
-    """log p of (chosen, rejected), summed over their tokens: [2]."""
-    with torch.no_grad():
-        return policy.logprobs(*layout)[0].sum(dim=1)
+        rows.append(f"{source:9}" + " ".join(f"{x[0, c]:10.2f}" for x in columns.values()))
+    say(f"3. Rewards [B, C] = [1, {len(pool.sources)}]: judge.Judge.score", *rows)
 
 
 def learn(policy, reference, pool, picked, reward, config):
     """Step 4, with the loss worked out by hand beside the code's."""
-    batch, (best, worst) = pool.batch, picked.columns[0].tolist()
+    batch, pair = pool.batch, picked.columns[0]
+    best, worst = pair.tolist()
     say(
         "4. Who is picked: update.pick",
         f"chosen    {pool.sources[best]:8} {reward[0, best]:.2f}  the highest reward",
         f"rejected  {pool.sources[worst]:8} {reward[0, worst]:.2f}  the lowest",
     )
-    pair = picked.columns[0]
     layout = batch.prefix, batch.pad, pool.tokens[:, pair], pool.lengths[:, pair]
-    anchor, optimizer = sums(reference, layout), make_optimizer(policy, config)
+    optimizer = make_optimizer(policy, config)
     for turn in ("before", "after"):
-        logp = sums(policy, layout)
+        with torch.no_grad():  # of (chosen, rejected), summed over their tokens: [2]
+            logp, anchor = (x.logprobs(*layout)[0].sum(dim=1) for x in (policy, reference))
         margin = (logp - anchor)[0] - (logp - anchor)[1]
         by_code, _ = losses(policy, reference, pool, picked, slice(0, 1), reward, config)
         say(
