@@ -42,6 +42,18 @@ class Recorded(Chat):
         return Answer(None, "not recorded", 0, 0)
 
 
+def recorded_pools(reader: Reader):
+    """(step, key, prefix, reference, candidates, sources, rewards) in the order of steps and keys.
+
+    Of a pool that was scored again by another number of processes, the later one.
+    """
+    query = "SELECT step, key, pool FROM pools ORDER BY step, key"
+    rows = heapq.merge(*reader.rows(query), key=lambda row: row[:2])
+    for _, same in groupby(rows, key=lambda row: row[:2]):
+        step, key, pool = next(same)
+        yield step, key, *json.loads(zlib.decompress(pool))
+
+
 @contextlib.contextmanager
 def recorded_judge(run, **other):
     """The judge of a run, finished or not, with its recorded answers; other: keys to change."""
@@ -52,23 +64,6 @@ def recorded_judge(run, **other):
     config = Config(**read_saved(Config, GONE, path) | changed)
     with Recorded(Path(run), config) as chat:
         yield Judge(chat, config)
-
-
-def recorded_pools(judge, wanted=None):
-    """(step, key, (prefix, reference, candidates, sources, rewards), the judge's Scores) of each
-    pool, or of the wanted (step, key), in this order.
-
-    Of a pool that was scored again by another number of processes, the later one. Rewards are
-    rounded as in update.py, where sums that differ by rounding alone are a tie.
-    """
-    query = "SELECT step, key, pool FROM pools ORDER BY step, key"
-    rows = heapq.merge(*judge.chat.store.rows(query), key=lambda row: row[:2])
-    for (step, key), same in groupby(rows, key=lambda row: row[:2]):
-        if wanted is None or (step, key) in wanted:
-            *texts, sources, rewards = json.loads(zlib.decompress(next(same)[2]))
-            scores = judge.score(step, *([text] for text in texts), sources, [key]).result()
-            rewards = np.array(rewards, dtype=float).round(9)  # [C], nan where absent
-            yield step, key, (*texts, sources, rewards), scores
 
 
 def best(reward):
@@ -82,10 +77,12 @@ def replay(run, rewards, comparisons):
     source -> how often it is chosen)."""
     asked, absent, same, chosen = 0, 0, [], Counter()
     with recorded_judge(run, rewards=rewards, comparisons=comparisons) as judge:
-        for *_, (*_, sources, old), scores in recorded_pools(judge):
+        for step, key, *texts, sources, reward in recorded_pools(judge.chat.store):
+            scores = judge.score(step, *([text] for text in texts), sources, [key]).result()
             asked += scores.calls - scores.failed + scores.absent
             absent += scores.absent
-            new = scores.reward[0].round(9)
+            # rounded as in update.py, where sums that differ by rounding alone are a tie
+            old, new = np.stack([np.array(reward, dtype=float), scores.reward[0]]).round(9)
             if np.isfinite(old).any() and np.isfinite(new).any():
                 same.append([best(end * new)[np.nanargmax(end * old)] for end in (1, -1)])
                 if np.nanmin(new) < np.nanmax(new):  # else training chooses nobody

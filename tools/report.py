@@ -31,9 +31,12 @@ from tools.replay import recorded_judge, recorded_pools
 VERDICT_CHARACTERS = 600  # kept of an answer, from its end, where the verdict stands
 
 
-def pool_of(step: int, key: int, pool: tuple, scores) -> dict:
+def pool_of(pool: tuple, judge) -> dict:
     """A recorded pool with the recorded answers about each of its candidates, the best first."""
-    prefix, _, texts, sources, rewards = pool
+    step, key, prefix, reference, texts, sources, rewards = pool
+    scores = judge.score(step, [prefix], [reference], [texts], sources, [key]).result()
+    # rounded as in update.py: sums that differ by rounding alone are a tie
+    rewards = np.array(rewards, dtype=float).round(9)  # [C], nan where absent
     known = set(rewards[np.isfinite(rewards)])
     ends = (max(known), min(known)) if len(known) > 1 else (None, None)
     candidates = []
@@ -64,10 +67,11 @@ def pools_of(run: Path, count: int) -> list[dict]:
     if not any(files_of(run / "judgments.sqlite")):
         return []
     with recorded_judge(run) as judge:
-        rows = judge.chat.store.rows("SELECT step, key FROM pools")
-        keys = sorted({row for found in rows for row in found})
+        store = judge.chat.store
+        keys = sorted({row for rows in store.rows("SELECT step, key FROM pools") for row in rows})
         places = np.linspace(0, len(keys) - 1, min(max(count, 0), len(keys))).round().astype(int)
-        return [pool_of(*pool) for pool in recorded_pools(judge, {keys[i] for i in places})]
+        wanted = {keys[place] for place in places}
+        return [pool_of(pool, judge) for pool in recorded_pools(store) if pool[:2] in wanted]
 
 
 def page(run: Path, pools: list[dict]) -> str:
