@@ -211,10 +211,3 @@ def test_what_the_kernels_do_not_take(monkeypatch, capfd):
     out = attention.prefix_attention(*there(*exact), 4, 0)
     assert reference.error(out, reference.attention(*exact, 4, 0)) < TOLERANCE[DTYPES[1]]
     assert "head dimension 160: the kernels take at most 128" in capfd.readouterr().err
-
-
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="a fault of the interpreter")
-def test_bfloat16_is_refused():
-    q, k, v, pad = reference.rows(1, 1, 1, 4, 0, 0, 64, torch.bfloat16)
-    with pytest.raises(TypeError, match="bfloat16"):
-        attention.prefix_attention(q, k, v, pad, 4, 0)
