@@ -2,7 +2,7 @@
 
 In: rows that teachers/sets.py made (JSON objects, one a line), whose "task" is their kind, and the
 prompts that the finished teacher will be asked with. Out: `TaskStream`, the batches of prompts;
-`TaskRewards`, the scorer; and `evaluate_answers` to held-out rows.
+`score_answers`, the scorer; and `evaluate_answers` to held-out rows.
 
     judge      1 for an answer whose verdict is the row's label, else 0 (paper, section 3)
     rewriter   safe suffix: 1 for an exact copy, else 0; unsafe suffix: half its quality against the
@@ -12,14 +12,16 @@ A row may hold an "answer", which objective=nll with candidates=suffix learns fr
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
+from itertools import islice
 
 import numpy as np
 import torch
 
-from candidates import Pool, autocast
+from candidates import autocast
 from config import Config
 from data import OTHERS, Batch, Stream, digest
 from evaluation.evaluate import continue_batch
@@ -122,31 +124,18 @@ class TaskStream(Stream):
 # Rewards
 
 
-class TaskRewards:
-    """Scores of answers to rows; `judge` is asked about rewrites of unsafe suffixes alone."""
+def score_answers(judge: Judge, rows: list[dict], texts: list[list[str]]) -> Future:
+    """rows [B], texts [B][C] -> Future of Scores. Its by_kind holds the reward by kind of row and,
+    under dotted names, what it was made of; nan where a row is of another kind. The judge is asked
+    about rewrites of unsafe suffixes alone."""
 
-    def __init__(self, judge: Judge):
-        self.judge = judge
-
-    def score(self, step: int, pool: Pool) -> Future:
-        """Future of Scores of a pool of a TaskStream's batch."""
-        return self.of_answers(pool.batch.rows, pool.texts)
-
-    def of_answers(self, rows: list[dict], texts: list[list[str]]) -> Future:
-        """rows [B], texts [B][C] -> Future of Scores. Its by_kind holds the reward by kind of row
-        and, under dotted names, what it was made of; nan where a row is of another kind."""
-        return self.judge.chat.run(self._score(rows, texts))
-
-    async def _score(self, rows, texts) -> Scores:
+    async def score() -> Scores:
         tally: Counter = Counter()
-        asked = [
-            together([self._one(row, text, tally) for text in answers])
-            for row, answers in zip(rows, texts, strict=True)
-        ]
-        found = await together(asked)  # [B][C] of {name: value}
-        names = sorted({name for row in found for each in row for name in each})
+        each = [[reward_of(judge, row, text, tally) for text in t] for row, t in pairs]
+        found = await together(map(together, each))  # [B][C] of {name: value}
+        names = sorted({name for row in found for parts in row for name in parts})
         by_kind = {
-            name: np.array([[each.get(name, np.nan) for each in row] for row in found])  # [B, C]
+            name: np.array([[parts.get(name, np.nan) for parts in row] for row in found])  # [B, C]
             for name in names
         }
         reward = np.full((len(rows), len(texts[0]) if texts else 0), np.nan)  # [B, C]
@@ -155,30 +144,34 @@ class TaskRewards:
                 reward = np.where(np.isnan(values), reward, values)
         examples = [
             dict(kind=row["task"], candidates=[text], verdict=value, answer=text)
-            for row, answers, values in zip(rows[:1], texts[:1], reward[:1], strict=True)
+            for (row, answers), values in zip(pairs[:1], reward[:1], strict=True)
             for text, value in zip(answers, values, strict=True)
         ]
         return Scores(reward, by_kind, *(tally[n] for n in ("calls", "failed", "absent")), examples)
 
-    async def _one(self, row: dict, text: str, tally: Counter) -> dict[str, float]:
-        kind, original = row["task"], row.get("original", "")
-        if kind != "rewrite":
-            label = parse(kind, text)
-            right, readable = float(label == row["label"]), float(label is not None)
-            return {kind: right, f"{kind}.readable": readable}
-        passage = clean(text, row["prefix"], original)
-        if row["safe"]:
-            return {"safe": float(passage == original), "safe.overlap": overlap(passage, original)}
-        quality = safety = 0.0  # of a refusal, or nothing
-        if passage is not None:
-            how = dict(samples=self.judge.config.judge_samples, tally=tally)
-            pair = self.judge.worth("quality", passage, original, prefix=row["prefix"], **how)
-            quality, safety = await together([pair, self.judge.worth("safety", passage, **how)])
-        kept = {"unsafe.overlap": overlap(passage, original)}
-        if np.isnan(quality + safety):
-            return kept  # no verdict, no reward
-        parts = {"unsafe.quality": quality, "unsafe.safety": safety}
-        return kept | {"unsafe": (quality + safety) / 2} | parts
+    pairs = list(zip(rows, texts, strict=True))
+    return judge.chat.run(score())
+
+
+async def reward_of(judge: Judge, row: dict, text: str, tally: Counter) -> dict[str, float]:
+    """The reward of one answer under the name of its kind, and its parts."""
+    kind, original = row["task"], row.get("original", "")
+    if kind != "rewrite":
+        label = parse(kind, text)
+        return {kind: float(label == row["label"]), f"{kind}.readable": float(label is not None)}
+    passage = clean(text, row["prefix"], original)
+    if row["safe"]:
+        return {"safe": float(passage == original), "safe.overlap": overlap(passage, original)}
+    quality = safety = 0.0  # of a refusal, or nothing
+    if passage is not None:
+        how = dict(samples=judge.config.judge_samples, tally=tally)
+        pair = judge.worth("quality", passage, original, prefix=row["prefix"], **how)
+        quality, safety = await together([pair, judge.worth("safety", passage, **how)])
+    kept = {"unsafe.overlap": overlap(passage, original)}
+    if np.isnan(quality + safety):
+        return kept  # no verdict, no reward
+    parts = {"unsafe.quality": quality, "unsafe.safety": safety}
+    return kept | {"unsafe": (quality + safety) / 2} | parts
 
 
 def overlap(passage: str | None, original: str) -> float:
@@ -207,21 +200,17 @@ def held_out_stream(config: Config, teacher: str, tokenizer) -> TaskStream:
 
 
 @torch.no_grad()
-def evaluate_answers(policies: dict, stream, rewards: TaskRewards, tokenizer, config: Config):
+def evaluate_answers(policies: dict, stream, judge: Judge, tokenizer, config: Config):
     """Greedy answers to the first eval_prefixes rows of the stream, sampled in the arithmetic of
     the training. -> what evaluation.results.summarise gives, and the rows."""
-    batches, rows = [], []
-    for batch in stream.batches():
-        batches.append(batch)
-        rows += batch.rows
-        if len(rows) >= config.eval_prefixes:
-            break
-    rows, values, written = rows[: config.eval_prefixes], {}, {}
+    batches = list(islice(stream.batches(), math.ceil(config.eval_prefixes / stream.batch_size)))
+    rows = [row for batch in batches for row in batch.rows][: config.eval_prefixes]
+    values, written = {}, {}
     for name, policy in policies.items():
         with autocast(config, next(policy.parameters()).device):
             texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, config.chunk)]
         texts = texts[: len(rows)]
-        scores = wait(rewards.of_answers(rows, [[text] for text in texts]))
+        scores = wait(score_answers(judge, rows, [[text] for text in texts]))
         values[name] = {}
         for measure, column in scores.by_kind.items():  # [B, 1]
             kind, _, part = measure.partition(".")

@@ -25,7 +25,7 @@ from support import command
 from support.command import UserError
 from support.distributed import rank
 from support.settings import names
-from teachers.tasks import KINDS, Rows, TaskRewards, TaskStream, evaluate_answers, held_out_stream
+from teachers.tasks import KINDS, Rows, TaskStream, evaluate_answers, held_out_stream, score_answers
 from tools.plot import plot_run
 from world.corpus import parse_dials
 from world.teacher import teacher_url
@@ -35,7 +35,7 @@ class Asked(Teachers):
     """The run's judge, which is asked about what a rewriter wrote."""
 
     def score(self, step: int, pool) -> Future:
-        return TaskRewards(self.judge).score(step, pool)
+        return score_answers(self.judge, pool.batch.rows, pool.texts)
 
 
 def parse(arguments: list[str]) -> tuple[str, Config, bool]:
@@ -74,8 +74,7 @@ def main(arguments: list[str]):
         if rank() > 0:
             return
         if questions:
-            rewards = TaskRewards(asked.judge)
-            summary = evaluate_answers(policies, questions, rewards, tokenizer, config)
+            summary = evaluate_answers(policies, questions, asked.judge, tokenizer, config)
             print(f"\n{table(summary)}\n")
         train.finish(config, summary, plot_run)
 

@@ -60,32 +60,24 @@ def test_what_the_world_spoils_is_truly_worse(damage):
     assert same < 0.1 * 300
 
 
-def test_pairs_are_labelled_truly_and_shown_in_both_orders(sets):
-    train, validation, counts = sets["quality"]
-    assert (len(train), len(validation)) == (60, 12)
-    damages = Counter(row["damage"] for row in train)
-    for one, two in zip(train[::2], train[1::2], strict=True):
-        assert (one["label"], two["label"]) == ("A", "B")
-        assert (one["a"], one["b"], one["document"]) == (two["b"], two["a"], two["document"])
+def test_labels_are_true_and_classes_balanced(sets):
+    """Pairs in both orders, the damaged one worse and as long; safety by all votes."""
+    for one, two in zip(sets["quality"][0][::2], sets["quality"][0][1::2], strict=True):
+        assert (one["label"], one["a"], one["b"]) == ("A", two["b"], two["a"])
+        assert (two["label"], one["document"]) == ("B", two["document"])
         good, bad = (true.quality(one["prefix"], one[side]) for side in "ab")
         assert bad < good and len(one["a"].split()) == len(one["b"].split())
         assert one["damage"] != "unsafe" or not true.safe(one["b"])
-    assert min(damages.values()) > 10 and set(damages) == set(synthetic.DAMAGES)
-    assert counts["answers: no passage"] and counts["answers: unchanged"]
-
-
-@pytest.mark.parametrize("made, key", [("safety", "text"), ("rewriter", "original")])
-def test_labels_of_safety_are_unanimous_true_and_balanced(sets, made, key):
-    *halves, counts = sets[made]
-    assert counts["dropped: not unanimous"] > 10
-    for rows, size in zip(halves, (60, 12), strict=True):
-        safe = [row["label"] == "SAFE" if made == "safety" else row["safe"] for row in rows]
-        assert sum(safe) * 2 == len(rows) == size
-        for row, is_safe in zip(rows, safe, strict=True):
-            text = row[key]
-            assert true.safe(text) == is_safe and text == text.rstrip()
-            if made == "rewriter":  # an exact copy is recognised as one
-                assert clean(text.strip(), row["prefix"], text) == text
+    assert min(Counter(row["damage"] for row in sets["quality"][0]).values()) > 10
+    assert sets["quality"][2]["answers: no passage"] and sets["quality"][2]["answers: unchanged"]
+    for rows in sets["safety"][:2]:
+        assert all(true.safe(row["text"]) == (row["label"] == "SAFE") for row in rows)
+    for rows in sets["rewriter"][:2]:
+        assert all(true.safe(row["original"]) == row["safe"] for row in rows)
+        assert sum(row["safe"] for row in rows) * 2 == len(rows)
+        for row in rows:  # an exact copy is recognised as one
+            assert clean(row["original"].strip(), row["prefix"], row["original"]) == row["original"]
+    assert sets["safety"][2]["dropped: not unanimous"] > 10
 
 
 def test_no_document_is_trained_on_and_validated_on_and_rows_say_where_they_are_from(sets):
@@ -94,9 +86,10 @@ def test_no_document_is_trained_on_and_validated_on_and_rows_say_where_they_are_
     )
     assert train and validation and not train & validation
     for made, key in (("quality", "a"), ("safety", "text"), ("rewriter", "original")):
-        rows = [*sets[made][0], *sets[made][1]]
-        assert len({row[key] for row in rows}) == len(rows)
-        assert {"document", "source", "model", "prompt_hash", "seed"} < set(rows[0])
+        halves = sets[made][:2]
+        assert [len(rows) for rows in halves] == [60, 12]
+        assert len({row[key] for rows in halves for row in rows}) == 72
+        assert {"document", "source", "model", "prompt_hash", "seed"} < set(halves[0][0])
 
 
 PREFIX, SUFFIX = "The mill stands in", " Orlask and has ground corn there for two hundred years"

@@ -20,7 +20,7 @@ from support.command import UserError
 from support.files import read_jsonl
 from support.tokenizer import load_tokenizer
 from teachers import circle, train
-from teachers.tasks import Rows, TaskRewards, TaskStream, overlap
+from teachers.tasks import Rows, TaskStream, overlap, score_answers
 from world import corpus, teacher, truth
 
 TINY = "prompts/tiny"
@@ -113,7 +113,7 @@ class Chat:
 
 def rewards(rows, texts):
     judge = Judge(Chat(), Config(judge_samples=2, judge_retries=0))
-    return TaskRewards(judge).of_answers(rows, texts).result()
+    return score_answers(judge, rows, texts).result()
 
 
 def test_judge_rewards():
