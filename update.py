@@ -80,7 +80,7 @@ class Anchor:
     targets: torch.Tensor  # int64 [R, M], the token behind each
     temperature: float
     reference: tuple = ()  # its hidden states [R * M, d] there, its output weights [V, d]
-    value: torch.Tensor | float = 0.0  # sum over the rows of their mean NLL or KL, nats a token
+    value: torch.Tensor = torch.zeros(())  # sum over the rows of their mean NLL or KL, nats a token
 
     def states(self, hidden):
         """hidden [R, P, d] -> [R * M, d]."""
