@@ -130,10 +130,14 @@ def work(out: Path, jobs: list[Callable], at_once: int) -> list[str]:
     failed: list[Path] = []
     try:
         while True:
-            for where in [where for where in running if running[where].poll() is not None]:
+            ended = [where for where in running if running[where].poll() is not None]
+            for where in ended:
                 code = running.pop(where).returncode
                 failed += [where] if code else []
                 print(f"{where.relative_to(out)}: {'failed' if code else 'done'}", flush=True)
+            if running and not ended:  # nothing new can begin
+                time.sleep(0.2)
+                continue
             # What is there says what comes next; runs that share a folder or a base share a step.
             steps = dict(step for job in jobs if (step := job()))
             steps = {where: command for where, command in steps.items() if where not in failed}
@@ -147,7 +151,6 @@ def work(out: Path, jobs: list[Callable], at_once: int) -> list[str]:
                         running[where] = subprocess.Popen(
                             steps[where], start_new_session=True, **how
                         )
-            time.sleep(0.2)
     finally:  # interrupted: the runs save themselves
         for process in running.values():
             process.terminate()
