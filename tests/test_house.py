@@ -82,7 +82,7 @@ def lines(*folders: str) -> int:
     [  # lines; where the house should come to: 3,000, 4,000, 9,500 and 5,500
         (["."], 3080),
         ([".", "kernels"], 4165),
-        ([".", *GROUND, *ROOMS], 12020),
+        ([".", *GROUND, *ROOMS], 12025),
         (["tests"], 7275),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],
