@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import sqlite3
 import sys
 from collections import deque
@@ -218,14 +217,14 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
     spread = config.shard and world_size() > 1
     home = torch.device("cpu") if spread else device  # of weights in one piece
     policy, begin, policies = initial_policy(config, tokenizer.vocab_size, home), None, {}
-    if home.type == "cpu" and policy.config.d_model <= 256 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # so small products only wait for each other on several
     plan = phases(config)
     if "base" not in plan:
         policies["base"] = policy
+    threads = distributed.choose_threads(policy.config.d_model)
     if rank() == 0:
         told = [f"{name} ({c.objective}, {c.max_steps} steps)" for name, c in plan.items()]
-        print(f"training {', '.join(told)} in {config.out_dir}, then the evaluation", flush=True)
+        where = f"{config.out_dir} ({device}, {threads} threads)"
+        print(f"training {', '.join(told)} in {where}", flush=True)
     for label, phase in plan.items():
         read = functools.partial(load_model, device=home)
         trained, state = checkpoint.load(Path(phase.out_dir), read)

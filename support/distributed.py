@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,24 @@ def start(kind: str, patience: float) -> torch.device:
         timeout = timedelta(seconds=2 * patience + 600)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return device
+
+
+def choose_threads(width: int, root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Set how many threads compute on the CPU, and tell: what OMP_NUM_THREADS says; one for a model
+    of up to 256 features, whose small products only wait for each other on several; else one for
+    each core, of those that the container's quota allows (files of cgroups 2 or 1 under root)."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        limit = float("inf")
+        with contextlib.suppress(OSError, ValueError):  # "max 100000": no limit
+            quota, period = (root / "cpu.max").read_text().split()
+            limit = int(quota) / int(period)
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (root / f"cpu/cpu.cfs_{name}_us" for name in ("quota", "period"))
+            if (microseconds := int(quota.read_text())) > 0:
+                limit = microseconds / int(period.read_text())
+        most = 1 if width <= 256 else torch.get_num_threads()
+        torch.set_num_threads(max(1, int(min(most, limit))))
+    return torch.get_num_threads()
 
 
 def rank() -> int:

@@ -10,7 +10,7 @@ from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig, in_one_piece
-from support.distributed import is_sharded, load_optimizer, shard, whole
+from support.distributed import choose_threads, is_sharded, load_optimizer, shard, whole
 from update import make_optimizer, pick, update
 
 SHAPE = ModelConfig(
@@ -98,3 +98,32 @@ def test_a_resumed_run_has_the_settings_that_it_was_given():
     optimizer = make_optimizer(policy, Config(weight_decay=0.3))
     load_optimizer(optimizer, state)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("width", "files", "threads"),
+    [
+        (96, {}, 1),
+        (576, {}, 3),
+        (576, {"cpu.max": "200000 100000"}, 2),  # two of the machine's three
+        (576, {"cpu.max": "50000 100000"}, 1),
+        (576, {"cpu.max": "max 100000"}, 3),
+        (576, {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        (576, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_threads_are_those_that_help_and_that_the_container_has(
+    tmp_path, monkeypatch, width, files, threads
+):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    now = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert choose_threads(width, tmp_path) == 3  # the user's word
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert choose_threads(width, tmp_path) == threads
+    finally:
+        torch.set_num_threads(now)
