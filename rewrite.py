@@ -9,9 +9,9 @@ import re
 from concurrent.futures import Future
 from pathlib import Path
 
-from chat import Chat, Traffic, greet
 from config import Config
 from judge import SPECIAL, Judge, defuse, load_prompts, question_seed, render, together
+from support.chat import Chat, Traffic, greet
 from support.distributed import agreement, rank
 from support.settings import nested
 from support.store import path_of

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import Chat
 from config import Config
 from data import SPLITS
 from evaluation import harness
@@ -35,6 +34,7 @@ from judge import Judge, together
 from model import load_model, read_config
 from rollout import sample_rollouts
 from support import command
+from support.chat import Chat
 from support.command import UserError
 from support.distributed import start
 from support.files import read_jsonl, write_text

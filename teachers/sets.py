@@ -32,12 +32,12 @@ from typing import NamedTuple
 import zstandard
 from tqdm import tqdm
 
-from chat import Chat
 from config import Config
 from data import digest, in_split, sample_of
 from judge import Judge, question_seed, render, together
 from rewrite import clean, last_five_words
 from support import command
+from support.chat import Chat
 from support.command import UserError
 from support.files import write_bytes, write_text
 from support.sources import Skips, as_object, list_files, records, text_of

@@ -15,7 +15,7 @@ from contextlib import closing
 import pytest
 from faulty_server import CONTENT, TRANSPORT, faulty_server
 
-from chat import Chat, TeacherGone, Traffic, greet
+from support.chat import Chat, TeacherGone, Traffic, greet
 from support.command import ROOT, UserError
 from support.endpoint import (
     MAX_BODY,
@@ -478,7 +478,7 @@ def test_a_full_disk_is_told_to_whoever_asked(client, tmp_path):
 
 SCRIPT = """
 import asyncio, sys
-from chat import Chat
+from support.chat import Chat
 url, cache = sys.argv[1:]
 async def one(i):
     answer = await chat.ask(f"question {i}", seed=0, temperature=1.0, top_p=1.0, max_tokens=64)

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from chat import Chat
 from config import Config
 from judge import Judge, defuse, load_prompts, render
 from schedules import expected_wins, schedule
+from support.chat import Chat
 from support.command import ROOT, UserError
 from support.endpoint import Answer
 from support.files import read_jsonl

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from chat import Chat
 from config import Config
 from judge import Judge
+from support.chat import Chat
 from support.command import UserError
 from tools import plot, report
 from world.teacher import start_teacher

@@ -11,8 +11,8 @@ from itertools import islice
 import pytest
 import zstandard
 
-from chat import Answer
 from rewrite import clean
+from support.chat import Answer
 from support.command import ROOT, UserError, python
 from support.tokenizer import load_tokenizer
 from teachers import sets as synthetic

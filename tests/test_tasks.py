@@ -12,10 +12,10 @@ from itertools import islice
 import pytest
 import torch
 
-from chat import Answer
 from config import Config
 from judge import Judge, load_prompts
 from support import command
+from support.chat import Answer
 from support.command import UserError
 from support.files import read_jsonl
 from support.tokenizer import load_tokenizer

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from chat import Chat
 from config import Config, check
 from evaluation.evaluate import write_batch
 from evaluation.sets import held_out_sets
 from judge import Judge, load_prompts, render, together
 from model import load_model
 from support import command
+from support.chat import Chat
 from support.command import UserError
 from support.files import markdown
 from support.settings import nested, read_arguments

@@ -27,11 +27,11 @@ from pathlib import Path
 
 import zstandard
 
-from chat import Chat, greet
 from config import Config
 from data import SPLITS, digest, in_split, sample_of
 from judge import Judge, together
 from support import command
+from support.chat import Chat, greet
 from support.command import UserError
 from support.files import read_jsonl, write_bytes, write_text
 from support.sources import TEXT_FIELDS, Skips, as_object, is_url, list_files, records, text_of

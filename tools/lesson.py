@@ -66,7 +66,7 @@ def show_scores(pool, scores, judge, batch):
         verdict = seen[kind]
         shown = dict(zip(names, verdict["candidates"], strict=True), prefix=batch.prefix_text[0])
         question = render(judge.prompts[kind], **shown)
-        say(f"3. A question of {kind}, as sent: judge.render, chat.Chat.ask", question)
+        say(f"3. A question of {kind}, as sent: judge.render, support.chat.Chat.ask", question)
         answer = verdict["answer"], "", f"-> {verdict['verdict']}"
         say("3. Its answer, and the verdict in it: verdicts.parse", *answer)
     columns = scores.by_kind | {"reward": scores.reward}

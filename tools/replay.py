@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from chat import Chat
 from config import GONE, Config
 from judge import Judge
 from support import command
+from support.chat import Chat
 from support.command import UserError
 from support.endpoint import Answer
 from support.files import markdown

@@ -16,12 +16,12 @@ import textwrap
 
 import torch
 
-from chat import Chat
 from config import Config
 from judge import Judge
 from model import load_model
 from rollout import sample_rollouts
 from support import command
+from support.chat import Chat
 from support.command import UserError
 from support.tokenizer import load_tokenizer
 from world.teacher import teacher_url
