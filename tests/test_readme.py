@@ -14,6 +14,7 @@ import pytest
 import config as configuration
 
 ROOT = Path(__file__).parents[1]
+FLOORS = (".", "kernels", "support")
 PAGES = {path: path.read_text("utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
 
@@ -88,7 +89,7 @@ def test_one_step_is_told_in_the_order_of_the_code():
     text = PAGES[ROOT / "README.md"].partition("## How one step works")[2]
     steps = text.partition("\n1. ")[2].partition("\n\n")[0]
     told = [name.rpartition(".")[2] for name in re.findall(r"`([A-Za-z_.]+)`", steps)]
-    source = "".join(p.read_text("utf-8") for f in (".", "kernels") for p in ROOT.glob(f"{f}/*.py"))
+    source = "".join(p.read_text("utf-8") for f in FLOORS for p in ROOT.glob(f"{f}/*.py"))
     assert set(told) <= set(re.findall(r"(?:def|class) (\w+)", source))
     tree = ast.parse((ROOT / "train.py").read_text("utf-8"))
     train = next(node for node in tree.body if getattr(node, "name", "") == "train")
