@@ -60,7 +60,7 @@ def test_flops_are_those_of_a_step(changes):
     pad, index = torch.zeros(B, dtype=torch.int32), torch.arange(B)
     batch = Batch(prefix, pad, tokens[:, 0], index, [], [], {})
     old = torch.full((B, C, N), -math.log(2048))
-    pool = Pool(batch, tokens, torch.full((B, C), N), old, [], [])
+    pool = Pool(batch, tokens, torch.full((B, C), N), old, [], ["rollout"] * C)
     optimizer, reward = make_optimizer(policy, config), torch.rand(B, C, dtype=torch.float64)
     step = (pool, pick(pool, reward, config), reward, 0, config)
     done = counted(lambda: update(policy, reference, optimizer, *step))
