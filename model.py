@@ -1,4 +1,4 @@
-"""The policy: a Llama-family transformer that reads and writes Hugging Face folders.
+"""The policy: a Llama, or what a few fields make of it, that reads and writes Hugging Face folders.
 
 In: tokens laid out as [left-padded prefix of P | C continuations of N], described by (pad per row,
 P, N) alone. A prefix token attends causally to the prefix; a continuation token to the whole prefix
@@ -31,7 +31,7 @@ from support.distributed import is_sharded, whole
 
 @dataclass
 class ModelConfig:
-    """The shape of a Llama; config.json's names for it are in support/hub.py."""
+    """The shape of a Llama or a relative; config.json's names for it are in support/hub.py."""
 
     vocab_size: int
     n_layer: int
@@ -40,13 +40,18 @@ class ModelConfig:
     d_model: int  # width of the residual stream
     d_ff: int  # width inside the MLP
     head_dim: int  # even; n_head * head_dim need not be d_model
-    max_seq: int = 2048  # positions it was made for
+    max_seq: int = 2048  # positions it was made for, none of them beyond a sliding window
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or the llama3 rule as config.json spells it
+    rope_scaling: dict | None = None  # None, or a rule as config.json spells it, all its numbers
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    # What the folder of the weights says about where texts end, handed on when they are saved:
-    token_ids: dict = field(default_factory=dict)  # config.json's bos_, eos_ and pad_token_id
+    family: str = "llama"  # config.json's model_type; in what it differs from Llama:
+    qkv_bias: bool = False  # Qwen 2
+    qk_norm: str = ""  # of queries and keys: each "head" has its own (Qwen 3), the "whole" (OLMo 2)
+    norm_after: bool = False  # norms stand behind attention and MLP, not before them (OLMo 2)
+    rotates: list[int] = field(default_factory=list)  # 0: a layer without rope (SmolLM 3); [] none
+    # What the folder of the weights says beside, handed on when they are saved:
+    kept: dict = field(default_factory=dict)  # config.json's ids that begin and end texts, windows
     generation: dict | None = None  # generation_config.json
 
 
@@ -71,24 +76,38 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     """Angle per position of each pair of dimensions: float32 [head_dim / 2].
 
-    The llama3 rule (Llama 3.1 model card) keeps high frequencies, divides low ones by `factor` and
-    blends in between, so that a model trained on `original_max_position_embeddings` reads further.
+    A rule divides frequencies by `factor`, so that a model trained on so many positions reads
+    further: linear all of them; llama3 (Llama 3.1 model card) and yarn (Peng et al. 2023, section
+    3.2) keep high ones and blend in between, by turns within `original_max_position_embeddings`.
     """
-    D = config.head_dim
+    D, rule = config.head_dim, config.rope_scaling
     freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)  # [D / 2]
-    if (rule := config.rope_scaling) is not None:
+    if rule is None:
+        return freq
+    keep: Any = 0.0
+    if rule["rope_type"] == "llama3":
         turns = rule["original_max_position_embeddings"] * freq / (2 * math.pi)
         low, high = rule["low_freq_factor"], rule["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / rule["factor"]
-    return freq
+    elif rule["rope_type"] == "yarn":
+        # The pair that turns beta times; between the two of them the blend is linear in the pair.
+        turns = rule["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = (
+            D * math.log(turns / rule[beta]) / (2 * math.log(config.rope_theta))
+            for beta in ("beta_fast", "beta_slow")
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
+        ramp = (torch.arange(D // 2, device=device) - low) / ((high - low) or 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / rule["factor"]
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [B, T] -> cos, and sin as `rotate` wants it, float32 [B, 1, T, head_dim]."""
     freq = rope_frequencies(config, positions.device)  # [D / 2]
     angle = positions[:, None, :, None].float() * freq  # [B, 1, T, D / 2]
-    cos, sin = angle.cos(), angle.sin()
+    scale = (config.rope_scaling or {}).get("attention_factor", 1.0)  # yarn's, of q and of k
+    cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -108,24 +127,39 @@ def positions(pad: torch.Tensor, prefix: int, length: int, total: int) -> torch.
     return (index - pad[:, None]).clamp(min=0)  # [B, total]
 
 
-class Attention(nn.Module):
-    rotate = staticmethod(rotate)  # also for kernels/packed.py, which may not import it
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        """In its weight's type, so that under autocast 16-bit products are normed in float32."""
+        return super().forward(x.to(self.weight.dtype))
 
-    def __init__(self, config: ModelConfig):
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c, self.head_dim = config, config.head_dim
-        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
+        q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        # An attribute also for kernels/packed.py, which may not import it.
+        self.rotate = rotate if not c.rotates or c.rotates[layer] else lambda x, cos, sin: x
+        self.q_proj = nn.Linear(c.d_model, q, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, kv, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, kv, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q, c.d_model, bias=False)
+        self.q_norm = self.k_norm = None
+        if c.qk_norm:
+            q, kv = (q, kv) if c.qk_norm == "whole" else (c.head_dim, c.head_dim)
+            self.q_norm, self.k_norm = RMSNorm(q, c.norm_eps), RMSNorm(kv, c.norm_eps)
 
     def qkv(self, x, cos, sin):
         """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D], rotated."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
+        q = self.heads(self.q_proj(x), self.q_norm)
+        k = self.heads(self.k_proj(x), self.k_norm)
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), self.heads(self.v_proj(x))
+
+    def heads(self, z, norm=None):
+        """z [B, T, heads * D] -> [B, heads, T, D]; a norm is as wide as a head, or as z."""
+        if norm is not None:
+            z = norm(z.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2).to(z.dtype)
+        return z.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -143,12 +177,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, in two halves around attention, which training and the sampler do differently."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.d_model, config.norm_eps)
+        none: Any = nn.Identity()
+        norm = partial(RMSNorm, config.d_model, config.norm_eps)
+        if not config.norm_after:
+            self.input_layernorm = norm()
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = norm()
         self.mlp = MLP(config)
+        # Before and after attention, before and after the MLP; a tuple adds no names of tensors.
+        if config.norm_after:
+            self.post_feedforward_layernorm = norm()
+            self.norms = none, self.post_attention_layernorm, none, self.post_feedforward_layernorm
+        else:
+            self.norms = self.input_layernorm, none, self.post_attention_layernorm, none
 
     def forward(self, x, cos, sin, attend, compiled: bool = False):
         """x [B, T, d] -> [B, T, d]; attend(q, k, v) -> what each token attended [B, T, H * D]."""
@@ -159,15 +202,16 @@ class Block(nn.Module):
 
     def before(self, x, cos, sin):
         """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D]."""
-        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        return self.self_attn.qkv(self.norms[0](x), cos, sin)
 
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
-        x = x + self.self_attn.o_proj(attended)
+        _, after_attention, before_mlp, after_mlp = self.norms
+        x = x + after_attention(self.self_attn.o_proj(attended))
         if torch.is_grad_enabled() or x.device.type != "cpu":
-            return x + self.mlp(self.post_attention_layernorm(x))
+            return x + after_mlp(self.mlp(before_mlp(x)))
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
-            part += self.mlp(self.post_attention_layernorm(part))
+            part += after_mlp(self.mlp(before_mlp(part)))
         return x
 
 
@@ -183,8 +227,8 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
 class Llama(nn.Module):
@@ -203,10 +247,13 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def initialise(self, seed: int):
-        """Normal(0, 0.02), projections into the residual stream smaller by sqrt(2 * layers)."""
+        """Normal(0, 0.02), projections into the residual stream smaller by sqrt(2 * layers), biases
+        0, norms 1."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() > 1:  # else a norm's weight, which is 1
+            if name.endswith("bias"):
+                p.data.zero_()
+            elif p.dim() > 1:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02
                 p.data.copy_(torch.randn(p.shape, generator=rng) * std)
@@ -284,7 +331,7 @@ class Llama(nn.Module):
         """Ids that end a text by the folder of the weights; () for new ones. (The tokenizer's own
         end of text is not among them for certain.)"""
         found: list = []
-        for said in (self.config.token_ids, self.config.generation or {}):
+        for said in (self.config.kept, self.config.generation or {}):
             ids = said.get("eos_token_id", [])
             found += ids if isinstance(ids, list) else [ids]
         return tuple(dict.fromkeys(i for i in found if type(i) is int and i >= 0))
@@ -296,15 +343,14 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a Llama-family folder, or of its hf://owner/name; UserError names what does
-    not fit."""
+    """config.json of a folder, or of its hf://owner/name; UserError names what does not fit."""
     return ModelConfig(**hub.read_shape(folder))
 
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
     """Read a Hugging Face folder, or hf://owner/name: one safetensors file or shards.
 
-    dtype None keeps the files'. UserError where they are damaged, or no Llama's of config.json.
+    dtype None keeps the files'. UserError where they are damaged, or not what config.json says.
     """
     config = read_config(folder)
     try:
@@ -337,7 +383,8 @@ def initial_policy(config: Config, vocab_size: int, device) -> Llama:
         policy = load_model(config.init_from, device, torch.float32)
     shape, made = policy.config, f"init_from={config.init_from} was made for"
     if shape.max_seq < config.max_seq:
-        raise UserError(f"{made} {shape.max_seq} positions, fewer than max_seq={config.max_seq}")
+        made += f" {shape.max_seq} positions (max_position_embeddings or sliding_window)"
+        raise UserError(f"{made}, fewer than max_seq={config.max_seq}")
     if shape.vocab_size < vocab_size:
         name = f"tokenizer={config.tokenizer}"
         raise UserError(
@@ -375,5 +422,6 @@ def save_model(model: Llama, folder: str | Path, bos: int | None = None, eos: in
     """
     state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     shape = asdict(model.config)
-    shape["token_ids"] = {"bos_token_id": bos, "eos_token_id": eos} | shape["token_ids"]
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
+    shape["kept"] = ids | shape["kept"]
     hub.write_folder(Path(folder), shape, state)

@@ -14,15 +14,16 @@ from torch import nn
 
 
 class PackedLinear:
-    """x [..., in] -> x @ weight.T [..., out], in the type of the packing; weight [out, in]."""
+    """x [..., in] -> x @ weight.T + bias [..., out], in the type of the packing; weight [out, in],
+    bias [out] or None."""
 
-    def __init__(self, weight, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, weight, dtype: torch.dtype, bias=None):
+        self.dtype, self.bias = dtype, None if bias is None else bias.detach().to(dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 64)
 
     def __call__(self, x, activation: str = "none"):
         product = torch.ops.mkldnn._linear_pointwise
-        return product(x.to(self.dtype), self.weight, None, activation, [], "")
+        return product(x.to(self.dtype), self.weight, self.bias, activation, [], "")
 
     def times(self, x, factor):
         """The product, multiplied by factor [..., out] elementwise."""
@@ -48,28 +49,35 @@ class PackedBlock:
 
     def __init__(self, block, dtype: torch.dtype):
         a, mlp = block.self_attn, block.mlp
-        self.heads = [p.out_features // a.head_dim for p in (a.q_proj, a.k_proj, a.v_proj)]
+        inputs = a.q_proj, a.k_proj, a.v_proj
+        self.heads = [p.out_features // a.head_dim for p in inputs]
         self.head_dim, self.rotate = a.head_dim, a.rotate
-        qkv = torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight))
-        weights = qkv, a.o_proj.weight, *(p.weight for p in mlp.children())
-        self.qkv, self.o, self.gate, self.up, self.down = (PackedLinear(w, dtype) for w in weights)
-        self.first_norm = PackedNorm(block.input_layernorm)
-        self.second_norm = PackedNorm(block.post_attention_layernorm)
+        bias = None if a.q_proj.bias is None else torch.cat([p.bias for p in inputs])
+        self.qkv = PackedLinear(torch.cat([p.weight for p in inputs]), dtype, bias)
+        weights = a.o_proj.weight, *(p.weight for p in mlp.children())
+        self.o, self.gate, self.up, self.down = (PackedLinear(w, dtype) for w in weights)
+        self.qk_norms = [PackedNorm(norm) for norm in (a.q_norm, a.k_norm) if norm is not None]
+        self.norms = [PackedNorm(n) if isinstance(n, nn.RMSNorm) else n for n in block.norms]
 
     def before(self, x, cos, sin):
         """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D]."""
         # One product for all: [B, T, (H + 2 * Hkv) * D], as [B, H + 2 * Hkv, T, D].
-        z = self.qkv(self.first_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        z = self.qkv(self.norms[0](x)).unflatten(-1, (-1, self.head_dim))
         q, k, v = self.heads
+        for norm, part in zip(self.qk_norms, (z[:, :, :q], z[:, :, q : q + k]), strict=False):
+            wide = part.flatten(-2).unflatten(-1, (-1, norm.weight.numel()))  # views, both
+            wide.copy_(norm(wide))
+        z = z.transpose(1, 2)
         rotated = self.rotate(z[:, : q + k], cos, sin)  # [B, H + Hkv, T, D]
         return rotated[:, :q], rotated[:, q:], z[:, q + k :]
 
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
-        x = x + self.o(attended)
+        _, after_attention, before_mlp, after_mlp = self.norms
+        x = x + after_attention(self.o(attended))
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
-            h = self.second_norm(part)
-            part += self.down(self.up.times(h, self.gate(h, "swish")))
+            h = before_mlp(part)
+            part += after_mlp(self.down(self.up.times(h, self.gate(h, "swish"))))
         return x
 
 

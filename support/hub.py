@@ -1,13 +1,14 @@
 """Hugging Face folders: where a model's folder lies, and what its files say, read without trust.
 
 In: a local folder, or hf://owner/name[@revision], which huggingface_hub downloads once and resumes
-where it broke off. Out: its path, the shape of a Llama by config.json, the tensors of its
+where it broke off. Out: its path, the shape of a model by config.json, the tensors of its
 safetensors files. UserError for what is absent, damaged, or a model that would be computed
 otherwise than by transformers; an OSError is the machine's and passes.
 """
 
 import contextlib
 import json
+import math
 import re
 from functools import reduce
 from pathlib import Path
@@ -74,20 +75,38 @@ SIZES = {  # in ModelConfig: its name in config.json, and a limit far above that
     "head_dim": ("head_dim", 2**14),
     "max_seq": ("max_position_embeddings", 2**31),
 }
+MISTRAL = dict(max_position_embeddings=2**17, num_key_value_heads=8, sliding_window=4096)
+QWEN = dict(max_position_embeddings=2**15, num_key_value_heads=32, use_sliding_window=False)
+SMOLLM3 = QWEN | dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
+FAMILIES: dict = {  # model_type: its class, what in ModelConfig sets it apart, other defaults
+    "llama": ("Llama", {}, {}),
+    "mistral": ("Mistral", {}, MISTRAL),
+    "qwen2": ("Qwen2", dict(qkv_bias=True), QWEN),
+    "qwen3": ("Qwen3", dict(qk_norm="head"), QWEN | dict(head_dim=128)),
+    "olmo2": ("Olmo2", dict(qk_norm="whole", norm_after=True), dict(rms_norm_eps=1e-5)),
+    "smollm3": ("SmolLM3", {}, SMOLLM3),
+}
 ONLY = {  # with other values than these, transformers computes something else
-    "model_type": ("llama",),
+    "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "tie_word_embeddings": (False, True),
     "partial_rotary_factor": (1,),
-    "sliding_window": (),
     "quantization_config": (),
     "per_layer_config": (),
     "transformers_weights": (),
+    "mscale_all_dim": (),  # this and the next of yarn
+    "truncate": (True,),
 }
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+ORIGINAL = "original_max_position_embeddings"
+RULES = {  # the numbers of each rope type
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
+    "yarn": ("factor", "beta_fast", "beta_slow", ORIGINAL, "attention_factor"),
+}
 
 
 def read_object(path: Path) -> dict:
@@ -117,26 +136,45 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
     """(theta, scaling) as ModelConfig holds them. transformers 5 writes rope_parameters, older ones
     rope_scaling, which goes first where both stand, and rope_theta, which goes last."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling must be an object, found {rope!r:.80}")
-    rope, original = without_null(rope), LLAMA3[-1]
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path}: rope_scaling must be one rule for all layers, found {rope!r:.80}")
+    rope = without_null(rope)
     only_supported(rope, path)
     theta = number({**hf, **rope}, "rope_theta", 10000.0, path)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise UserError(f"{path}: rope type {kind!r:.80} is neither default nor llama3")
-    rope = {original: hf["max_position_embeddings"], **rope}
-    rope[original] = hf.get(original, rope[original])
-    scaling = {key: number(rope, key, None, path) for key in LLAMA3}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    if kind not in tuple(RULES):
+        raise UserError(f"{path}: rope type {kind!r:.80} is not default, {', '.join(RULES)}")
+    rope = {"beta_fast": 32, "beta_slow": 1, ORIGINAL: hf["max_position_embeddings"], **rope}
+    rope[ORIGINAL] = hf.get(ORIGINAL, rope[ORIGINAL])
+    grown = max(number(rope, "factor", None, path), 1)
+    rope = {"attention_factor": 0.1 * math.log(grown) + 1, **rope}  # yarn's, by its equation 22
+    scaling = {key: number(rope, key, None, path) for key in RULES[kind]}
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise UserError(f"{path}: rope low_freq_factor must be below high_freq_factor")
-    return theta, scaling
+    return theta, {"rope_type": kind, **scaling}
+
+
+def within_window(hf: dict, positions: int, path: Path) -> int:
+    """How many of the positions see all before them in every layer, as they do here."""
+    used = hf.get("use_sliding_window", True) or hf["model_type"] == "mistral"
+    if not used or "sliding" not in str(hf.get("layer_types", "sliding")):
+        return positions
+    return min(positions, int(number(hf, "sliding_window", positions, path)))
+
+
+def rotating(hf: dict, layers: int, path: Path) -> list:
+    """SmolLM 3's no_rope_layers: 0 for layers without rotary positions, else every fourth."""
+    every = number(hf, "no_rope_layer_interval", 4, path)
+    marks = hf.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(layers)])
+    if not isinstance(marks, list) or len(marks) < layers:
+        raise UserError(f"{path}: no_rope_layers must mark {layers} layers, found {marks!r:.80}")
+    return marks
 
 
 def only_supported(hf: dict, path: Path):
-    """UserError for what a Llama of this file would compute differently."""
+    """UserError for what a model of this file would compute differently."""
     for key, known in ONLY.items():
         if key in hf and hf[key] not in known:
             what = f"only {' or '.join(map(repr, known))} is" if known else "which is not"
@@ -148,8 +186,11 @@ def read_shape(folder: str | Path) -> dict:
     generation_config.json. Only model_type and dimensions are required."""
     check_folder(folder)
     path = local_folder(folder, weights=False) / "config.json"
-    hf = {"model_type": None, "max_position_embeddings": 2048, **without_null(read_object(path))}
-    only_supported(hf, path)
+    raw = read_object(path)
+    only_supported({"model_type": None, **without_null(raw)}, path)
+    _, differs, defaults = FAMILIES[raw["model_type"]]
+    raw = defaults | raw  # where null may stand for something else than what is absent
+    hf = {"max_position_embeddings": 2048, **without_null(raw)}
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     shape: dict = {}
     for our, (key, limit) in SIZES.items():
@@ -163,11 +204,20 @@ def read_shape(folder: str | Path) -> dict:
             f"{path}: num_key_value_heads must divide num_attention_heads, head_dim must be even"
         )
     shape["rope_theta"], shape["rope_scaling"] = read_rope(hf, path)
+    kept = {key: hf[key] for key in TOKEN_IDS if key in hf}
+    kept |= {key: raw[key] for key in WINDOWS if key in raw}
+    if (window := within_window(hf, shape["max_seq"], path)) < shape["max_seq"]:
+        kept["max_position_embeddings"], shape["max_seq"] = shape["max_seq"], window
+    if hf["model_type"] == "smollm3":
+        shape["rotates"] = rotating(hf, shape["n_layer"], path)
     generation = path.with_name("generation_config.json")
-    return shape | {
+    return {
+        **shape,
+        **differs,
+        "family": hf["model_type"],
         "norm_eps": number(hf, "rms_norm_eps", 1e-6, path),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "token_ids": {key: hf[key] for key in TOKEN_IDS if key in hf},
+        "kept": kept,
         "generation": read_object(generation) if generation.exists() else None,
     }
 
@@ -217,7 +267,9 @@ def read_tensors(folder: Path, shapes: dict, device, dtype, alike: tuple = ()) -
     if missing and not (len(missing) == 1 and missing[0] in alike):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
     if extra:
-        raise UserError(f"{folder}: {len(extra)} tensors belong to no Llama, the first: {extra[0]}")
+        raise UserError(
+            f"{folder}: {len(extra)} tensors belong to no such model, the first: {extra[0]}"
+        )
     state = {}
     for name, file in held.items():
         kind, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
@@ -232,18 +284,18 @@ def read_tensors(folder: Path, shapes: dict, device, dtype, alike: tuple = ()) -
 def write_folder(folder: Path, shape: dict, state: dict):
     """config.json of a ModelConfig's fields, generation_config.json where it has one, and the
     tensors as model.safetensors."""
-    rope = shape["rope_scaling"]
     hf = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [FAMILIES[shape["family"]][0] + "ForCausalLM"],
+        "model_type": shape["family"],
         **{key: shape[our] for our, (key, _) in SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": shape["norm_eps"],
         "rope_theta": shape["rope_theta"],
-        "rope_scaling": rope and {"rope_type": "llama3", **rope},
+        "rope_scaling": shape["rope_scaling"],
         "tie_word_embeddings": shape["tie_embeddings"],
         "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
-        **shape["token_ids"],
+        **({"no_rope_layers": shape["rotates"]} if shape["rotates"] else {}),
+        **shape["kept"],
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("config", hf), ("generation_config", shape["generation"])):

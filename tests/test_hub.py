@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from model import Llama, ModelConfig, load_model, read_config, save_model
+from config import Config
+from model import Llama, ModelConfig, initial_policy, load_model, read_config, save_model
 from support import hub
 from support.command import UserError
 
@@ -18,10 +19,12 @@ SHAPE = dict(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=4
 HF = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 HF |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
 HF |= dict(initializer_range=0.2, rms_norm_eps=1e-3)  # so that every part shows in the logits
+HF |= dict(pad_token_id=None)
 FAR = {"rope_type": "default", "rope_theta": 5e5}
 NEAR = {"rope_type": "default", "rope_theta": 1e4}
 OPEN = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3 = OPEN | dict(original_max_position_embeddings=16, rope_theta=5e5)
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=32)
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 BIAS, OLD = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.rotary_emb.inv_freq"
 INDEX = "model.safetensors.index.json"
@@ -74,13 +77,13 @@ def misled_index(folder):
     index_of(names | {EMBED: names[HEAD], HEAD: names[EMBED]}, alone=False)(folder)
 
 
-def case(spoil=None, shape=None, shards=None, **changes):
-    """What is done to a folder, its LlamaConfig, its shards' size, changes of its config.json."""
-    return spoil, shape or {}, shards, changes
+def case(spoil=None, shape=None, shards=None, family="llama", **changes):
+    """What is done to a folder, its configuration, its shards' size, changes of its config.json."""
+    return spoil, {"model_type": family, **HF, **(shape or {})}, shards, changes
 
 
 def old(**changes):
-    return case(rope_parameters=ABSENT, **changes)
+    return case(rope_parameters=ABSENT, layer_types=ABSENT, **changes)
 
 
 TIED = dict(tie_word_embeddings=True)
@@ -123,6 +126,46 @@ ALIKE = {
     "mixed_types": case(tensors(half)),
     "rotary_buffers": case(tensors(lambda s: s | {OLD: torch.ones(4)})),
     "no_metadata": case(tensors(dict, metadata=None)),
+    "linear": case(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=5e5)),
+    "linear_old": old(rope_scaling=dict(type="linear", factor=4), rope_theta=5e5),
+    "yarn": old(rope_scaling=YARN, rope_theta=1e6),
+    "yarn_window_missing": old(rope_scaling=dict(rope_type="yarn", factor=4.0)),
+    "yarn_attention": old(rope_scaling=YARN | dict(attention_factor=1.5, truncate=True)),
+    "yarn_betas": old(rope_scaling=YARN | dict(beta_fast=4, beta_slow=0.5, mscale=2.0)),
+    "yarn_that_shrinks": old(rope_scaling=YARN | dict(factor=0.5)),
+    "yarn_narrow": old(rope_scaling=YARN | dict(beta_fast=1e-4, beta_slow=1e-4)),
+    "mistral": case(family="mistral"),
+    "mistral_without_window": old(family="mistral", sliding_window=None, rope_theta=1e6),
+    "mistral_window_missing": old(family="mistral", sliding_window=ABSENT, head_dim=None),
+    "mistral_short_window": case(family="mistral", shape=dict(head_dim=16), sliding_window=40),
+    "mistral_linear": old(family="mistral", rope_scaling=dict(type="linear", factor=2.0)),
+    "qwen2": case(family="qwen2", shape=TIED),
+    "qwen2_old": old(family="qwen2", rope_theta=1e6, sliding_window=8, max_window_layers=0),
+    "qwen2_short_window": old(family="qwen2", use_sliding_window=True, sliding_window=40),
+    "qwen2_full": case(
+        family="qwen2",
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=["full_attention"] * 2,
+    ),
+    "qwen2_yarn": old(family="qwen2", rope_scaling=YARN, rope_theta=1e6),
+    "qwen3": case(family="qwen3", shape=dict(head_dim=16)),
+    "qwen3_old": old(family="qwen3", shape=dict(head_dim=16), rope_theta=1e6, attention_bias=False),
+    "qwen3_head_dim_missing": case(family="qwen3", head_dim=ABSENT),
+    "qwen3_yarn": old(family="qwen3", rope_scaling=YARN | {"rope_type": "yarn"}),
+    "olmo2": case(family="olmo2"),
+    "olmo2_old": old(family="olmo2", num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-3),
+    "olmo2_eps_missing": case(family="olmo2", shape=dict(rms_norm_eps=1e-5), rms_norm_eps=ABSENT),
+    "smollm3": case(family="smollm3", shape=dict(no_rope_layers=[0, 1])),
+    "smollm3_interval": old(
+        family="smollm3",
+        shape=dict(num_hidden_layers=4),
+        no_rope_layers=ABSENT,
+        no_rope_layer_interval=2,
+        tie_word_embeddings=ABSENT,
+    ),
+    "smollm3_all_rotate": case(family="smollm3", no_rope_layers=[1, 1, 0], rope_theta=5e6),
+    "smollm3_untied": case(family="smollm3", shape=dict(tie_word_embeddings=False)),
 }
 
 
@@ -131,7 +174,8 @@ def test_a_folder_gives_transformers_logits(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     spoil, shape, shards, changes = ALIKE[name]
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF | shape)).eval()
+    auto = transformers.AutoModelForCausalLM
+    theirs = auto.from_config(transformers.AutoConfig.for_model(**shape)).eval()
     for p in theirs.parameters():
         p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
     theirs.save_pretrained(tmp_path, max_shard_size=shards or "1GB")
@@ -141,14 +185,17 @@ def test_a_folder_gives_transformers_logits(name, tmp_path):
     tokens = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(1))
     # Where transformers takes no null or byte order mark, they mean what was there before.
     with contextlib.suppress(Exception):
-        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        read = auto.from_pretrained(tmp_path, dtype=torch.float32)
         read(tokens)  # before this, a null theta is not noticed
         theirs = read
     ours = load_model(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 40, 0))
         assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
-    save_model(ours, tmp_path / "again")
+        save_model(ours, tmp_path / "again")
+        back = auto.from_pretrained(tmp_path / "again")
+        assert type(back) is type(theirs)
+        assert torch.allclose(mine, back(tokens).logits, atol=1e-4, rtol=0)
     again = load_model(tmp_path / "again")
     assert again.config == ours.config
     for one, other in zip(ours.parameters(), again.parameters(), strict=True):
@@ -169,24 +216,31 @@ def cut_off(folder):
 
 
 # Values that are refused by the key's name, and forms of rope_scaling by other words.
-KEYS: dict = dict(model_type=["gpt2", ABSENT], hidden_act=["gelu"], attention_bias=[True])
-KEYS |= dict(mlp_bias=[True], quantization_config=[{"bits": 4}], sliding_window=[16])
+KEYS: dict = dict(model_type=["gpt2", ABSENT, ["llama"], "qwen2_moe", "olmo3", "ministral"])
+KEYS |= dict(hidden_act=["gelu"], attention_bias=[True], sliding_window=["16", 0])
+KEYS |= dict(mlp_bias=[True], quantization_config=[{"bits": 4}])
 KEYS |= dict(tie_word_embeddings=["false"], partial_rotary_factor=[0.5], rope_theta=[0])
 KEYS |= dict(hidden_size=["large", ABSENT, 32.0, 10**30], num_hidden_layers=[2**30])
 KEYS |= dict(vocab_size=[2**30], num_key_value_heads=[3], head_dim=[7], rope_scaling=[["llama3"]])
-ROPES: dict = {"yarn": {"rope_type": "yarn", "factor": 4.0}, "linear": {"type": "linear"}}
+ROPES: dict = {"'dynamic' is not": {"rope_type": "dynamic", "factor": 4.0}}
+ROPES |= {"factor must": {"type": "linear"}, "attention_factor": YARN | dict(attention_factor=-1)}
+ROPES |= {"truncate": YARN | dict(truncate=False), "mscale_all_dim": YARN | dict(mscale_all_dim=1)}
+ROPES |= {"one rule for all layers": {"full_attention": FAR}}
 ROPES |= {"partial_rotary": {"rope_type": "default", "partial_rotary_factor": 0.5}}
 ROPES |= {"factor must be": {"rope_type": "llama3", "factor": "x"}}
 ROPES |= {"low_freq_factor": LLAMA3 | dict(low_freq_factor=4.0)}
+LAYERS = [{"no_rope_layers": marks} for marks in ([1], 2)] + [{"no_rope_layer_interval": 0}]
 SHARDS = "../x.safetensors", "/etc/x.safetensors", "..", "", "a\0.safetensors", 7, []
 REFUSED: list = [  # changes of config.json, or what is done to the folder, and words of the refusal
     *(({key: value}, key) for key, refused in KEYS.items() for value in refused),
     *(({"rope_scaling": rope}, words) for words, rope in ROPES.items()),
+    *(({"model_type": "smollm3", **wrong}, "no_rope_layer") for wrong in LAYERS),
+    ({"model_type": "qwen2"}, "6 tensors are missing.*bias"),
     *((index_of({HEAD: name}), "no shard in the folder") for name in SHARDS),
     ({"intermediate_size": 97}, "shape"),
     ({"num_hidden_layers": 3}, "missing"),
-    ({"num_hidden_layers": 1}, "belong to no Llama"),
-    (tensors(lambda s: s | {BIAS: torch.zeros(32)}), "belong to no Llama.*bias"),
+    ({"num_hidden_layers": 1}, "belong to no such model"),
+    (tensors(lambda s: s | {BIAS: torch.zeros(32)}), "belong to no such model.*bias"),
     (tensors(lambda s: s | {NORM: torch.ones(32, dtype=torch.int8)}), "floats"),
     (tensors(lambda s: s | {NORM: torch.ones(1, 32)}), "shape"),
     (without(HEAD), "missing.*lm_head"),
@@ -208,12 +262,47 @@ def test_what_would_be_computed_otherwise_is_one_clear_line(spoil, words, small)
     assert str(small) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_any_config_is_taken_or_refused_in_one_line(small):
-    """A model of it is never made: tests of refused sizes would need the memory."""
-    edit_config(small, rope_scaling=LLAMA3)
-    whole = json.loads((small / "config.json").read_text())
+FULL, SLIDING = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+READS: list = [  # tokens that see each other in every layer, of 64 positions
+    (64, dict(model_type="mistral", sliding_window=None)),
+    (64, dict(model_type="mistral")),  # 4,096 where it says nothing
+    (64, dict(model_type="mistral", sliding_window=64)),
+    (16, dict(model_type="mistral", sliding_window=16, use_sliding_window=False)),
+    (64, dict(model_type="qwen2", sliding_window=16, layer_types=SLIDING)),
+    (64, dict(model_type="qwen2", sliding_window=16, use_sliding_window=False)),
+    (64, dict(model_type="qwen3", sliding_window=None, use_sliding_window=True)),
+    (64, dict(model_type="qwen3", sliding_window=16, use_sliding_window=True, layer_types=FULL)),
+    (16, dict(model_type="qwen3", sliding_window=16, use_sliding_window=True, layer_types=SLIDING)),
+    (16, dict(model_type="smollm3", sliding_window=16, use_sliding_window=True)),
+    (16, dict(sliding_window=16)),
+]
 
-    @settings(max_examples=300, deadline=None)
+
+@pytest.mark.parametrize(("reads", "changes"), READS)
+def test_no_more_is_read_than_a_sliding_window_shows(reads, changes, small):
+    edit_config(small, max_position_embeddings=64, **changes)
+    assert read_config(small).max_seq == reads
+    if changes.get("model_type", "llama") in ("llama", "mistral"):  # which have the same tensors
+        save_model(load_model(small), small)
+        written = json.loads((small / "config.json").read_text())
+        assert written["max_position_embeddings"] == 64 and changes.items() <= written.items()
+        for size, words in ((reads, ""), (reads + 1, f"{reads} positions .*sliding_window")):
+            config = Config(init_from=str(small), max_seq=size, chunk=4)
+            with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+                initial_policy(config, 96, "cpu")
+
+
+WHOLE = dict(model_type="smollm3", no_rope_layers=[0, 1], layer_types=SLIDING, rope_scaling=YARN)
+WHOLE |= dict(sliding_window=16, use_sliding_window=True)
+
+
+@pytest.mark.parametrize("changes", [{"rope_scaling": LLAMA3}, WHOLE], ids=["llama", "smollm3"])
+def test_any_config_is_taken_or_refused_in_one_line(changes, small):
+    """A model of it is never made: tests of refused sizes would need the memory."""
+    edit_config(small, **changes)
+    whole = changes | json.loads((small / "config.json").read_text())  # first what is unusual
+
+    @settings(max_examples=200, deadline=None)
     @given(st.sampled_from(list(places(whole))), values)
     def check(place, new):
         (small / "config.json").write_text(json.dumps(spoilt(whole, place, new)))

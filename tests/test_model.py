@@ -1,4 +1,4 @@
-"""The policy equals transformers' Llama, and sharing a prefix changes nothing."""
+"""The policy equals transformers' of every family, and sharing a prefix changes nothing."""
 
 import shutil
 
@@ -8,11 +8,21 @@ import torch
 import model
 from model import Llama, ModelConfig, preset, save_model
 from support.command import UserError
+from support.hub import FAMILIES
+
+VARIANTS = {family: dict(family=family, **differs) for family, (_, differs, _) in FAMILIES.items()}
+VARIANTS["smollm3"] |= dict(rotates=[1, 0])
+EVERYTHING = dict(qkv_bias=True, qk_norm="whole", norm_after=True, rotates=[0, 1])
+ALL = pytest.mark.parametrize("shape", VARIANTS.values(), ids=VARIANTS)
 
 
 def tiny(**changes) -> Llama:
     shape = dict(vocab_size=101, n_layer=2, n_head=4, n_kv_head=4, d_model=64, d_ff=96, head_dim=16)
-    return Llama(ModelConfig(**(shape | changes))).initialise(0)
+    model = Llama(ModelConfig(**(shape | changes))).initialise(0)
+    torch.manual_seed(0)
+    for p in model.parameters():  # else biases were 0, and norms 1
+        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
+    return model
 
 
 def layout(B=3, P=9, C=3, N=5, seed=0, V=101):
@@ -22,7 +32,11 @@ def layout(B=3, P=9, C=3, N=5, seed=0, V=101):
     return prefix, pad, torch.randint(V, (B, C, N), generator=rng)
 
 
-@pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2), dict(n_kv_head=1, head_dim=32)])
+SHAPES = [dict(n_kv_head=2) | shape for shape in VARIANTS.values()]
+SHAPES += [{}, *(dict(n_kv_head=1, head_dim=32) | VARIANTS[name] for name in ("llama", "qwen3"))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.get("family"))
 @pytest.mark.parametrize(("C", "N"), [(0, 5), (1, 1), (3, 5)])
 def test_logits_and_logprobs_equal_transformers(C, N, shape, tmp_path):
     """Each continuation after its prefix as one text of its own (tests/test_hub.py: folders)."""
@@ -50,17 +64,19 @@ def test_logits_and_logprobs_equal_transformers(C, N, shape, tmp_path):
                 assert torch.allclose(logp[b, c], of_tokens[:, 0], atol=1e-4, rtol=0)
 
 
-def test_under_autocast_the_kernels_get_16_bits(monkeypatch):
+@pytest.mark.filterwarnings("error")  # norms of 16 bits by float32 weights warn, and are slow
+@pytest.mark.parametrize("shape", [{}, EVERYTHING])
+def test_under_autocast_the_kernels_get_16_bits(shape, monkeypatch):
     """On a GPU float32 inputs would go to the slow definitions without a word."""
     seen = {}
 
     def recorded(function):
-        return lambda x, *rest: seen.update({function: x.dtype}) or function(x, *rest)
+        return lambda x, y, *rest: seen.update({function: x.dtype}) or function(x, y, *rest)
 
     kernels = [model.prefix_attention, model.linear_logprob]
     for function in kernels:
         monkeypatch.setattr(model, function.__name__, recorded(function))
-    policy = tiny()
+    policy = tiny(**shape)
     with torch.autocast("cpu", torch.bfloat16):
         logp = policy.logprobs(*layout())
     logp.sum().backward()
@@ -69,9 +85,9 @@ def test_under_autocast_the_kernels_get_16_bits(monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_layers_compute_the_same(recompute):
-    eager, compiled = tiny(n_kv_head=2), tiny(n_kv_head=2)
+@pytest.mark.parametrize(("recompute", "shape"), [(False, {}), (True, {}), (False, EVERYTHING)])
+def test_compiled_layers_compute_the_same(recompute, shape):
+    eager, compiled = tiny(n_kv_head=2, **shape), tiny(n_kv_head=2, **shape)
     compiled.compiled, compiled.recompute = True, recompute
     for shape in (dict(), dict(B=2, P=17, C=2, N=3)):
         logps = [model.logprobs(*layout(**shape)) for model in (eager, compiled)]
@@ -82,9 +98,10 @@ def test_compiled_layers_compute_the_same(recompute):
         assert torch.allclose(p.grad, q.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_shared_prefix_equals_separate_rows():
+@ALL
+def test_shared_prefix_equals_separate_rows(shape):
     """Log-probabilities and gradients: C continuations of one prefix, or C rows of one each."""
-    model = tiny(n_kv_head=2).double()
+    model = tiny(n_kv_head=2, **shape).double()
     prefix, pad, continuations = layout(C=4)
     lengths = torch.tensor([[5, 1, 3, 5], [2, 5, 5, 4], [5, 5, 1, 2]])
     B, C, N = continuations.shape

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_model import ALL, tiny
 
 import candidates
 from config import Config
@@ -18,13 +19,20 @@ from rollout import PrefixCache, sample_rollouts, uniforms
 V, EOS = 23, 22
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = ModelConfig(V, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
-    model = Llama(config).initialise(1)
-    for p in model.parameters():  # peaked enough that temperature and top-p matter
+SHAPE = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
+
+
+def peaked(**changes):
+    """A model for which temperature and top-p matter."""
+    model = Llama(ModelConfig(V, **(SHAPE | changes))).initialise(1)
+    for p in model.parameters():
         p.data.mul_(4.0)
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return peaked()
 
 
 def prefixes(B=3, P=7):
@@ -39,9 +47,10 @@ def run(model, prefix, pad, K=4, N=12, seed=7, index=None, eos=EOS, **how):
     return sample_rollouts(model, prefix, pad, K, N, eos=eos, seed=seed, index=index, **how)
 
 
+@ALL
 @torch.no_grad()
-def test_cached_greedy_equals_uncached(model):
-    prefix, pad = prefixes()
+def test_cached_greedy_equals_uncached(shape):
+    model, (prefix, pad) = peaked(**shape), prefixes()
     got = run(model, prefix, pad, K=2, temperature=0)
     for b in range(len(prefix)):
         row, zero, out = prefix[b, pad[b] :].tolist(), torch.zeros(1, dtype=torch.int32), []
@@ -78,7 +87,7 @@ def test_stops_at_every_end_of_text(model, ends):
 
 def test_training_and_evaluation_stop_at_the_policys_own_ends(model):
     policy = copy.deepcopy(model)
-    policy.config.token_ids, policy.config.generation = {"eos_token_id": 3}, {"eos_token_id": [5]}
+    policy.config.kept, policy.config.generation = {"eos_token_id": 3}, {"eos_token_id": [5]}
     prefix, pad = prefixes()
     batch = SimpleNamespace(prefix=prefix, pad=pad, index=torch.arange(3))
     tokenizer = SimpleNamespace(eos=EOS, decode=list)
@@ -154,11 +163,12 @@ def test_memory_is_that_of_the_prefix_and_its_continuations():
     assert cache < peak < 1.15 * cache + weights
 
 
+@ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_compute_the_same(dtype):
+def test_packed_weights_compute_the_same(dtype, shape):
     """On layers large enough to be packed."""
-    shape = ModelConfig(V, n_layer=2, n_head=4, n_kv_head=2, d_model=256, d_ff=512, head_dim=64)
-    model, tokens = Llama(shape).initialise(1), torch.randint(V, (2, 300))
+    model = tiny(n_kv_head=2, d_model=256, d_ff=512, head_dim=64, **shape)
+    tokens = torch.randint(101, (2, 300), generator=torch.Generator().manual_seed(0))
     before = model.model.layers[0].before
 
     @torch.no_grad()

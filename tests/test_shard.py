@@ -1,5 +1,7 @@
 """A policy spread over two processes (FSDP2) learns what one process learns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from update import make_optimizer, pick, update
 SHAPE = ModelConfig(
     40, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8, tie_embeddings=True
 )
+# What the families have beside, all at once.
+OTHER = replace(SHAPE, qkv_bias=True, qk_norm="whole", norm_after=True, rotates=[1, 0])
 
 
 def pool(rows: list):
@@ -53,8 +57,8 @@ def learn(policy, reference, turns: list, **settings):
     return weights, state["state"], norms
 
 
-def models():
-    return Llama(SHAPE).initialise(0), Llama(SHAPE).initialise(1)
+def models(shape=SHAPE):
+    return Llama(shape).initialise(0), Llama(shape).initialise(1)
 
 
 GRPO = dict(objective="grpo", grpo_kl=0.1)
@@ -63,7 +67,7 @@ GRPO = dict(objective="grpo", grpo_kl=0.1)
 def process(rank: int, folder: str):
     where = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-    both = [shard(model, torch.device("cpu")) for model in (*models(), *models())]
+    both = [shard(model, torch.device("cpu")) for model in (*models(), *models(OTHER))]
     policy, reference, *others = both
     assert is_sharded(policy)
     policy.recompute = True
@@ -82,7 +86,7 @@ def process(rank: int, folder: str):
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(process, (str(tmp_path),), nprocs=2)
     dpo = learn(*models(), [[0, 1, 2], [0, 1, 2], [1]], anchor="kl:0.5")
-    grpo = learn(*models(), [[0, 1, 2]], **GRPO)
+    grpo = learn(*models(OTHER), [[0, 1, 2]], **GRPO)
     for spread, one in zip(torch.load(tmp_path / "result"), (dpo, grpo), strict=True):
         for found, expected in zip(spread[0].items(), one[0].items(), strict=True):
             assert found[0] == expected[0] and torch.allclose(found[1], expected[1], atol=1e-5)

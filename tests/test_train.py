@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from nursery import assert_same_run, log_of, start, weights_of
+from test_model import VARIANTS
 
 import config as configuration
 import train
 from evaluation import evaluate
-from model import load_model
+from model import Llama, load_model, preset, save_model
 from support import distributed, runlog
 from support.command import ROOT, UserError
 from support.settings import execute
@@ -270,3 +272,19 @@ def test_every_row_runs_in_miniature(row, reference, teacher_url, tmp_path):
         assert line[f"chosen.{config.candidates.partition(',')[0].removesuffix('s')}"] == 1.0
     before, after = weights_of(base), weights_of(out)
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo2"])
+def test_a_folder_of_another_family_trains(family, teacher_url, tmp_path):
+    tokenizer, start_from, out = load_tokenizer("world"), tmp_path / "start", tmp_path / "run"
+    shape = replace(preset("world", tokenizer.vocab_size), **VARIANTS[family])
+    save_model(Llama(shape).initialise(0), start_from, None, tokenizer.eos)
+    tokenizer.save(start_from)
+    flags = dict(out_dir=out, init_from=start_from, max_steps=1, batch_size=4, eval_prefixes=0)
+    flags |= dict(judge_url=teacher_url, rewrite_url=teacher_url, baseline=False)
+    train.main([f"--{name}={value}" for name, value in flags.items()])
+    assert json.loads((out / "log.jsonl").read_text())["grad_norm"] > 0
+    assert json.loads((out / "ckpt/config.json").read_text())["model_type"] == family
+    before, after = load_model(start_from), load_model(out / "ckpt")
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert not torch.equal(p, q), name
