@@ -1,4 +1,4 @@
-"""The policy: a Llama, or what a few fields make of it, that reads and writes Hugging Face folders.
+"""The policy: a Llama or a near relative that reads and writes Hugging Face folders.
 
 In: tokens laid out as [left-padded prefix of P | C continuations of N], described by (pad per row,
 P, N) alone. A prefix token attends causally to the prefix; a continuation token to the whole prefix
@@ -49,7 +49,7 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen 2
     qk_norm: str = ""  # of queries and keys: each "head" has its own (Qwen 3), the "whole" (OLMo 2)
     norm_after: bool = False  # norms stand behind attention and MLP, not before them (OLMo 2)
-    rotates: list[int] = field(default_factory=list)  # 0: a layer without rope (SmolLM 3); [] none
+    rotates: list[int] = field(default_factory=list)  # 0: no rope in this layer (SmolLM 3); or []
     # What the folder of the weights says beside, handed on when they are saved:
     kept: dict = field(default_factory=dict)  # config.json's ids that begin and end texts, windows
     generation: dict | None = None  # generation_config.json
@@ -138,7 +138,6 @@ class Attention(nn.Module):
         super().__init__()
         c, self.head_dim = config, config.head_dim
         q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        # An attribute also for kernels/packed.py, which may not import it.
         self.rotate = rotate if not c.rotates or c.rotates[layer] else lambda x, cos, sin: x
         self.q_proj = nn.Linear(c.d_model, q, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.d_model, kv, bias=c.qkv_bias)
@@ -247,8 +246,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def initialise(self, seed: int):
-        """Normal(0, 0.02), projections into the residual stream smaller by sqrt(2 * layers), biases
-        0, norms 1."""
+        """Normal(0, 0.02), into the residual stream smaller by sqrt(2 * layers); biases are 0."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):

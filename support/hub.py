@@ -78,7 +78,7 @@ SIZES = {  # in ModelConfig: its name in config.json, and a limit far above that
 MISTRAL = dict(max_position_embeddings=2**17, num_key_value_heads=8, sliding_window=4096)
 QWEN = dict(max_position_embeddings=2**15, num_key_value_heads=32, use_sliding_window=False)
 SMOLLM3 = QWEN | dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
-FAMILIES: dict = {  # model_type: its class, what in ModelConfig sets it apart, other defaults
+FAMILIES: dict = {  # model_type: class, fields of ModelConfig, what of config.json is no Llama's
     "llama": ("Llama", {}, {}),
     "mistral": ("Mistral", {}, MISTRAL),
     "qwen2": ("Qwen2", dict(qkv_bias=True), QWEN),
@@ -157,7 +157,7 @@ def read_rope(hf: dict, path: Path) -> tuple[float, dict | None]:
 
 
 def within_window(hf: dict, positions: int, path: Path) -> int:
-    """How many of the positions see all before them in every layer, as they do here."""
+    """How many positions see all before them in every layer, as here all do."""
     used = hf.get("use_sliding_window", True) or hf["model_type"] == "mistral"
     if not used or "sliding" not in str(hf.get("layer_types", "sliding")):
         return positions
@@ -165,7 +165,7 @@ def within_window(hf: dict, positions: int, path: Path) -> int:
 
 
 def rotating(hf: dict, layers: int, path: Path) -> list:
-    """SmolLM 3's no_rope_layers: 0 for layers without rotary positions, else every fourth."""
+    """SmolLM 3's no_rope_layers: 0 for layers without rotary positions, by default each fourth."""
     every = number(hf, "no_rope_layer_interval", 4, path)
     marks = hf.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(layers)])
     if not isinstance(marks, list) or len(marks) < layers:
@@ -211,15 +211,17 @@ def read_shape(folder: str | Path) -> dict:
     if hf["model_type"] == "smollm3":
         shape["rotates"] = rotating(hf, shape["n_layer"], path)
     generation = path.with_name("generation_config.json")
-    return {
-        **shape,
-        **differs,
-        "family": hf["model_type"],
-        "norm_eps": number(hf, "rms_norm_eps", 1e-6, path),
-        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "kept": kept,
-        "generation": read_object(generation) if generation.exists() else None,
-    }
+    return (
+        shape
+        | differs
+        | {
+            "family": hf["model_type"],
+            "norm_eps": number(hf, "rms_norm_eps", 1e-6, path),
+            "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+            "kept": kept,
+            "generation": read_object(generation) if generation.exists() else None,
+        }
+    )
 
 
 # ---- Tensors ------------------------------------------------------------------------------------
@@ -267,9 +269,7 @@ def read_tensors(folder: Path, shapes: dict, device, dtype, alike: tuple = ()) -
     if missing and not (len(missing) == 1 and missing[0] in alike):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first: {missing[0]}")
     if extra:
-        raise UserError(
-            f"{folder}: {len(extra)} tensors belong to no such model, the first: {extra[0]}"
-        )
+        raise UserError(f"{folder}: {len(extra)} tensors are too many, the first: {extra[0]}")
     state = {}
     for name, file in held.items():
         kind, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()

@@ -301,7 +301,7 @@ def start_server(folder, batch: int = 64):
 
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="a checkpoint of ours, or a Llama-family folder")
+    parser.add_argument("folder", help="a checkpoint of ours, or another Hugging Face folder")
     parser.add_argument("--host", default="127.0.0.1", help="beyond this machine only with a key")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("--batch", type=int, default=64, help="answers sampled at a time")
