@@ -92,10 +92,8 @@ def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     elif rule["rope_type"] == "yarn":
         # The pair that turns beta times; between the two of them the blend is linear in the pair.
         turns = rule["original_max_position_embeddings"] / (2 * math.pi)
-        low, high = (
-            D * math.log(turns / rule[beta]) / (2 * math.log(config.rope_theta))
-            for beta in ("beta_fast", "beta_slow")
-        )
+        step = 2 * math.log(config.rope_theta) / D  # between the logarithms of neighbours' turns
+        low, high = (math.log(turns / rule[beta]) / step for beta in ("beta_fast", "beta_slow"))
         low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
         ramp = (torch.arange(D // 2, device=device) - low) / ((high - low) or 0.001)
         keep = 1 - ramp.clamp(0, 1)
@@ -139,9 +137,8 @@ class Attention(nn.Module):
         c, self.head_dim = config, config.head_dim
         q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
         self.rotate = rotate if not c.rotates or c.rotates[layer] else lambda x, cos, sin: x
-        self.q_proj = nn.Linear(c.d_model, q, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, kv, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, kv, bias=c.qkv_bias)
+        linear = partial(nn.Linear, c.d_model, bias=c.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = linear(q), linear(kv), linear(kv)
         self.o_proj = nn.Linear(q, c.d_model, bias=False)
         self.q_norm = self.k_norm = None
         if c.qk_norm:
@@ -178,19 +175,15 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        none: Any = nn.Identity()
-        norm = partial(RMSNorm, config.d_model, config.norm_eps)
-        if not config.norm_after:
-            self.input_layernorm = norm()
+        after, norm = config.norm_after, partial(RMSNorm, config.d_model, config.norm_eps)
+        self.input_layernorm = nn.Identity() if after else norm()
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = norm()
+        self.post_attention_layernorm = norm()  # Llama's stands before the MLP
         self.mlp = MLP(config)
-        # Before and after attention, before and after the MLP; a tuple adds no names of tensors.
-        if config.norm_after:
-            self.post_feedforward_layernorm = norm()
-            self.norms = none, self.post_attention_layernorm, none, self.post_feedforward_layernorm
-        else:
-            self.norms = self.input_layernorm, none, self.post_attention_layernorm, none
+        self.post_feedforward_layernorm = norm() if after else nn.Identity()
+        middle = (nn.Identity(), self.post_attention_layernorm)[:: -1 if after else 1]
+        # Before and behind attention, before and behind the MLP; a tuple adds no names of tensors.
+        self.norms = self.input_layernorm, *middle, self.post_feedforward_layernorm
 
     def forward(self, x, cos, sin, attend, compiled: bool = False):
         """x [B, T, d] -> [B, T, d]; attend(q, k, v) -> what each token attended [B, T, H * D]."""
@@ -205,12 +198,12 @@ class Block(nn.Module):
 
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
-        _, after_attention, before_mlp, after_mlp = self.norms
-        x = x + after_attention(self.self_attn.o_proj(attended))
+        _, behind_attention, before, behind = self.norms
+        x = x + behind_attention(self.self_attn.o_proj(attended))
         if torch.is_grad_enabled() or x.device.type != "cpu":
-            return x + after_mlp(self.mlp(before_mlp(x)))
+            return x + behind(self.mlp(before(x)))
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
-            part += after_mlp(self.mlp(before_mlp(part)))
+            part += behind(self.mlp(before(part)))
         return x
 
 
@@ -384,10 +377,8 @@ def initial_policy(config: Config, vocab_size: int, device) -> Llama:
         made += f" {shape.max_seq} positions (max_position_embeddings or sliding_window)"
         raise UserError(f"{made}, fewer than max_seq={config.max_seq}")
     if shape.vocab_size < vocab_size:
-        name = f"tokenizer={config.tokenizer}"
-        raise UserError(
-            f"{made} {shape.vocab_size} tokens, {name} has {vocab_size}: choose its own"
-        )
+        found = f"tokenizer={config.tokenizer} has {vocab_size}"
+        raise UserError(f"{made} {shape.vocab_size} tokens, {found}: choose its own")
     return policy
 
 

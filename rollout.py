@@ -99,10 +99,8 @@ class PrefixCache:
         # As many prefixes at a time as need no more memory than the continuations will.
         numbers = K * N * 2 * c.n_layer * c.n_kv_head * c.head_dim
         rows = max(1, B * numbers // (P * (4 * c.d_ff + 8 * c.d_model)))
-        parts = zip(
-            prefix.split(rows), pad.split(rows), self.prefix.split(rows, dim=2), strict=True
-        )
-        last = [model(tokens, p, P, 0, kv)[:, -1].clone() for tokens, p, kv in parts]
+        parts = prefix.split(rows), pad.split(rows), self.prefix.split(rows, dim=2)
+        last = [model(t, p, P, 0, kv)[:, -1].clone() for t, p, kv in zip(*parts, strict=True)]
         self.first = model.logits(torch.cat(last))
         self.own = cache(B, K, c.n_kv_head, N)  # [L, 2, B, K, Hkv, N, D]
         after_prefix = (P - pad)[:, None] + torch.arange(N, device=device)
@@ -176,10 +174,8 @@ def sample_rollouts(
     (B, P), device = prefix.shape, prefix.device
     if (size := prefixes_at_once(model, P, K, N)) < B:
         how: dict = dict(eos=eos, seed=seed, temperature=temperature, top_p=top_p)
-        parts = []
-        for i in range(0, B, size):
-            own, at = (prefix[i : i + size], pad[i : i + size]), index[i : i + size]
-            parts.append(astuple(sample_rollouts(model, *own, K, N, index=at, **how)))
+        turns = zip(prefix.split(size), pad.split(size), index.split(size), strict=True)
+        parts = [astuple(sample_rollouts(model, x, p, K, N, index=i, **how)) for x, p, i in turns]
         return Rollouts(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     ends = torch.tensor([eos] if isinstance(eos, int) else eos, device=device)
     u = uniforms(seed, index, K, N).to(device)

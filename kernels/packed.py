@@ -14,8 +14,7 @@ from torch import nn
 
 
 class PackedLinear:
-    """x [..., in] -> x @ weight.T + bias [..., out], in the type of the packing; weight [out, in],
-    bias [out] or None."""
+    """x [..., in] -> x @ weight.T + bias [..., out], in the packing's type; weight [out, in]."""
 
     def __init__(self, weight, dtype: torch.dtype, bias=None):
         self.dtype, self.bias = dtype, None if bias is None else bias.detach().to(dtype)
@@ -73,11 +72,11 @@ class PackedBlock:
 
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
-        _, after_attention, before_mlp, after_mlp = self.norms
-        x = x + after_attention(self.o(attended))
+        _, behind_attention, before, behind = self.norms
+        x = x + behind_attention(self.o(attended))
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
-            h = before_mlp(part)
-            part += after_mlp(self.down(self.up.times(h, self.gate(h, "swish"))))
+            h = before(part)
+            part += behind(self.down(self.up.times(h, self.gate(h, "swish"))))
         return x
 
 
