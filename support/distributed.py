@@ -55,6 +55,9 @@ def start(kind: str, patience: float) -> torch.device:
     return device
 
 
+QUOTA = ("quota", "period")  # microseconds, of cgroups 1
+
+
 def choose_threads(width: int, root: Path = Path("/sys/fs/cgroup")) -> int:
     """Set how many threads compute on the CPU, and tell: what OMP_NUM_THREADS says; one for a model
     of up to 256 features, whose small products only wait for each other on several; else one for
@@ -65,9 +68,8 @@ def choose_threads(width: int, root: Path = Path("/sys/fs/cgroup")) -> int:
             quota, period = (root / "cpu.max").read_text().split()
             limit = int(quota) / int(period)
         with contextlib.suppress(OSError, ValueError):
-            quota, period = (root / f"cpu/cpu.cfs_{name}_us" for name in ("quota", "period"))
-            if (microseconds := int(quota.read_text())) > 0:
-                limit = microseconds / int(period.read_text())
+            of = {name: int((root / f"cpu/cpu.cfs_{name}_us").read_text()) for name in QUOTA}
+            limit = of["quota"] / of["period"] if of["quota"] > 0 else limit
         most = 1 if width <= 256 else torch.get_num_threads()
         torch.set_num_threads(max(1, int(min(most, limit))))
     return torch.get_num_threads()
