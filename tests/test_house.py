@@ -82,7 +82,7 @@ def lines(*folders: str) -> int:
     [  # lines; the last two should come to 9,500 and 5,500
         (["."], 3000),
         ([".", "kernels"], 4000),
-        ([".", *GROUND, *ROOMS], 12112),
+        ([".", *GROUND, *ROOMS], 12150),
         (["tests"], 7409),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],
