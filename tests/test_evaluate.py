@@ -21,6 +21,7 @@ from judge import Judge
 from model import Llama, preset, save_model
 from support.command import UserError
 from support.tokenizer import load_tokenizer
+from tools import bench_judge
 from world import teacher
 
 
@@ -273,10 +274,8 @@ def test_a_mistake_is_one_line(checkpoints, tmp_path, capsys):
 
 
 def test_the_training_judge_is_named(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    trained = {"judge_url": "http://127.0.0.1:1/v1", "judge_model": "big"}
-    (run / "config.json").write_text(json.dumps(trained))
+    (run := tmp_path / "run").mkdir()
+    (run / "config.json").write_text('{"judge_url": "http://127.0.0.1:1/v1", "judge_model": "big"}')
     for folder in (run / "ckpt", run / "checkpoints" / "step_000001"):
         assert str(run) in evaluate.same_judge(str(folder), "http://127.0.0.1:2/v1", "big")
         assert str(run) in evaluate.same_judge(str(folder), "http://127.0.0.1:1/v1", "small")
@@ -301,8 +300,8 @@ def test_a_continuation_stops_at_every_end_token_of_its_folder(checkpoints, tmp_
     for before, now in zip(whole, texts(), strict=True):
         ids = tokenizer.encode(before)
         assert now == tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
-    assert texts() != whole
-
+    [sample] = bench_judge.continued(str(folder), "world", 1, 8)
+    assert texts() != whole and len(sample["text"].split()) <= 8
 
 def test_another_tokenizer_gets_the_same_texts():
     words = load_tokenizer("world")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, check
-from evaluation.evaluate import write_batch
+from evaluation.evaluate import continue_batch
 from evaluation.sets import held_out_sets
 from judge import Judge, load_prompts, render, together
 from model import load_model
@@ -97,7 +97,7 @@ def continued(folder, data, count, chunk):
     size = dict(chunk=chunk, max_seq=min(2048, policy.config.max_seq), count=count)
     for held in held_out_sets(data, tokenizer, **size).values():
         for batch in held.batches:
-            texts = write_batch(policy, batch, tokenizer, chunk)["texts"]
+            texts = continue_batch(policy, batch, tokenizer, chunk)
             for row in zip(batch.prefix_text, batch.suffix_text, texts, strict=True):
                 samples.append(dict(zip(("prefix", "reference", "text"), row, strict=True)))
     return samples[:count]
