@@ -106,12 +106,8 @@ class Config:
     eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
     eval_judge_model: str = key("", "model name sent to eval_judge_url; empty: judge_model")
 
-    dry_run: bool = key(
-        False, "print what the run will cost, and stop", "Cost (for dry_run, check)"
-    )
-    check: bool = key(
-        False, "try policy, data and teachers for seconds, estimate the cost, and stop"
-    )
+    dry_run: bool = key(False, "print what the run will cost, and stop", "Cost (dry_run, check)")
+    check: bool = key(False, "try policy, data, teachers for seconds, estimate the cost, and stop")
     gpus: int = key(8, "GPUs that the policy runs on")
     gpu_tflops: float = key(300.0, "TFLOP/s that one of them reaches in practice")
     judge_tokens_per_second: float = key(20000.0, "tokens that all judge replicas write a second")
@@ -136,15 +132,8 @@ FOLDERS = ["out_dir", "data", "init_from", "tokenizer", "prompts"]  # where ~ is
 # Keys that change no result beyond rounding: they may differ when an unfinished run goes on.
 NEUTRAL = {"out_dir", "device", "save_every", "keep", "example_every", "track", "shard"}
 NEUTRAL |= {"recompute", "compile", "micro_batch_tokens", "concurrency", "timeout"}
-NEUTRAL |= {
-    "give_up_after",
-    "eval_prefixes",
-    "eval_judge_url",
-    "eval_judge_model",
-    "dry_run",
-    "check",
-}
-NEUTRAL |= {"gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_out"}
+NEUTRAL |= {"give_up_after", "eval_prefixes", "eval_judge_url", "eval_judge_model", "dry_run"}
+NEUTRAL |= {"check", "gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_out"}
 ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two is the pocket world
 
 # Keys of older versions, with the values that are what is done now.
@@ -194,8 +183,7 @@ def check(config: Config) -> Config:
     check_values(config)
     sources, objective = names(config.candidates), config.objective
     need(sources and len(set(sources)) == len(sources), "candidates: name each source once")
-    count = len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
-    need(objective == "nll" or count > 1, f"objective={objective} needs 2 candidates")
+    need(objective == "nll" or pool_size(config) > 1, f"objective={objective} needs 2 candidates")
     if objective == "grpo":
         need(sources == ["rollouts"], "objective=grpo takes samples alone: candidates=rollouts")
         need(config.rewards, "objective=grpo learns from rewards: set some")
@@ -206,7 +194,7 @@ def check(config: Config) -> Config:
         need(fits, "reject=rollouts is for pairs with rollouts among the candidates")
     if config.anchor:
         parse_anchor(config.anchor)
-        need("nll" not in objective, "anchor is for dpo and grpo; nll takes nll_prefix=True")
+        need("nll" not in objective, "anchor is for pairs and grpo; nll takes nll_prefix=True")
     if config.nll_prefix:
         need("nll" in objective, f"nll_prefix=True is for nll and rf_nll, not for {objective=!s}")
     if config.max_seq < 2 * config.chunk:
@@ -278,6 +266,12 @@ def monitors(config: Config) -> list[str]:
     if config.track != "auto":
         return names(config.track)
     return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+
+
+def pool_size(config: Config) -> int:
+    """C, the candidates of each prefix."""
+    sources = names(config.candidates)
+    return len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
 
 
 def needs_reference(config: Config) -> bool:

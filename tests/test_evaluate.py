@@ -303,6 +303,7 @@ def test_a_continuation_stops_at_every_end_token_of_its_folder(checkpoints, tmp_
     [sample] = bench_judge.continued(str(folder), "world", 1, 8)
     assert texts() != whole and len(sample["text"].split()) <= 8
 
+
 def test_another_tokenizer_gets_the_same_texts():
     words = load_tokenizer("world")
     held = from_texts(["this is a test .", "mirela"], ["", ""], {}, words, 4)

@@ -13,7 +13,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from config import Config, needs_reference, parse_rewards
+from config import PAIRWISE, Config, needs_reference, parse_rewards, pool_size
 from judge import FIELD, load_prompts
 from model import Llama, ModelConfig, preset, read_config
 from schedules import schedule
@@ -21,11 +21,6 @@ from support.settings import names
 from support.tokenizer import load_tokenizer
 
 ANSWER_TOKENS = 80  # a short reasoning and a verdict
-
-
-def pool_size(config: Config) -> int:
-    sources = names(config.candidates)
-    return len(sources) + (config.rollouts - 1 if "rollouts" in sources else 0)
 
 
 def comparisons(config: Config) -> int:
@@ -67,7 +62,9 @@ def parameters(shape: ModelConfig) -> int:
 
 def learned(config: Config) -> int:
     """Candidates of each prefix whose log-probabilities the objective needs."""
-    return {"dpo": 2, "grpo": pool_size(config)}.get(config.objective, 1)
+    if config.objective in PAIRWISE:
+        return 2
+    return pool_size(config) if config.objective == "grpo" else 1
 
 
 def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
