@@ -8,7 +8,7 @@
 The last is the study of the nine factuality prompts (tables 13 to 15): agreement is with the first
 judge, 200 samples. Temperature, top_p and samples are the paper's. The limits of an answer are
 ours where it gives none, and so is the reasoning effort (judge_extra="reasoning_effort=low"), which
-it does not name. A judge that was fine-tuned here: configs/teachers.py, under a name of your own.
+it does not name.
 """
 
 prompts = "prompts"

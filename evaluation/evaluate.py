@@ -69,7 +69,7 @@ def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
 def likelihoods(policy, base, batch, masks: dict) -> dict[str, tuple[float, int]]:
     """(sum in nats, tokens) of: "nll" of a data.Batch's original suffixes, "nll_NAME" of those of
     their tokens that one of the masks [B, N] marks, and, beside another base, "kl" from the base
-    to the policy at as many tokens of each prefix as a suffix has."""
+    to the policy: of each prefix the mean at as many tokens as a suffix has, and the prefixes."""
     device, suffix = next(policy.parameters()).device, batch.suffix[:, None]  # [B, 1, N]
     if not suffix.numel():
         return {}

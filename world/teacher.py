@@ -282,7 +282,7 @@ async def serve(port: int, dials: Dials, parent: int | None):
         await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
         return web.json_response(result)
 
-    async def models(request):  # by this chat.py knows that it samples as it is told
+    async def models(request):  # by this a client knows that it samples as told
         return web.json_response({"data": [{"id": "world", "owned_by": "nanosip"}]})
 
     app = web.Application()
