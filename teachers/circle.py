@@ -29,6 +29,7 @@ from support.files import write_text
 from support.sources import Skips, records
 from support.tokenizer import from_words
 from teachers.serve import start_server
+from tools.plot import read_json
 from world.corpus import Dials, document, vocabulary
 from world.teacher import rewrite
 from world.truth import examine, read_prefix, safe
@@ -165,10 +166,6 @@ def figures(folder: Path) -> dict:
             each = [cell[measure] for cell in kinds.values()]
             out[f"policy.{measure}.{name}"] = statistics.mean(each)
     return out
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str]):

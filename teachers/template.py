@@ -23,8 +23,7 @@ from support.hub import read_object
 
 def plain(tokenizer, text: str) -> list[int]:
     """A text as a prompt: at least one token, and the one that the tokenizer puts first."""
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return start + tokenizer.encode(text) or [tokenizer.eos]
+    return [*tokenizer.start_ids, *tokenizer.encode(text)] or [tokenizer.eos]
 
 
 class Generation(Extension):

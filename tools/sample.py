@@ -24,15 +24,15 @@ from support import command
 from support.chat import Chat
 from support.command import UserError
 from support.tokenizer import load_tokenizer
+from teachers.template import plain
 from world.teacher import teacher_url
 
 
 def continuations(folder: str, options) -> list[str]:
     """options.n continuations of the prefix by one checkpoint."""
     model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
     ends = tokenizer.eos, *model.end_tokens
-    prompt = start + tokenizer.encode(options.prefix) or [tokenizer.eos]
+    prompt = plain(tokenizer, options.prefix)
     limit, N = model.config.max_seq, options.tokens
     if len(prompt) + N > limit:
         raise UserError(f"--tokens: {len(prompt)} of the prefix and {N} more exceed {limit}")
