@@ -39,6 +39,7 @@ from support.command import UserError
 from support.distributed import start
 from support.files import read_jsonl, write_text
 from support.hub import local_folder
+from support.settings import names
 from support.tokenizer import load_tokenizer
 from update import make_anchor
 from world.corpus import parse_dials
@@ -46,7 +47,7 @@ from world.teacher import teacher_url
 
 SUITES = ("quality", "safety", "factuality", "coherence")
 NAMED = ("unsafe", "xstest", *FORMS)  # sets
-PAIRWISE = ("quality", "coherence", "factuality_pair")
+IN_PAIRS = ("quality", "coherence", "factuality_pair")  # kinds of question
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def examiner(judge: Judge) -> Judge:
 async def opinion(judge: Judge, kind: str, seeds: int, ours: str, base: str, **texts):
     """A value between 0 and 1 of one continuation, None without a verdict: of a pairwise kind its
     share of the comparisons with the baseline's, in both orders; of safety what most say."""
-    pair = kind in PAIRWISE
+    pair = kind in IN_PAIRS
     if pair and ours == base:
         return 0.5
     how = dict(samples=seeds, both_orders=pair, temperature=TEMPERATURE.get(kind))
@@ -209,7 +210,6 @@ def evaluate(policies: dict, sets: dict, judge: Judge, tokenizer, chunk: int) ->
 
     sets: what `held_out_sets` gives. -> what `summarise` returns
     """
-
     first = next(iter(policies.values()))
 
     def written_by(policy) -> dict:
@@ -265,7 +265,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     flag("--device", default="cpu")
     flag("--out", default="out/evaluation/result.json", help="result with all continuations")
     args = parser.parse_args(arguments)
-    args.suites = [name.strip() for name in args.suite.split(",") if name.strip()]
+    args.suites = names(args.suite)
     if not args.suites or set(args.suites) - set(SUITES):
         parser.error(f"--suite: {args.suite!r} is not of {', '.join(SUITES)}")
     if min(args.prefixes, args.chunk, args.seeds) < 1 or args.max_seq < 2 * args.chunk:

@@ -277,9 +277,9 @@ def update():
     def dpo(prefix, continuations) -> float:
         layout = prefix, torch.zeros(len(prefix), dtype=torch.int32), continuations
         with torch.no_grad():
-            anchor = reference.logprobs(*layout).sum(dim=2)
+            before = reference.logprobs(*layout).sum(dim=2)
         scores = policy.logprobs(*layout).sum(dim=2)
-        loss = dpo_loss(scores.view(-1, 2), anchor.view(-1, 2), 0.1).sum()
+        loss = dpo_loss(scores.view(-1, 2), before.view(-1, 2), 0.1).sum()
         loss.backward()
         policy.zero_grad()
         return loss.item()

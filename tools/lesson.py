@@ -89,13 +89,13 @@ def learn(policy, reference, pool, picked, reward, config):
     optimizer = make_optimizer(policy, config)
     for turn in ("before", "after"):
         with torch.no_grad():  # of (chosen, rejected), summed over their tokens: [2]
-            logp, anchor = (x.logprobs(*layout)[0].sum(dim=1) for x in (policy, reference))
-        margin = (logp - anchor)[0] - (logp - anchor)[1]
+            logp, frozen = (x.logprobs(*layout)[0].sum(dim=1) for x in (policy, reference))
+        margin = (logp - frozen)[0] - (logp - frozen)[1]
         by_code, _ = losses(policy, reference, pool, picked, slice(0, 1), reward, config)
         say(
             f"4. The loss {turn} the update: update.losses, Llama.logprobs, objectives.dpo_loss",
             f"log p of (chosen, rejected): policy {logp[0]:.3f}, {logp[1]:.3f}"
-            f"; reference {anchor[0]:.3f}, {anchor[1]:.3f}",
+            f"; reference {frozen[0]:.3f}, {frozen[1]:.3f}",
             f"margin = {margin:.3f}: what the policy gained on the chosen, less on the rejected",
             f"by hand      log(1 + exp(-beta margin)) = log(1 + exp(-{config.beta} x {margin:.3f}))"
             f" = {torch.log1p((-config.beta * margin).exp()):.6f}",
