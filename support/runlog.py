@@ -35,7 +35,7 @@ def lock(run: Path):
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is training in {run}") from None
+        raise UserError(f"another process is training in {run}: choose --out_dir") from None
     except OSError as e:  # a file system without locks
         print(f"warning: {run} cannot be locked ({e}): start no second run in it")
     return held
