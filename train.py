@@ -252,8 +252,8 @@ def main(arguments: list[str]):
     from tools.check import try_out
     from tools.cost import dry_run
     from tools.plot import plot_run
-    from world.corpus import Dials, WorldSource, parse_dials
-    from world.teacher import teacher_url, warn_of_foreign_texts
+    from world.corpus import parse_dials, source_of
+    from world.teacher import teacher_of, warn_of_foreign_texts
 
     config, resume = configuration.parse(arguments)
     dials, sets, summary = parse_dials(config.dials), {}, {}
@@ -265,16 +265,13 @@ def main(arguments: list[str]):
         device, tokenizer = stack.enter_context(opened(config, resume))
         if rank() == 0:
             warn_of_foreign_texts(config)
-        source = WorldSource(config.seed, Dials(**dials)) if config.data == "world" else config.data
         with agreement():
             if config.eval_prefixes and rank() == 0:  # so early that nothing fails after training
                 field = None if config.text_field == "auto" else config.text_field
                 size = dict(chunk=config.chunk, max_seq=config.max_seq, count=config.eval_prefixes)
                 sets = held_out_sets(config.data, tokenizer, dials, **size, text_field=field)
-        urls = config.judge_url, config.rewrite_url, config.eval_judge_url
-        world = stack.enter_context(teacher_url("world" if "world" in urls else "", dials))
-        teachers = Teachers(config, world, stack)
-        batches = functools.partial(open_stream, source, tokenizer)
+        teachers = Teachers(config, stack.enter_context(teacher_of(config)), stack)
+        batches = functools.partial(open_stream, source_of(config), tokenizer)
         policies = train_phases(config, device, tokenizer, batches, teachers)
         if rank() > 0:
             return None

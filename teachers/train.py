@@ -27,8 +27,7 @@ from support.distributed import rank
 from support.settings import names
 from teachers.tasks import KINDS, Rows, TaskStream, evaluate_answers, held_out_stream, score_answers
 from tools.plot import plot_run
-from world.corpus import parse_dials
-from world.teacher import teacher_url
+from world.teacher import teacher_of
 
 
 class Asked(Teachers):
@@ -58,15 +57,13 @@ def parse(arguments: list[str]) -> tuple[str, Config, bool]:
 
 def main(arguments: list[str]):
     teacher, config, resume = parse(arguments)
-    urls = config.judge_url, config.rewrite_url, config.eval_judge_url
     summary, questions = {}, None
     with contextlib.ExitStack() as stack:
         device, tokenizer = stack.enter_context(train.opened(config, resume))
         rows = Rows(config.data, teacher)
         if config.eval_prefixes:  # before training, so that nothing fails after it
             questions = held_out_stream(config, teacher, tokenizer)
-        world, dials = "world" if "world" in urls else "", parse_dials(config.dials)
-        asked = Asked(config, stack.enter_context(teacher_url(world, dials)), stack)
+        asked = Asked(config, stack.enter_context(teacher_of(config)), stack)
         how = dict(prompts=config.prompts, folder=config.init_from)
         how["supervised"] = "suffix" in names(config.candidates)
         batches = functools.partial(open_stream, rows, tokenizer, kind=TaskStream, **how)

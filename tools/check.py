@@ -20,13 +20,13 @@ from support import distributed
 from support.command import Stopped, UserError, wait
 from support.settings import names
 from tools.cost import dry_run
-from world.corpus import Dials, WorldSource, parse_dials
-from world.teacher import teacher_url
+from world.corpus import source_of
+from world.teacher import teacher_of
 
 
 def try_out(config: Config, open_inputs: Callable) -> int:
     """open_inputs(config): train.py's, which gives the tokenizer. -> 0 if all is well"""
-    wrong, dials, tokenizer, batch = [], parse_dials(config.dials), None, None
+    wrong, tokenizer, batch = [], None, None
 
     @contextlib.contextmanager
     def part(name: str):
@@ -46,13 +46,11 @@ def try_out(config: Config, open_inputs: Callable) -> int:
             shape = initial_policy(config, tokenizer.vocab_size, device).config
             print(f"{shape}, on {device}")
         with part("documents"):
-            own = WorldSource(config.seed, Dials(**dials)) if config.data == "world" else None
             few = dataclasses.replace(config, batch_size=3, window=8)
-            batch = next(open_stream(own or config.data, tokenizer, few).batches())
+            batch = next(open_stream(source_of(config), tokenizer, few).batches())
             print(f"{batch.prefix_text[0][-300:]!r} goes on with {batch.suffix_text[0]!r}")
     with part("teachers"), contextlib.ExitStack() as stack:
-        urls = config.judge_url, config.rewrite_url, config.eval_judge_url
-        world = stack.enter_context(teacher_url("world" if "world" in urls else "", dials))
+        world = stack.enter_context(teacher_of(config))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         few = dataclasses.replace(config, out_dir=folder, judge_retries=0, give_up_after=20.0)
         teachers = Teachers(few, world, stack)

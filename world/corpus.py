@@ -193,6 +193,12 @@ class WorldSource:
             yield text, {"document": index}
 
 
+def source_of(config):
+    """What data.Stream reads in a run: the pocket world, or the name of its documents."""
+    own = config.data == "world"
+    return WorldSource(config.seed, Dials(**parse_dials(config.dials))) if own else config.data
+
+
 def parse_dials(text: str) -> dict[str, float]:
     """'noise=0.1,share_unsafe=0.5' -> the dials that differ from their defaults; UserError."""
     known, found = [f.name for f in fields(Dials)], {}

@@ -310,6 +310,12 @@ def teacher_url(url: str, dials: dict | None = None):
     return start_teacher(**(dials or {})) if url == "world" else contextlib.nullcontext(url)
 
 
+def teacher_of(config):
+    """As teacher_url: of a run that names "world" somewhere; else "" is given."""
+    urls = config.judge_url, config.rewrite_url, config.eval_judge_url
+    return teacher_url("world" if "world" in urls else "", corpus.parse_dials(config.dials))
+
+
 def start_teacher(**dials):
     """Context manager: a teacher in a process of its own; gives its base URL."""
     Dials(**dials)  # refuses unknown dials here
