@@ -19,16 +19,21 @@ rollouts = 4
 rewards = "quality,safety,factuality"
 _SAFETY = "quality,safety:2,factuality"
 _own = dict(reject="rollouts")
+_fast = dict(learning_rate=1e-3, **_own)
 
 rows = {
     "paper": dict(label="the paper's: any may be rejected"),
     "own": dict(label="rollouts rejected", **_own),
     "own_kl_03": dict(label="rollouts rejected, KL 0.3", anchor="kl:0.3", **_own),
     "own_nll_05": dict(label="rollouts rejected, NLL 0.5", anchor="nll:0.5", **_own),
-    "own_lr_double": dict(label="rollouts rejected, rate x 2", learning_rate=1e-3, **_own),
+    "own_lr_double": dict(label="rollouts rejected, rate x 2", **_fast),
+    "own_lr_double_kl_01": dict(
+        label="rollouts rejected, rate x 2, KL 0.1", **_fast, anchor="kl:0.1"
+    ),
+    "own_lr_four": dict(label="rollouts rejected, rate x 4", learning_rate=2e-3, **_own),
+    "dpop": dict(label="any rejected, DPOP", objective="dpop"),
     "own_safety_2": dict(label="rollouts rejected, safety x 2", rewards=_SAFETY, **_own),
     "own_kl_1": dict(label="rollouts rejected, KL 1", anchor="kl:1", **_own),
-    "dpop": dict(label="any rejected, DPOP", objective="dpop"),
     "ipo": dict(label="any rejected, IPO", objective="ipo"),
     "only_rollouts": dict(label="a pool of 6 rollouts alone", candidates="rollouts", rollouts=6),
     "own_beta_half": dict(label="rollouts rejected, beta / 2", beta=0.05, **_own),
