@@ -65,14 +65,14 @@ class Config:
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
     rewards: str = key("quality,safety,factuality", "summed, 'safety:2' twice; empty: first wins")
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
-    reject: str = key("any", "DPO: who may be the rejected one: any source, or rollouts alone")
+    reject: str = key("rollouts", "DPO: who may be rejected: rollouts, or any, as in the paper")
     anchor: str = key("", "DPO, GRPO: plus W x NLL or KL a token on the prefix: nll:W, kl:W")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
     grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
     nll_prefix: bool = key(False, "nll, rf_nll: the prefix's tokens count too")
     nll_weight: float = key(0.0, "DPO: plus this times the NLL per token of the chosen")
 
-    learning_rate: float = key(5e-4, "peak, cosine to min_lr", "Optimiser")
+    learning_rate: float = key(1e-3, "peak, cosine to min_lr", "Optimiser")
     min_lr: float = key(0.1, "final learning rate as a share of the peak")
     warmup_steps: int = key(5, "linear warm-up")
     weight_decay: float = key(0.1, "AdamW, on matrices only")
@@ -138,6 +138,8 @@ ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two 
 
 # Keys of older versions, with the values that are what is done now.
 GONE = {"task": "pretrain", "grpo_std": True, "grpo_length": True, "length_norm": False}
+# Keys that older versions did not write, with what they did.
+WAS = {"reject": "any"}
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -152,7 +154,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         if not path.is_file():
             raise UserError(f"init_from=resume: {path} does not exist, there is no run to resume")
         del given["init_from"]
-        given = read_saved(Config, GONE, path) | given
+        given = read_saved(Config, GONE, WAS, path) | given
     config = check(Config(**given))
     if "--print_config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
@@ -162,7 +164,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 
 def differences(config: Config, path: Path) -> list[str]:
     """What makes config another run than that of a saved config.json: 'seed (0, now 1)'."""
-    saved, out = read_saved(Config, GONE, path), []
+    saved, out = read_saved(Config, GONE, WAS, path), []
     for f in dataclasses.fields(Config):
         before, now = saved.get(f.name, f.default), getattr(config, f.name)
         moved = f.name in ADDRESSES and "world" not in (before, now)
@@ -189,9 +191,8 @@ def check(config: Config) -> Config:
         need(config.rewards, "objective=grpo learns from rewards: set some")
     if objective == "nll":
         need(not config.rewards, "objective=nll takes the first: rewards= (empty), or use rf_nll")
-    if config.reject == "rollouts":
-        fits = objective in PAIRWISE and "rollouts" in sources
-        need(fits, "reject=rollouts is for pairs with rollouts among the candidates")
+    if config.reject == "rollouts" and objective in PAIRWISE:
+        need("rollouts" in sources, "reject=rollouts needs them as candidates; or say reject=any")
     if config.anchor:
         parse_anchor(config.anchor)
         need("nll" not in objective, "anchor is for pairs and grpo; nll takes nll_prefix=True")

@@ -12,6 +12,7 @@ max_seq = 96
 batch_size = 16
 max_steps = 40
 learning_rate = 0.0005
+reject = "any"
 warmup_steps = 5
 judge_samples = 1
 baseline = False

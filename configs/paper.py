@@ -12,6 +12,7 @@ chunk = 128
 max_seq = 2048
 batch_size = 256
 rollouts = 16
+reject = "any"
 max_steps = 2000
 learning_rate = 5e-06
 warmup_steps = 100

@@ -13,6 +13,7 @@ max_seq = 2048
 batch_size = 256
 max_steps = 21000
 learning_rate = 0.0005
+reject = "any"
 warmup_steps = 2000
 concurrency = 1024
 eval_prefixes = 1000

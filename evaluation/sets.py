@@ -93,13 +93,16 @@ def held_out_sets(data, tokenizer, dials: dict | None = None, **how) -> dict[str
 
 
 def sound_and_faulty(batch: Batch) -> dict[str, torch.Tensor]:
-    """Which tokens of the pocket world's suffixes, a token a word, stand in sound sentences and
-    which in faulty ones: bool [B, N]. Fillers and unfinished sentences are neither."""
+    """Which tokens of the pocket world's suffixes stand in sound sentences and which in faulty
+    ones: bool [B, N]. Fillers and unfinished sentences are neither. Nothing for a tokenizer of
+    which a token is not a word."""
     verdicts = [
         words_of(*texts) for texts in zip(batch.prefix_text, batch.suffix_text, strict=True)
     ]
     N = batch.suffix.shape[1]
-    rows = [(found + [""] * N)[:N] for found in verdicts]  # behind the words, the end of text
+    if any(len(found) not in (N - 1, N) for found in verdicts):
+        return {}
+    rows = [(found + [""])[:N] for found in verdicts]  # behind the words, the end of text
     return {
         name: torch.tensor([[word in kinds for word in row] for row in rows])
         for name, kinds in (("sound", ("sound",)), ("faulty", FAULTY))

@@ -147,7 +147,9 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx, hidden, weight, other, other_weight, scale, temperature):
         total = scale.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         w, v = weight.to(hidden.dtype), other_weight.to(other.dtype)
-        dh, dw = torch.zeros_like(hidden), torch.zeros_like(weight)
+        dh, dw = torch.zeros_like(hidden), None
+        if ctx.needs_input_grad[0]:
+            dw = torch.zeros_like(weight)
         size = max((WORKSPACE if hidden.is_cuda else CHUNK) // len(weight), 64)
         for first in range(0, len(hidden), size):
             h, o, s = (x[first : first + size] for x in (hidden, other, scale))

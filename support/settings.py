@@ -99,11 +99,12 @@ def execute(name: str) -> tuple[dict, dict]:
     return found, found.pop("rows", {})
 
 
-def read_saved(settings: type, gone: dict, path: Path) -> dict:
+def read_saved(settings: type, gone: dict, was: dict, path: Path) -> dict:
     """The keys of a config.json; those that are no more are left out. gone: keys of older versions
-    with the value that is what is done now; any other is an error."""
+    with the value that is what is done now, any other is an error; was: keys that they did not
+    write, with the value that is what they did."""
     try:
-        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+        saved = was | json.loads(path.read_text(encoding="utf-8"))
         if other := [name for name, value in gone.items() if saved.get(name, value) != value]:
             raise UserError(f"{path} sets {other[0]}, which is no more: the run cannot go on here")
         kept = {f.name: saved[f.name] for f in dataclasses.fields(settings) if f.name in saved}
