@@ -147,9 +147,8 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx, hidden, weight, other, other_weight, scale, temperature):
         total = scale.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         w, v = weight.to(hidden.dtype), other_weight.to(other.dtype)
-        dh, dw = torch.zeros_like(hidden), None
-        if ctx.needs_input_grad[0]:
-            dw = torch.zeros_like(weight)
+        learns = ctx.needs_input_grad[0]
+        dh, dw = (torch.zeros_like(x) for x in (hidden, weight)) if learns else (None, None)
         size = max((WORKSPACE if hidden.is_cuda else CHUNK) // len(weight), 64)
         for first in range(0, len(hidden), size):
             h, o, s = (x[first : first + size] for x in (hidden, other, scale))
@@ -158,7 +157,7 @@ class _Divergence(torch.autograd.Function):
             )
             q = logq.exp()
             total += s @ (q * (logq - logp)).sum(1)
-            if ctx.needs_input_grad[0]:
+            if learns:
                 dz = ((logp.exp() - q) * (s[:, None] / temperature)).to(h.dtype)  # d logits
                 dh[first : first + size] = dz @ w
                 dw += dz.T @ h
