@@ -48,6 +48,7 @@ COLUMNS = {  # in the order of a row's `paper`
     "nll_sound": "NLL of sound sentences",
     "kl": "KL from the base",
 }
+NAMED_BY = dict(learning_rate=5e-4, reject="any")  # defaults when folders were first named
 BASE = {"table1": (50.0, 50.0, 50.1, 42.3, 76.9)}  # the paper's figures of the initial policy
 
 
@@ -83,7 +84,7 @@ def rows_of(table: str) -> list[Row]:
 def folder(out: Path, row: Row, seed: int) -> Path:
     """Where this run belongs: equal settings, equal folder, whatever the row is called."""
     values = dataclasses.asdict(configuration.parse(row.settings)[0])
-    usual = dataclasses.asdict(configuration.Config())
+    usual = dataclasses.asdict(configuration.Config()) | NAMED_BY
     changed = {name: value for name, value in sorted(values.items()) if value != usual[name]}
     key = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]  # new keys change nothing
     what = [values["objective"], values["candidates"].replace(",", "-"), f"K{values['rollouts']}"]
