@@ -1,13 +1,15 @@
 """The objectives against values worked out by hand."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from config import Config
+from config import Config, differences, parse
 from objectives import advantages, choose, dpo_loss, dpop_loss, grpo_loss, ipo_loss, nll_loss
+from support.command import UserError
 from update import pick
 
 NAN = float("nan")
@@ -98,3 +100,14 @@ def test_grpo_kl_by_hand():
     assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)), abs=1e-6)
     loss.sum().backward()
     assert logp.grad.item() == pytest.approx(0.1 * (1 - 2), abs=1e-6)
+
+
+def test_a_run_of_an_older_version_keeps_what_it_did(tmp_path):
+    """Its config.json has no `reject`: everybody could be rejected, as the paper has it."""
+    saved = {k: v for k, v in vars(Config(out_dir=str(tmp_path))).items() if k != "reject"}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert differences(Config(), tmp_path / "config.json") == ["reject ('any', now 'rollouts')"]
+    resumed, resume = parse(["--init_from=resume", f"--out_dir={tmp_path}"])
+    assert resume and resumed.reject == "any"
+    with pytest.raises(UserError, match="say reject=any"):
+        parse(["--candidates=suffix,rewrite"])
