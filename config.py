@@ -65,7 +65,7 @@ class Config:
     top_p: float = key(1.0, "of rollouts; below 1 they are no longer samples of the policy itself")
     rewards: str = key("quality,safety,factuality", "summed, 'safety:2' twice; empty: first wins")
     beta: float = key(0.1, "DPO: weight of the frozen reference (the initial policy)")
-    reject: str = key("rollouts", "DPO: who may be rejected: rollouts, or any, as in the paper")
+    reject: str = key("rollouts", "DPO: who may be rejected: rollouts, where there are some; any")
     anchor: str = key("", "DPO, GRPO: plus W x NLL or KL a token on the prefix: nll:W, kl:W")
     grpo_clip: float = key(0.2, "GRPO: probability ratios beyond 1 +- this are clipped")
     grpo_kl: float = key(0.0, "GRPO: weight of the KL to the frozen reference (initial policy)")
@@ -191,8 +191,6 @@ def check(config: Config) -> Config:
         need(config.rewards, "objective=grpo learns from rewards: set some")
     if objective == "nll":
         need(not config.rewards, "objective=nll takes the first: rewards= (empty), or use rf_nll")
-    if config.reject == "rollouts" and objective in PAIRWISE:
-        need("rollouts" in sources, "reject=rollouts needs them as candidates; or say reject=any")
     if config.anchor:
         parse_anchor(config.anchor)
         need("nll" not in objective, "anchor is for pairs and grpo; nll takes nll_prefix=True")

@@ -46,8 +46,10 @@ def pick(pool: Pool, reward, config: Config) -> Picked:
     """
     reward = reward.round(decimals=9)  # 0.4 + 0.8 and 0.6 + 0.6 are a tie
     u = uniforms(config.seed + 1, pool.batch.index, reward.shape[1], 1)[:, :, 0]  # [B, C]
-    may_lose = [config.reject == "any" or source == "rollout" for source in pool.sources]
-    chosen, rejected, keep = choose(reward, u, torch.tensor(may_lose))  # [B]
+    may_lose = torch.tensor([source == "rollout" for source in pool.sources])  # [C]
+    if config.reject == "any" or not may_lose.any():
+        may_lose = torch.ones_like(may_lose)
+    chosen, rejected, keep = choose(reward, u, may_lose)  # [B]
     if config.objective in PAIRWISE:
         columns = torch.stack((chosen, rejected), dim=1)  # [B, 2]
     elif config.objective == "grpo":
