@@ -253,7 +253,7 @@ def parse_rewards(rewards) -> dict[str, float]:
 def parse_anchor(text: str) -> tuple[str, float]:
     """ "kl:0.5" -> ("kl", 0.5)."""
     kind, _, weight = text.partition(":")
-    if kind not in ("nll", "kl"):
+    if kind not in ("nll", "kl") or not weight:
         raise UserError(f"anchor={text}: write nll:W or kl:W, or leave it empty")
     value = convert("the weight of anchor", weight, float, "anchor")
     need(0 < value < math.inf, f"anchor={text}: the weight must be positive")

@@ -28,7 +28,7 @@ SIGNS = ("rollout.repeated", "rollout.alike", "rollout.length")  # of the run it
 def won(values: list[float]) -> list[float]:
     """The share of the others that each value beats; a tie is half a win."""
     beaten = [sum((v > w) + (v == w) / 2 for w in values) - 0.5 for v in values]
-    return [n / (len(values) - 1) for n in beaten]
+    return [n / max(len(values) - 1, 1) for n in beaten]
 
 
 def curves(run: Path) -> dict[str, list[float]]:
