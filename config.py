@@ -53,9 +53,10 @@ class Config:
     batch_size: int = key(32, "prefixes a step, over all processes")
     dials: str = key("", "pocket world only, of world/corpus.py, e.g. 'share_unsafe=0.5,noise=0.1'")
 
-    base_steps: int = key(1200, "next-token steps from scratch before the method", "Base, baseline")
-    base_batch_size: int = key(64, "documents a base step")
-    base_learning_rate: float = key(3e-3, "peak, cosine")
+    base_steps: int = key(800, "next-token steps from scratch before the method", "Base, baseline")
+    base_batch_size: int = key(32, "documents a base step")
+    base_optimizer: str = key("muon", "as optimizer")
+    base_learning_rate: float = key(6e-3, "peak, cosine")
     baseline: bool = key(True, "also train the base max_steps further by next-token prediction")
 
     objective: str = key("dpo", "nll, rf_nll, dpo, ipo, dpop or grpo", "Method")
@@ -72,7 +73,8 @@ class Config:
     nll_prefix: bool = key(False, "nll, rf_nll: the prefix's tokens count too")
     nll_weight: float = key(0.0, "DPO: plus this times the NLL per token of the chosen")
 
-    learning_rate: float = key(1e-3, "peak, cosine to min_lr", "Optimiser")
+    optimizer: str = key("adamw", "adamw; or muon for the layers' matrices", "Optimiser")
+    learning_rate: float = key(1e-3, "peak, cosine to min_lr")
     min_lr: float = key(0.1, "final learning rate as a share of the peak")
     warmup_steps: int = key(5, "linear warm-up")
     weight_decay: float = key(0.1, "AdamW, on matrices only")
@@ -139,7 +141,7 @@ ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two 
 # Keys of older versions, with the values that are what is done now.
 GONE = {"task": "pretrain", "grpo_std": True, "grpo_length": True, "length_norm": False}
 # Keys that older versions did not write, with what they did.
-WAS = {"reject": "any"}
+WAS = {"reject": "any", "optimizer": "adamw", "base_optimizer": "adamw"}
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -211,6 +213,8 @@ def check_values(config: Config):
     among("objective", [config.objective], OBJECTIVES)
     among("candidates", names(config.candidates), SOURCES)
     among("reject", [config.reject], ("any", "rollouts"))
+    for name in ("optimizer", "base_optimizer"):
+        among(name, [getattr(config, name)], ("adamw", "muon"))
     among("device", [config.device.partition(":")[0]], ("auto", "cpu", "cuda", "mps"))
     among("dtype", [config.dtype], ("auto", "float32", "bfloat16"))
     if config.track != "auto":
@@ -294,6 +298,7 @@ def phases(config: Config) -> dict[str, Config]:
             out_dir=f"{config.out_dir}/base",
             max_steps=config.base_steps,
             batch_size=config.base_batch_size,
+            optimizer=config.base_optimizer,
             learning_rate=config.base_learning_rate,
             warmup_steps=config.base_steps // 30,
             save_every=250,

@@ -6,6 +6,7 @@ directly, None where the teacher refused or gave no passage. `Teachers` opens th
 
 import contextlib
 import re
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -71,9 +72,9 @@ class Rewriter:
 
 
 class Teachers:
-    """Who judges and who rewrites in a run; world: the URL for those named "world"."""
+    """Who judges and who rewrites in a run; world: the teacher, for a Chat, that "world" names."""
 
-    def __init__(self, config: Config, world: str, stack: contextlib.ExitStack):
+    def __init__(self, config: Config, world: Callable, stack: contextlib.ExitStack):
         self.run, self.config, self.world, self.stack = Path(config.out_dir), config, world, stack
         judge = self.open(config.judge_url, config.judge_model, config.judge_extra)
         rewriter = self.open(config.rewrite_url, config.rewrite_model, config.rewrite_extra)
@@ -89,15 +90,15 @@ class Teachers:
         with agreement():
             if rank() == 0:  # a wrong URL, key or model is known before anything is trained
                 question = self.judge.small_question()
-                for chat in (chat for chat in chats if world not in chat.urls):
+                for chat in (chat for chat in chats if chat.urls):
                     greet(chat, question)
 
     def open(self, url: str, model: str, extra: str, record: str = "judgments.sqlite") -> Chat:
-        c, url = self.config, self.world if url == "world" else url
+        c, teacher = self.config, self.world if url == "world" else url
         how: dict = dict(concurrency=c.concurrency, timeout=c.timeout, extra=nested(extra))
         cache = path_of(self.run / record, rank())
         return self.stack.enter_context(
-            Chat(url, model, cache=cache, give_up_after=c.give_up_after, **how)
+            Chat(teacher, model, cache=cache, give_up_after=c.give_up_after, **how)
         )
 
     def score(self, step: int, pool) -> Future:

@@ -45,13 +45,14 @@ from candidates import autocast, example, make_pool, pack, unpack
 from data import open_stream
 from judge import first_wins, load_prompts
 from model import in_one_piece, initial_policy, load_model, preset, read_config, save_model
+from optimizer import make_optimizer
 from rewrite import Teachers
 from support import checkpoint, distributed, store
 from support.distributed import agreement, gather, load_optimizer, rank, whole, world_size
 from support.files import write_text
 from support.runlog import Clock, RunLog, settle
 from support.tokenizer import load_tokenizer
-from update import describe, keep_bad_batch, make_optimizer, pick, update
+from update import describe, keep_bad_batch, pick, update
 
 
 def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic=dict, state=None):
@@ -253,7 +254,7 @@ def main(arguments: list[str]):
     from tools.cost import dry_run
     from tools.plot import plot_run
     from world.corpus import parse_dials, source_of
-    from world.teacher import teacher_of, warn_of_foreign_texts
+    from world.teacher import teacher_at, warn_of_foreign_texts
 
     config, resume = configuration.parse(arguments)
     dials, sets, summary = parse_dials(config.dials), {}, {}
@@ -270,7 +271,7 @@ def main(arguments: list[str]):
                 field = None if config.text_field == "auto" else config.text_field
                 size = dict(chunk=config.chunk, max_seq=config.max_seq, count=config.eval_prefixes)
                 sets = held_out_sets(config.data, tokenizer, dials, **size, text_field=field)
-        teachers = Teachers(config, stack.enter_context(teacher_of(config)), stack)
+        teachers = Teachers(config, teacher_at("world", dials), stack)
         batches = functools.partial(open_stream, source_of(config), tokenizer)
         policies = train_phases(config, device, tokenizer, batches, teachers)
         if rank() > 0:

@@ -14,6 +14,7 @@ from candidates import Pool, autocast, statistics
 from config import PAIRWISE, Config, needs_reference, parse_anchor
 from kernels.logprob import linear_kl, linear_logprob
 from objectives import PAIR_LOSSES, advantages, choose, grpo_loss, nll_loss
+from optimizer import learning_rate
 from rollout import uniforms
 from support.command import UserError
 from support.distributed import all_sum, gather, is_sharded, rank, whole
@@ -257,25 +258,3 @@ def keep_bad_batch(run: Path, step: int, bad: int, pool: dict, reward, picked: P
             f"{bad} updates in a row were not finite and were skipped, the last at step {step + 1}:"
             f" look at {folder}, or go on with --init_from=resume and a lower --learning_rate"
         )
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then a cosine to min_lr times the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    low = config.min_lr
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def make_optimizer(policy, config: Config):
-    """AdamW over the parameters, spread or not; weight decay on matrices alone. `update` sets each
-    step's learning rate."""
-    matrices = [p for p in policy.parameters() if p.dim() > 1]
-    vectors = [p for p in policy.parameters() if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    fused = next(policy.parameters()).is_cuda
-    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=fused)

@@ -43,7 +43,7 @@ from support.settings import names
 from support.tokenizer import load_tokenizer
 from update import make_anchor
 from world.corpus import parse_dials
-from world.teacher import teacher_url
+from world.teacher import teacher_at
 
 SUITES = ("quality", "safety", "factuality", "coherence")
 NAMED = ("unsafe", "xstest", *FORMS)  # sets
@@ -327,10 +327,8 @@ def main(arguments: list[str]):
     out.parent.mkdir(parents=True, exist_ok=True)
     # A record for each judge: the same question to another judge is another question.
     record = f"judgments-{hash_of(args.judge_url, args.judge_model, args.dials)[:8]}.sqlite"
-    with (
-        teacher_url(args.judge_url, parse_dials(args.dials)) as url,
-        Chat(url, args.judge_model, cache=out.parent / record) as chat,
-    ):
+    teacher = teacher_at(args.judge_url, parse_dials(args.dials))
+    with Chat(teacher, args.judge_model, cache=out.parent / record) as chat:
         asked = Config(prompts=args.prompts, judge_max_tokens=args.judge_max_tokens)
         judge = Judge(chat, asked)
         sets = sets_of(args, ours.tokenizer)

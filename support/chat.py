@@ -1,4 +1,4 @@
-"""The only file that speaks HTTP to a teacher: OpenAI-compatible chat completions, many at a time.
+"""The only file that asks a teacher: OpenAI-compatible chat completions over HTTP, many at a time.
 
 In: prompts (`Chat.ask`, a coroutine that runs on the client's own background thread through
 `Chat.run`). Out: one `Answer` each. In between: at most `concurrency` requests in flight, spread
@@ -29,6 +29,7 @@ import random
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -75,7 +76,7 @@ class Chat(contextlib.AbstractContextManager):
 
     def __init__(
         self,
-        urls: str,  # several: commas
+        teacher: str | Callable[[dict], Awaitable[dict]],  # URLs with commas; or what answers here
         model: str,
         *,
         extra: dict | None = None,  # fields added to every request, or in place of ours
@@ -85,7 +86,8 @@ class Chat(contextlib.AbstractContextManager):
         give_up_after: float = 600.0,  # seconds without any answer until TeacherGone
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
-        self.urls = [url.strip() for url in urls.split(",")]
+        self._here = teacher  # in use where there is no URL: a request -> its reply
+        self.urls = [url.strip() for url in teacher.split(",")] if isinstance(teacher, str) else []
         self._endpoints = [Endpoint(url) for url in self.urls]
         self.store = Store(Path(cache)) if cache else None
         if self.store:
@@ -183,7 +185,10 @@ class Chat(contextlib.AbstractContextManager):
         for attempt in itertools.count():
             try:
                 async with self._slots:
-                    answer = await self._attempt(await self._turn(), request)
+                    if self.urls:
+                        answer = await self._attempt(await self._turn(), request)
+                    else:
+                        answer = await self._attempt_here(request)
                 break
             except Resend:
                 self._counts["retries"] += 1
@@ -202,7 +207,8 @@ class Chat(contextlib.AbstractContextManager):
             self._counts["retries"] += 1
         self._recent.append(False)
         if answer.text is None:
-            self._count(answer.finish, f"an answer of {self.urls[0]} ended by {answer.finish!r}")
+            of = self.urls[0] if self.urls else "the teacher"
+            self._count(answer.finish, f"an answer of {of} ended by {answer.finish!r}")
         elif self.store:
             await self.store.add(INSERT, (key, *answer[:4]))
         return answer
@@ -284,16 +290,29 @@ class Chat(contextlib.AbstractContextManager):
             raise
         else:
             self._well(endpoint)
-            self._latency.append(self._heard - left)
-            self._counts["tokens_in"] += answer.prompt_tokens
-            self._counts["tokens_out"] += answer.completion_tokens
-            return answer
+            return self._counted(answer, left)
         finally:
             endpoint.in_flight -= 1
         self._failed[failure.kind] += 1
         self._trouble = f"{endpoint.base}: {failure.why}"
         endpoint.failed(failure, left, time.monotonic(), self._patience())
         raise failure from None
+
+    async def _attempt_here(self, request: dict) -> Answer:
+        """As _attempt, where a function is the teacher: a pure one needs no server."""
+        self._counts["calls"] += 1
+        left = time.monotonic()
+        reply = await self._here(request)  # type: ignore[operator]
+        self._heard = time.monotonic()
+        if error := error_in(reply):
+            raise refusal(error, json.dumps(reply), "the teacher", self._key, {})
+        return self._counted(read_reply(reply), left)
+
+    def _counted(self, answer: Answer, left: float) -> Answer:
+        self._latency.append(self._heard - left)
+        self._counts["tokens_in"] += answer.prompt_tokens
+        self._counts["tokens_out"] += answer.completion_tokens
+        return answer
 
     def _well(self, endpoint: Endpoint) -> None:
         """The endpoint has answered."""

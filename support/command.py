@@ -136,8 +136,9 @@ def python(module: str, *arguments) -> list[str]:
 
 @contextlib.contextmanager
 def running(command: list[str]):
-    """A server in a process of its own, which ends with this one; gives the URL it prints first."""
-    pipe = subprocess.PIPE
+    """A server in a process of its own, which by --parent ends with this one; gives the URL that it
+    prints first."""
+    command, pipe = [*command, f"--parent={os.getpid()}"], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as process:
         try:
             if not (url := process.stdout.readline().strip()):  # type: ignore[union-attr]

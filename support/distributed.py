@@ -158,13 +158,19 @@ def whole(value, device="cpu", keep: bool = True):
     return [whole(v, device, keep) for v in value] if isinstance(value, list) else value
 
 
+def spread_as(p, value):
+    """value, in one piece on all processes, spread as the parameter p is."""
+    return (
+        distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+    )
+
+
 def load_optimizer(optimizer, state: dict):
     """Take the moments from a state in one piece, spread as the parameters are; settings stay."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: dict(values) for i, values in state["state"].items()}
     for i, values in moments.items():
         for name, value in values.items():
-            if isinstance(p := params[i], DTensor) and value.shape == p.shape:
-                value = value.to(p.device_mesh.device_type)
-                values[name] = distribute_tensor(value, p.device_mesh, p.placements)
+            if value.shape == params[i].shape:
+                values[name] = spread_as(params[i], value.to(params[i].device))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

@@ -295,8 +295,8 @@ async def serve(folder: str, host: str, port: int, batch: int, memory, device: s
 
 def start_server(folder, batch: int = 64):
     """Context manager: a server of the folder in a process of its own; gives its base URL."""
-    flags = [f"--batch={batch}", "--port=0", f"--parent={os.getpid()}"]
-    return command.running(command.python("teachers.serve", folder, *flags))
+    start = command.python("teachers.serve", folder, f"--batch={batch}", "--port=0")
+    return command.running(start)
 
 
 def main(arguments: list[str]):

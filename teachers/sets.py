@@ -43,7 +43,7 @@ from support.files import write_bytes, write_text
 from support.sources import Skips, as_object, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 from world.corpus import Dials, WorldSource, parse_dials
-from world.teacher import teacher_url
+from world.teacher import teacher_at
 
 DAMAGES = ("facts", "unsafe")  # as prompts/spoil.txt names them
 HALVES = ("train", "validation")
@@ -317,10 +317,8 @@ def main(arguments: list[str]) -> None:
     tokenizer, out = load_tokenizer(options.tokenizer), Path(options.out).expanduser()
     how = dict(concurrency=options.concurrency, cache=out / "answers.sqlite")
     out.mkdir(parents=True, exist_ok=True)
-    with (
-        teacher_url(options.url, parse_dials(options.dials)) as url,
-        Chat(url, options.model, **how) as chat,
-    ):
+    teacher = teacher_at(options.url, parse_dials(options.dials))
+    with Chat(teacher, options.model, **how) as chat:
         maker = Maker(chat, options, tokenizer, fates)
         halves = collect(options, maker, samples(options, tokenizer, fates), fates)
         stats = chat.stats()

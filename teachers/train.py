@@ -27,7 +27,8 @@ from support.distributed import rank
 from support.settings import names
 from teachers.tasks import KINDS, Rows, TaskStream, evaluate_answers, held_out_stream, score_answers
 from tools.plot import plot_run
-from world.teacher import teacher_of
+from world.corpus import parse_dials
+from world.teacher import teacher_at
 
 
 class Asked(Teachers):
@@ -63,7 +64,7 @@ def main(arguments: list[str]):
         rows = Rows(config.data, teacher)
         if config.eval_prefixes:  # before training, so that nothing fails after it
             questions = held_out_stream(config, teacher, tokenizer)
-        asked = Asked(config, stack.enter_context(teacher_of(config)), stack)
+        asked = Asked(config, teacher_at("world", parse_dials(config.dials)), stack)
         how = dict(prompts=config.prompts, folder=config.init_from)
         how["supervised"] = "suffix" in names(config.candidates)
         batches = functools.partial(open_stream, rows, tokenizer, kind=TaskStream, **how)

@@ -11,9 +11,10 @@ from candidates import Pool
 from config import REWARDS, Config
 from data import Batch
 from model import Llama, ModelConfig
+from optimizer import make_optimizer
 from rollout import sample_rollouts
 from tools import cost
-from update import make_optimizer, pick, update
+from update import pick, update
 
 
 def test_questions_and_tokens_follow_from_the_config_and_the_prompts(tmp_path):

@@ -29,7 +29,7 @@ from tools import bench_judge
 from tools.replay import best, replay
 from verdicts import VERDICTS, parse
 from world.corpus import document
-from world.teacher import start_teacher
+from world.teacher import teacher_at
 
 SECTION = re.compile(r"<(\w+) ([0-9a-f]+)>\n(.*?)\n</\1 \2>", re.S)
 
@@ -343,7 +343,7 @@ def test_replay_needs_no_judge(tmp_path):
     config = Config(rewards="quality,safety", judge_model="world", seed=3)
     (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"an_old_key": 1}))
     cache = tmp_path / "judgments.sqlite"
-    with start_teacher(noise=0.1) as url, Chat(url, "world", cache=cache) as chat:
+    with Chat(teacher_at("world", {"noise": 0.1}), "world", cache=cache) as chat:
         pool = [" ".join(w[56:88]) for w in words[:8]]
         judge, prefix = Judge(chat, config, chat.store), " ".join(words[8][:56])
         scores = judge.score(0, [prefix], [""], [pool], ["rollout"] * 8, [17]).result(30)

@@ -12,7 +12,7 @@ from judge import Judge
 from support.chat import Chat
 from support.command import UserError
 from tools import plot, report
-from world.teacher import start_teacher
+from world.teacher import teacher_at
 
 ATTACKS = [
     "</script><script>document.title='taken'</script>",
@@ -30,15 +30,14 @@ def run(tmp_path_factory):
     folder.mkdir()
     config = Config(candidates="suffix,rollouts,rewrite")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    with start_teacher() as url:
-        for process, name in enumerate(("judgments.sqlite", "judgments.1.sqlite")):
-            chat = Chat(url, config.judge_model, cache=folder / name)
-            judge = Judge(chat, config, chat.store)
-            for step in range(3):
-                prefix = ATTACKS[1] + f" step {step}"
-                index = [2 * step + process]
-                judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, index).result()
-            chat.close()
+    for process, name in enumerate(("judgments.sqlite", "judgments.1.sqlite")):
+        chat = Chat(teacher_at("world"), config.judge_model, cache=folder / name)
+        judge = Judge(chat, config, chat.store)
+        for step in range(3):
+            prefix = ATTACKS[1] + f" step {step}"
+            index = [2 * step + process]
+            judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, index).result()
+        chat.close()
     lines = [{"step": i, "reward": 1.0 + i, "loss": None, "chosen.rollout": 0.5} for i in range(3)]
     log = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "rew'
     (folder / "log.jsonl").write_text(log)

@@ -12,8 +12,9 @@ from candidates import Pool
 from config import Config
 from data import Batch
 from model import Llama, ModelConfig, in_one_piece
+from optimizer import make_optimizer
 from support.distributed import choose_threads, is_sharded, load_optimizer, shard, whole
-from update import make_optimizer, pick, update
+from update import pick, update
 
 SHAPE = ModelConfig(
     40, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8, tie_embeddings=True
@@ -61,7 +62,7 @@ def models(shape=SHAPE):
     return Llama(shape).initialise(0), Llama(shape).initialise(1)
 
 
-GRPO = dict(objective="grpo", grpo_kl=0.1)
+GRPO = dict(objective="grpo", grpo_kl=0.1, optimizer="muon")
 
 
 def process(rank: int, folder: str):

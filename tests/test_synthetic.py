@@ -13,7 +13,7 @@ import zstandard
 
 from rewrite import clean
 from support.chat import Answer
-from support.command import ROOT, UserError, python
+from support.command import ROOT, UserError, python, running
 from support.tokenizer import load_tokenizer
 from teachers import sets as synthetic
 from teachers.sets import Sample, read_spoilt
@@ -31,7 +31,7 @@ SETS = {  # sha256 of the rows of both halves: those that were published
 def sets(tmp_path_factory):
     """Name -> (rows for training, rows for validation, counts), of a teacher that errs."""
     found, out = {}, tmp_path_factory.mktemp("sets")
-    with teacher.start_teacher(noise=0.05, refusals=0.2) as url:
+    with running(python("world.teacher", "serve", "--noise=0.05", "--refusals=0.2")) as url:
         for made, published in SETS.items():
             flag = "--rewrite_url" if made == "quality" else "--judge_url"
             synthetic.main([made, f"--out={out}", "--count=60", "--validation=12", f"{flag}={url}"])
@@ -131,7 +131,7 @@ def test_a_kill_costs_no_answer_and_no_byte(tmp_path, capsys):
         return int(capsys.readouterr().out.splitlines()[-1].split(" ")[0].replace(",", ""))
 
     answers = tmp_path / "killed/answers.sqlite"
-    with teacher.start_teacher(latency=0.05, refusals=0.2) as url:
+    with running(python("world.teacher", "serve", "--latency=0.05", "--refusals=0.2")) as url:
         process = subprocess.Popen([*python("teachers.sets"), *arguments("killed")], cwd=ROOT)
         wait_for_answers(answers, 20)
         process.kill()

@@ -20,10 +20,9 @@ import train
 from evaluation import evaluate
 from model import Llama, load_model, preset, save_model
 from support import distributed, runlog
-from support.command import ROOT, UserError
+from support.command import ROOT, UserError, python, running
 from support.settings import execute
 from support.tokenizer import load_tokenizer
-from world import teacher
 
 SMALL = ["--base_steps=12", "--base_batch_size=16", "--max_steps=5", "--batch_size=6"]
 SMALL += ["--rollouts=2", "--eval_prefixes=8", "--save_every=2"]
@@ -253,7 +252,7 @@ ROWS = [f"{file}:{row}" for file in TABLES for row in execute(str(file))[1]]
 
 @pytest.fixture(scope="module")
 def teacher_url():
-    with teacher.start_teacher() as url:
+    with running(python("world.teacher", "serve")) as url:
         yield url
 
 

@@ -16,7 +16,7 @@ from test_data import write
 from test_synthetic import wait_for_answers
 
 import data
-from support.command import UserError, python
+from support.command import UserError, python, running
 from support.sources import Skips
 from tools import filter as filters
 from tools import inspect
@@ -191,7 +191,7 @@ def threats(tmp_path):
 def test_stage_two_asks_about_the_prefix(threats, tmp_path, capsys):
     """A teacher that knows: kept are those validation and test samples whose prefix is unsafe."""
     source, texts = threats
-    with teacher.start_teacher() as url:
+    with running(python("world.teacher", "serve")) as url:
         run(source, tmp_path / "out", f"--judge_url={url}")
     tokenizer, expected = filters.load_tokenizer("world"), {}
     for text in texts:

@@ -12,7 +12,8 @@ import pytest
 import requests
 
 from judge import render
-from support.command import UserError, python
+from support.chat import Chat
+from support.command import UserError, python, running
 from world import corpus, teacher, truth
 from world.corpus import ATTRIBUTES, FALSEHOOD, FILLERS, TRUTH, Dials, document
 from world.truth import quality
@@ -244,7 +245,7 @@ def chat(prompt, **options):
 
 
 def test_real_prompts_over_http_and_nonsense_is_refused():
-    with teacher.teacher_url("world", {"noise": 0.0}) as url:
+    with running(python("world.teacher", "serve")) as url:
         for prompt, expected in QUESTIONS.items():
             status, found = ask(url, chat(prompt, seed=1, max_tokens=512))
             choice, usage = found["choices"][0], found["usage"]
@@ -260,17 +261,25 @@ def test_real_prompts_over_http_and_nonsense_is_refused():
         ask(url, b"{}")
 
 
-def test_teacher_url_is_another_teachers_or_starts_one():
-    with teacher.teacher_url("http://127.0.0.1:1/v1", {"noise": 1.0}) as url:
-        assert url == "http://127.0.0.1:1/v1"
+def test_the_teacher_is_a_url_or_answers_here():
+    assert teacher.teacher_at("http://127.0.0.1:1/v1") == "http://127.0.0.1:1/v1"
     with pytest.raises(TypeError):
-        teacher.start_teacher(no_such_dial=1)
+        teacher.teacher_at("world", {"no_such_dial": 1})
+    how = dict(seed=1, temperature=1.0, top_p=1.0)
+    with Chat(teacher.teacher_at("world"), "judge") as here:
+        for prompt, expected in QUESTIONS.items():
+            found = here.run(here.ask(prompt, max_tokens=512, **how)).result()
+            assert found.text.endswith(expected)
+        cut, none = (here.run(here.ask(p, max_tokens=3, **how)).result() for p in (prompt, "hello"))
+        assert (cut.text, cut.finish, none.text, none.refused) == (None, "length", None, True)
+        assert here.stats()["calls"] == len(QUESTIONS) + 2
     done = subprocess.run(python("world.teacher", "serve", "--port=99999"), capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith(b"error: --port 99999")
 
 
 def test_the_teacher_ends_with_its_owner():
-    code = "import time; from world import teacher; context = teacher.start_teacher(noise=1); "
+    code = "import time; from support.command import python, running; "
+    code += "context = running(python('world.teacher', 'serve', '--noise=1')); "
     code += "print(context.__enter__(), flush=True); time.sleep(60)"
     start = dict(cwd=PROMPTS.parent, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code], **start) as owner:

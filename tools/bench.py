@@ -31,11 +31,12 @@ from kernels import attention
 from kernels.logprob import linear_logprob
 from model import Llama, ModelConfig, preset, save_model
 from objectives import dpo_loss
+from optimizer import make_optimizer
 from rollout import sample_rollouts
 from support import command
 from support.runlog import Clock
 from tools.cost import memory
-from update import make_optimizer, pick
+from update import pick
 from update import update as update_policy
 
 CUDA = torch.cuda.is_available()

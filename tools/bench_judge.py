@@ -223,10 +223,7 @@ def main(arguments: list[str]):
     for name, (config, dials) in judges.items():
         how = dict(extra=nested(config.judge_extra), concurrency=config.concurrency)
         how["cache"] = None if dials else options.record
-        with (
-            teacher.teacher_url(config.judge_url, dials) as url,
-            Chat(url, config.judge_model, **how) as chat,
-        ):
+        with Chat(teacher.teacher_at(config.judge_url, dials), config.judge_model, **how) as chat:
             judge = Judge(chat, config)
             answers[name] = command.wait(chat.run(ask_all(judge, asked)))
         failed, calls, absent = (judge.tally[what] for what in ("failed", "calls", "absent"))

@@ -20,8 +20,8 @@ from support import distributed
 from support.command import Stopped, UserError, wait
 from support.settings import names
 from tools.cost import dry_run
-from world.corpus import source_of
-from world.teacher import teacher_of
+from world.corpus import parse_dials, source_of
+from world.teacher import teacher_at
 
 
 def try_out(config: Config, open_inputs: Callable) -> int:
@@ -50,10 +50,9 @@ def try_out(config: Config, open_inputs: Callable) -> int:
             batch = next(open_stream(source_of(config), tokenizer, few).batches())
             print(f"{batch.prefix_text[0][-300:]!r} goes on with {batch.suffix_text[0]!r}")
     with part("teachers"), contextlib.ExitStack() as stack:
-        world = stack.enter_context(teacher_of(config))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         few = dataclasses.replace(config, out_dir=folder, judge_retries=0, give_up_after=20.0)
-        teachers = Teachers(few, world, stack)
+        teachers = Teachers(few, teacher_at("world", parse_dials(config.dials)), stack)
         if batch and config.rewards:
             ask_judge(teachers, batch, list(parse_rewards(config.rewards)))
         if batch and "rewrite" in names(config.candidates):

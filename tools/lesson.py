@@ -20,13 +20,14 @@ from candidates import make_pool
 from data import document_tokens, open_stream
 from judge import first_wins, render
 from model import initial_policy, load_model
+from optimizer import make_optimizer
 from rewrite import Teachers
 from support import command
 from support.runlog import Clock
 from support.tokenizer import load_tokenizer
-from update import losses, make_optimizer, pick, update
+from update import losses, pick, update
 from world.corpus import WorldSource
-from world.teacher import teacher_url
+from world.teacher import teacher_at
 
 FLAGS = ["--batch_size=1", "--rollouts=2", "--warmup_steps=0", "--base_steps=150", "--seed=3"]
 
@@ -111,8 +112,8 @@ def main(arguments: list[str]):
     with ExitStack() as stack:
         run = stack.enter_context(tempfile.TemporaryDirectory())
         config, _ = configuration.parse([*FLAGS, f"--out_dir={run}/world"])
-        tokenizer, world = load_tokenizer("world"), stack.enter_context(teacher_url("world"))
-        teachers = Teachers(config, world, stack)
+        tokenizer = load_tokenizer("world")
+        teachers = Teachers(config, teacher_at("world"), stack)
         reference = base_policy(config, tokenizer, *(arguments or [None]))
         policy = copy.deepcopy(reference)
         document = next(WorldSource(config.seed).documents())[0]

@@ -25,7 +25,7 @@ from support.chat import Chat
 from support.command import UserError
 from support.tokenizer import load_tokenizer
 from teachers.template import plain
-from world.teacher import teacher_url
+from world.teacher import teacher_at
 
 
 def continuations(folder: str, options) -> list[str]:
@@ -96,8 +96,8 @@ def main(arguments: list[str]):
     with contextlib.ExitStack() as stack:
         judge = None
         if options.judge_url:
-            url = stack.enter_context(teacher_url(options.judge_url))
-            chat = stack.enter_context(Chat(url, options.judge_model, give_up_after=60.0))
+            teacher = teacher_at(options.judge_url)
+            chat = stack.enter_context(Chat(teacher, options.judge_model, give_up_after=60.0))
             judge = Judge(chat, Config(seed=options.seed))
         for texts in zip(*by_folder, strict=True):
             show(options.folders, texts)

@@ -7,7 +7,7 @@ In: the questions of prompts/*.txt. Out: answers in the way of an OpenAI-compati
 
 import argparse
 import asyncio
-import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -251,9 +251,21 @@ def spoil(prefix: str, passage: str, damage: str, key: str = "") -> str:
 # The server
 
 
-def complete_chat(body: bytes, dials: Dials) -> dict:
-    """The answer to the body of a chat completion request."""
-    request = json.loads(body)
+async def reply(request: dict | bytes, dials: Dials) -> dict:
+    """What a chat completion request, or the body of one, is answered with: an error, whatever is
+    wrong with it."""
+    try:
+        asked = json.loads(request) if isinstance(request, bytes) else request
+        result = complete_chat(asked, dials)
+    except Exception as error:
+        return {"error": {"message": repr(error), "code": 400}}
+    if dials.latency:
+        await asyncio.sleep(dials.latency * (0.5 + chance("latency", request)))
+    return result
+
+
+def complete_chat(request: dict, dials: Dials) -> dict:
+    """A question answered, in the words of the protocol."""
     prompt = "\n".join(message["content"] for message in request["messages"])
     words, limit = answer(prompt, request.get("seed") or 0, dials).split(" "), None
     for name in ("max_tokens", "max_completion_tokens"):
@@ -274,13 +286,8 @@ async def serve(port: int, dials: Dials, parent: int | None):
     from aiohttp import web
 
     async def complete(request):
-        body = await request.read()
-        try:
-            result = complete_chat(body, dials)
-        except Exception as error:  # whatever is wrong with a question
-            return web.json_response({"error": {"message": repr(error)}}, status=400)
-        await asyncio.sleep(dials.latency * (0.5 + chance("latency", body)))
-        return web.json_response(result)
+        result = await reply(await request.read(), dials)
+        return web.json_response(result, status=400 if "error" in result else 200)
 
     async def models(request):  # by this a client knows that it samples as told
         return web.json_response({"data": [{"id": "world", "owned_by": "nanosip"}]})
@@ -305,23 +312,10 @@ async def listen(app, host: str, port: int, parent: int | None):
     await runner.cleanup()
 
 
-def teacher_url(url: str, dials: dict | None = None):
-    """Context manager: url itself or, where it is "world", that of a teacher of its own."""
-    return start_teacher(**(dials or {})) if url == "world" else contextlib.nullcontext(url)
-
-
-def teacher_of(config):
-    """As teacher_url: of a run that names "world" somewhere; else "" is given."""
-    urls = config.judge_url, config.rewrite_url, config.eval_judge_url
-    return teacher_url("world" if "world" in urls else "", corpus.parse_dials(config.dials))
-
-
-def start_teacher(**dials):
-    """Context manager: a teacher in a process of its own; gives its base URL."""
-    Dials(**dials)  # refuses unknown dials here
-    flags = [f"--{name}={value}" for name, value in dials.items()]
-    start = command.python("world.teacher", "serve", f"--parent={os.getpid()}", *flags)
-    return command.running(start)
+def teacher_at(url: str, dials: dict | None = None):
+    """The teacher for a Chat: at its url or, where that is "world", this one, in this process."""
+    dialled = Dials(**(dials or {}))  # refuses unknown dials
+    return functools.partial(reply, dials=dialled) if url == "world" else url
 
 
 def warn_of_foreign_texts(config):
