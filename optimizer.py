@@ -44,8 +44,9 @@ class Muon(torch.optim.AdamW):
 
     def direction(self, p, momentum: float):
         """Nesterov's momentum of a matrix, in one piece: [rows, columns]."""
-        average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - momentum)
+        if not (state := self.state[p]):  # AdamW looks for a step in every one
+            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+        average = state["momentum"].lerp_(p.grad, 1 - momentum)
         return whole(p.grad.lerp(average, momentum), p.device)
 
 

@@ -48,7 +48,9 @@ COLUMNS = {  # in the order of a row's `paper`
     "nll_sound": "NLL of sound sentences",
     "kl": "KL from the base",
 }
-NAMED_BY = dict(learning_rate=5e-4, reject="any")  # defaults when folders were first named
+# Defaults when folders were first named: a default that has changed is a new name.
+NAMED_BY = dict(learning_rate=5e-4, reject="any", base_steps=1200, base_batch_size=64)
+NAMED_BY |= dict(base_learning_rate=3e-3, base_optimizer="adamw")
 BASE = {"table1": (50.0, 50.0, 50.1, 42.3, 76.9)}  # the paper's figures of the initial policy
 
 
@@ -84,16 +86,22 @@ def rows_of(table: str) -> list[Row]:
 def folder(out: Path, row: Row, seed: int) -> Path:
     """Where this run belongs: equal settings, equal folder, whatever the row is called."""
     values = dataclasses.asdict(configuration.parse(row.settings)[0])
+    what = [values["objective"], values["candidates"].replace(",", "-"), f"K{values['rollouts']}"]
+    return out / "runs" / "_".join([*what, key_of(values)]) / f"seed{seed}"
+
+
+def key_of(values: dict) -> str:
+    """Six digits that stand for a run's settings; new keys change nothing."""
     usual = dataclasses.asdict(configuration.Config()) | NAMED_BY
     changed = {name: value for name, value in sorted(values.items()) if value != usual[name]}
-    key = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]  # new keys change nothing
-    what = [values["objective"], values["candidates"].replace(",", "-"), f"K{values['rollouts']}"]
-    return out / "runs" / "_".join([*what, key]) / f"seed{seed}"
+    return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:6]
 
 
+@cache
 def base_of(out: Path, seed: int) -> Path:
     """The run whose base phase all rows of this seed start from."""
-    return out / "bases" / f"seed{seed}"
+    settings = configuration.parse([str(ROOT / "configs" / "miniature.py")])[0]
+    return out / "bases" / key_of(dataclasses.asdict(settings)) / f"seed{seed}"
 
 
 # ---- Running ------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ class RunLog:
     def __init__(self, run: Path, label: str, step: int, steps: int, track: list, active: bool):
         self.label, self.steps, self.active = label, steps, active
         self.seen = self.learned = 0  # steps of this start, and those that learned from something
+        self.began = time.time()
         self.stack = contextlib.ExitStack()
         if not active:
             return
@@ -162,9 +163,9 @@ class RunLog:
         notes = self.watch.see(line) + ["NOT FINITE: update skipped"] * bool(line["not_finite"])
         done, judged = line["step"] + 1, "reward" in line
         if judged or notes or done % 100 == 0 or done == self.steps:
-            place = f"step {done:4d}"
-            if not judged:
-                place = f"{self.label} {place} of {self.steps}"
+            left = (time.time() - self.began) / self.seen * (self.steps - done)
+            left = f"{tqdm.format_interval(left)} left"
+            place = f"{self.label} step {done:4d} of {self.steps}, {left}"
             self.bar.write("  ".join([place, *words(line), *notes]))
         shown = {k: v for k, v in numbers.items() if k != "step" and v is not None}
         self.monitors.tell("numbers", shown, line["step"])
