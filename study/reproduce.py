@@ -37,7 +37,7 @@ from tools.plot import read_json
 
 # Of the paper, and beyond it.
 TABLES: tuple[str, ...] = ("table1", "table2", "table6", "rollouts", "pivot", "judge")
-TABLES += ("forgetting", "overlap", "rewriter", "schedules")
+TABLES += ("forgetting", "reject", "overlap", "rewriter", "schedules")
 COLUMNS = {  # in the order of a row's `paper`
     "quality_clean": "quality, clean",
     "quality_unsafe": "quality, unsafe",
@@ -70,7 +70,7 @@ class Row:
         """Arguments of train.py, the same for every seed."""
         scale = "miniature_scratch.py" if self.table == "table2" else "miniature.py"
         files = [f"{self.table}.py:{self.name}", scale]
-        if self.table in ("frontier", "hacking"):  # which have steps and batches of their own
+        if self.table in ("frontier", "hacking", "reject"):  # which override the scale
             files.reverse()
         return [str(ROOT / "configs" / file) for file in files]
 
