@@ -58,9 +58,9 @@ def test_the_list_and_what_is_not_in_it(tmp_path, capsys):
 def test_runs_of_before_are_found_and_shared(tmp_path):
     names = {r.key: reproduce.folder(tmp_path, r, 0).parent.name for r in ROWS}
     for shared in ("table1:safety", "table6:dpo_suffix_16_rollouts", "rollouts:safety_16"):
-        assert names[shared] == "dpo_suffix-rollouts_K16_22fd33"
-    assert names["table6:dpo_suffix_pivot"] == "dpo_suffix-rollouts_K16_9a5d57"
-    assert names["table2:baseline"] == "nll_suffix_K4_db2e61"
+        assert names[shared] == "dpo_suffix-rollouts_K16_266700"
+    assert names["table6:dpo_suffix_pivot"] == "dpo_suffix-rollouts_K16_0a0313"
+    assert names["table2:baseline"] == "nll_suffix_K4_f8e9d6"
     assert names["overlap:overlap_0"] == names["rollouts:quality_4"] != names["overlap:overlap_1"]
 
 
@@ -92,7 +92,7 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(files) == 2 + 2 * 4, "a summary a base, a summary and an evaluation a run"
     assert all(file.read_text() in "TE" for file in files)
     failed = reproduce.work(tmp_path / "broken", jobs(tmp_path / "broken"), 2)
-    assert [line.partition(",")[0] for line in failed] == [f"bases/seed{s} failed" for s in (0, 1)]
+    assert [line.partition(",")[0] for line in failed] == [f"bases/2d0669/seed{s} failed" for s in (0, 1)]
 
 
 SEEDS = {  # rows of table t with a column x

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from evaluation.results import NAMES, overall
+from evaluation.results import LIKELIHOODS, NAMES, overall
 from support import command
 from support.command import UserError
 from support.files import read_jsonl
@@ -82,19 +82,21 @@ def draw_curves(ax, curves: list[tuple[str, list[dict], str]], **axes):
         ax.legend(frameon=False, fontsize=8)
 
 
-def draw_evaluation(ax, policies: dict, suites: list[str]):
-    """Groups of bars, a group a suite, a bar a policy; the mean over all judged prefixes."""
-    width = 0.8 / max(1, len(policies))
+def draw_evaluation(ax, policies: dict, columns: list[str]):
+    """Groups of bars, a group a column of the table, a bar a policy; means over all prefixes."""
+    width, nats = 0.8 / max(1, len(policies)), set(columns) <= set(LIKELIHOODS)
     for i, (name, row) in enumerate(policies.items()):
-        means = [overall(row, suite) for suite in suites]
-        at = [x + (i - (len(policies) - 1) / 2) * width for x in range(len(suites))]
-        heights = [100 * (mean or 0.0) for mean in means]
+        means = [overall(row, column) for column in columns]
+        at = [x + (i - (len(policies) - 1) / 2) * width for x in range(len(columns))]
+        heights = [(1 if nats else 100) * (mean or 0.0) for mean in means]
         bars = ax.bar(at, heights, width, label=NAMES.get(name, name))
-        labels = ["-" if mean is None else f"{100 * mean:.0f}" for mean in means]
-        ax.bar_label(bars, labels, fontsize=8)
+        labels = ["-" if m is None else f"{m:.2f}" if nats else f"{100 * m:.0f}" for m in means]
+        ax.bar_label(bars, labels, fontsize=7)
     if policies:
-        ax.set_xticks(range(len(suites)), suites)
-        ax.set(ylabel="% (held-out prefixes)", ylim=(0, 115))
+        unit = "nats a token" if nats else "%"
+        ax.set(ylabel=f"{unit} (held-out prefixes)")
+        ax.set_xticks(range(len(columns)), columns)
+        ax.margins(y=0.15)  # for the legend
         ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=len(policies))
 
 
@@ -120,8 +122,11 @@ def plot_run(run: Path) -> Path:
     panels = [
         partial(draw_curves, curves=above, ylabel=titles[0]),
         partial(draw_curves, curves=below, ylabel=titles[1], ylim=(0, 1)),
-        partial(draw_evaluation, policies=policies, suites=suites),
+        partial(draw_evaluation, policies=policies, columns=suites),
     ]
+    cells = [cell for row in policies.values() for cell in row.values()]
+    if known := [c for c in LIKELIHOODS if any(cell.get(c) is not None for cell in cells)]:
+        panels.append(partial(draw_evaluation, policies=policies, columns=known))
     return figure_of(run / "training.png", panels)
 
 
@@ -135,7 +140,7 @@ def plot_runs(runs: list[Path]) -> Path:
     done = {str(run): found for run in runs if (found := read_summary(run)).get("policies")}
     methods = {name: summary["policies"].get("method", {}) for name, summary in done.items()}
     suites = list(dict.fromkeys(suite for s in done.values() for suite in s["suites"]))
-    panels.append(partial(draw_evaluation, policies=methods, suites=suites))
+    panels.append(partial(draw_evaluation, policies=methods, columns=suites))
     return figure_of(runs[0] / "compared.png", panels, rows=2)
 
 
