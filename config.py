@@ -107,6 +107,7 @@ class Config:
     eval_prefixes: int = key(256, "held-out prefixes of each kind, done greedily", "Evaluation")
     eval_judge_url: str = key("", "judge of the evaluation; empty: judge_url")
     eval_judge_model: str = key("", "model name sent to eval_judge_url; empty: judge_model")
+    eval_judge_extra: str = key("", "as judge_extra")
 
     dry_run: bool = key(False, "print what the run will cost, and stop", "Cost (dry_run, check)")
     check: bool = key(False, "try policy, data, teachers for seconds, estimate the cost, and stop")
@@ -135,7 +136,8 @@ FOLDERS = ["out_dir", "data", "init_from", "tokenizer", "prompts"]  # where ~ is
 NEUTRAL = {"out_dir", "device", "save_every", "keep", "example_every", "track", "shard"}
 NEUTRAL |= {"recompute", "compile", "micro_batch_tokens", "concurrency", "timeout"}
 NEUTRAL |= {"give_up_after", "eval_prefixes", "eval_judge_url", "eval_judge_model", "dry_run"}
-NEUTRAL |= {"check", "gpus", "gpu_tflops", "judge_tokens_per_second", "price_in", "price_out"}
+NEUTRAL |= {"eval_judge_extra", "check", "gpus", "gpu_tflops", "judge_tokens_per_second"}
+NEUTRAL |= {"price_in", "price_out"}
 ADDRESSES = {"judge_url", "rewrite_url"}  # neutral, too, unless one of the two is the pocket world
 
 # Keys of older versions, with the values that are what is done now.
@@ -230,7 +232,7 @@ def check_values(config: Config):
     for name in ("judge_url", "rewrite_url", "eval_judge_url"):  # they go into files of the run
         keyless = not any(sign in getattr(config, name) for sign in "@?")
         need(keyless, f"{name}: a key goes into OPENAI_API_KEY, not into the URL")
-    for name in ("judge_extra", "rewrite_extra"):
+    for name in ("judge_extra", "rewrite_extra", "eval_judge_extra"):
         nested(getattr(config, name))
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")

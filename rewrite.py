@@ -83,8 +83,8 @@ class Teachers:
         self.rewriter = Rewriter(rewriter, config)
         if config.eval_judge_url:
             # A record of its own: the same question to another judge is another question.
-            model = config.eval_judge_model or config.judge_model
-            chats.append(self.open(config.eval_judge_url, model, "", "evaluation.sqlite"))
+            asked = config.eval_judge_model or config.judge_model, config.eval_judge_extra
+            chats.append(self.open(config.eval_judge_url, *asked, "evaluation.sqlite"))
             self.examiner = Judge(chats[-1], config)
         self.traffic = Traffic(chats).since_last
         with agreement():

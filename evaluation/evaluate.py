@@ -39,7 +39,7 @@ from support.command import UserError
 from support.distributed import start
 from support.files import read_jsonl, write_text
 from support.hub import local_folder
-from support.settings import names
+from support.settings import names, nested
 from support.tokenizer import load_tokenizer
 from update import make_anchor
 from world.corpus import parse_dials
@@ -259,6 +259,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     flag("--max_seq", type=int, default=96, help="tokens of prefix and continuation")
     flag("--judge_url", default="world", help="OpenAI-compatible URL up to /v1")
     flag("--judge_model", default="judge")
+    flag("--judge_extra", default="", help="fields of each request, as train.py's key")
     flag("--judge_max_tokens", type=int, default=512, help="of an answer")
     flag("--prompts", default="prompts", help="folder of prompt files")
     flag("--seeds", type=int, default=1, help="judgments of each question; paper: 8")
@@ -328,7 +329,8 @@ def main(arguments: list[str]):
     # A record for each judge: the same question to another judge is another question.
     record = f"judgments-{hash_of(args.judge_url, args.judge_model, args.dials)[:8]}.sqlite"
     teacher = teacher_at(args.judge_url, parse_dials(args.dials))
-    with Chat(teacher, args.judge_model, cache=out.parent / record) as chat:
+    how = dict(extra=nested(args.judge_extra), cache=out.parent / record)
+    with Chat(teacher, args.judge_model, **how) as chat:
         asked = Config(prompts=args.prompts, judge_max_tokens=args.judge_max_tokens)
         judge = Judge(chat, asked)
         sets = sets_of(args, ours.tokenizer)

@@ -7,6 +7,7 @@ SIGINT or SIGTERM is heard by `check` and `wait`, the second SIGINT ends the pro
 import contextlib
 import io
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -142,7 +143,7 @@ def running(command: list[str]):
     with subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True) as process:
         try:
             if not (url := process.stdout.readline().strip()):  # type: ignore[union-attr]
-                raise UserError(f"the server did not start: {' '.join(command)}")
+                raise UserError(f"a server did not start; try it by hand: {shlex.join(command)}")
             yield url
         finally:
             process.kill()  # it keeps nothing

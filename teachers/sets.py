@@ -40,6 +40,7 @@ from support import command
 from support.chat import Chat
 from support.command import UserError
 from support.files import write_bytes, write_text
+from support.settings import nested
 from support.sources import Skips, as_object, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 from world.corpus import Dials, WorldSource, parse_dials
@@ -298,6 +299,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         role = "--rewrite_url" if made == "quality" else "--judge_url"
         add(role, dest="url", default="world", help="teacher's base URL(s) up to /v1")
         add("--model", default="teacher", help="its name there")
+        add("--extra", default="", help="fields of each request, as train.py's judge_extra")
         add("--out", required=True, help="folder for the files")
         add("--count", type=int, default=2048, help="rows of the training set")
         add("--validation", type=int, default=256, help="rows of the validation set")
@@ -315,7 +317,8 @@ def main(arguments: list[str]) -> None:
     if min(options.count, options.validation) < 2 or not 0 < 2 * options.chunk <= options.max_seq:
         raise UserError("--count and --validation need 2 or more, --max_seq twice --chunk")
     tokenizer, out = load_tokenizer(options.tokenizer), Path(options.out).expanduser()
-    how = dict(concurrency=options.concurrency, cache=out / "answers.sqlite")
+    how: dict = dict(concurrency=options.concurrency, extra=nested(options.extra))
+    how["cache"] = out / "answers.sqlite"
     out.mkdir(parents=True, exist_ok=True)
     teacher = teacher_at(options.url, parse_dials(options.dials))
     with Chat(teacher, options.model, **how) as chat:

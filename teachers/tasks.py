@@ -52,7 +52,7 @@ class Rows:
                     raise UserError(f"{name}:{line}: {wrong}")
                 self.rows.append(json.dumps(row))
         if not self.rows:
-            raise UserError(f"{source} holds no rows")
+            raise UserError(f"{source} holds no rows: python -m teachers.sets makes some")
         self.rows.sort(key=digest)  # mixes the files: a window of the stream's shuffle may be small
 
     def documents(self, start: dict | None) -> Iterator[tuple[str, dict]]:

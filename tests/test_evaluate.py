@@ -365,14 +365,17 @@ def test_both_evaluations_ask_the_judge_alike(tmp_path):
     own = ["--judge_temperature=0.3", "--judge_top_p=0.5", "--judge_retries=0", "--judge_samples=2"]
     with faulty_server(answer=answer) as server:
         flags = [f"--eval_judge_url={server.url}", "--eval_judge_model=other"]
+        flags += ["--eval_judge_extra=effort=low"]
         train.main([f"--out_dir={run}", *small, *own, *flags])
         closing = requests()
-        flags = [f"--judge_url={server.url}", "--judge_model=other", "--prefixes=4"]
+        flags = [f"--judge_url={server.url}", "--judge_model=other", "--judge_extra=effort=low"]
         flags += [f"--baseline={run / 'base' / 'ckpt'}", f"--out={tmp_path / 'result.json'}"]
+        flags += ["--prefixes=4"]
         evaluate.main([str(run / "ckpt"), *flags])
         assert requests() == closing and len(closing) > 16
-    sampling = {(q["temperature"], q["top_p"], q["max_tokens"]) for q in map(json.loads, closing)}
-    assert sampling == {(0.7, 1.0, 512), (1.0, 1.0, 512)}
+    names = "temperature", "top_p", "max_tokens", "effort"
+    sampling = {tuple(question[n] for n in names) for question in map(json.loads, closing)}
+    assert sampling == {(0.7, 1.0, 512, "low"), (1.0, 1.0, 512, "low")}
 
 
 def test_results_of_the_harness(tmp_path):

@@ -92,7 +92,8 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(files) == 2 + 2 * 4, "a summary a base, a summary and an evaluation a run"
     assert all(file.read_text() in "TE" for file in files)
     failed = reproduce.work(tmp_path / "broken", jobs(tmp_path / "broken"), 2)
-    assert [line.partition(",")[0] for line in failed] == [f"bases/2d0669/seed{s} failed" for s in (0, 1)]
+    told = [line.partition(",")[0] for line in failed]
+    assert told == [f"bases/2d0669/seed{s} failed" for s in (0, 1)]
 
 
 SEEDS = {  # rows of table t with a column x

@@ -7,6 +7,7 @@ says what is wrong or that all is well; 1 or 0. The run folder stays as it is.
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from world.teacher import teacher_at
 def try_out(config: Config, open_inputs: Callable) -> int:
     """open_inputs(config): train.py's, which gives the tokenizer. -> 0 if all is well"""
     wrong, tokenizer, batch = [], None, None
+    if "RANK" in os.environ:
+        raise UserError("check: one process tries all that several need: leave torchrun out")
 
     @contextlib.contextmanager
     def part(name: str):

@@ -34,6 +34,7 @@ from support import command
 from support.chat import Chat, greet
 from support.command import UserError
 from support.files import read_jsonl, write_bytes, write_text
+from support.settings import nested
 from support.sources import TEXT_FIELDS, Skips, as_object, is_url, list_files, records, text_of
 from support.tokenizer import load_tokenizer
 
@@ -194,8 +195,8 @@ def run(options):
     tokenizer, judge = load_tokenizer(options.tokenizer), None
     with contextlib.ExitStack() as stack:
         if options.judge_url:
-            store = out / "judgments.sqlite"
-            chat = stack.enter_context(Chat(options.judge_url, options.judge_model, cache=store))
+            asked: dict = dict(extra=nested(options.judge_extra), cache=out / "judgments.sqlite")
+            chat = stack.enter_context(Chat(options.judge_url, options.judge_model, **asked))
             judge = Judge(chat, Config(seed=options.seed))
             greet(chat, judge.small_question())  # a wrong URL is told before the corpus is read
         for number in range(saved["done"], len(names)):
@@ -253,6 +254,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--unsafe", choices=UNSAFE, default="both", help="curse words, blocklist")
     parser.add_argument("--judge_url", help="stage 2: base URL up to /v1")
     parser.add_argument("--judge_model", default="judge")
+    parser.add_argument("--judge_extra", default="", help="fields of each request: train.py's key")
     parser.add_argument("--votes", type=int, default=8, help="stage 2: judgments of each prefix")
     parser.add_argument("--seed", type=int, default=0)
     run(parse(parser, arguments, "votes"))
