@@ -115,7 +115,7 @@ def make_anchor(kind: str, prefix, pad, index, M: int, seed: int, temperature: f
 
 
 def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, config: Config):
-    """Sum of the objective over some rows and, for logging, sums of what it was made of."""
+    """Sum of the objective over some rows and, for logging, {name: (sum, count)} of its parts."""
     device, temperature = next(policy.parameters()).device, config.temperature or 1.0
     rows, columns = picked.rows[part], picked.columns[part]  # [R], [R, C']
     prefix, pad = pool.batch.prefix[rows].to(device), pool.batch.pad[rows].to(device)  # [R, P], [R]
@@ -146,7 +146,11 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
     else:
         loss, extra = nll_loss(logp[:, 0], layout[3][:, 0]).sum(), {}
     if anchor:
-        loss, extra["anchor"] = loss + weight * anchor.value, anchor.value.detach()
+        loss, extra["anchor"] = loss + weight * anchor.value, (anchor.value.detach(), len(rows))
+    # Of suffixes that the judge likes best, whether they stay likely.
+    best = torch.tensor([pool.sources[column] == "suffix" for column in columns[:, 0].tolist()])
+    if config.rewards and best.any() and not config.nll_prefix:
+        extra["nll.suffix_chosen"] = -logp[best, 0].detach().sum(), int(lengths[best, 0].sum())
     return loss, extra
 
 
@@ -158,11 +162,9 @@ def preference(logp, before, lengths, config: Config):
     if config.nll_weight:
         loss = loss + config.nll_weight * nll_loss(logp[:, 0], lengths[:, 0]) / lengths[:, 0]
     moved = (policy_sum - reference_sum).detach()
-    return loss.sum(), {
-        "dpo.chosen_shift": moved[:, 0].sum(),
-        "dpo.rejected_shift": moved[:, 1].sum(),
-        "dpo.accuracy": (moved[:, 0] > moved[:, 1]).sum(),
-    }
+    parts = {"chosen_shift": moved[:, 0], "rejected_shift": moved[:, 1]}
+    parts["accuracy"] = moved[:, 0] > moved[:, 1]
+    return loss.sum(), {f"dpo.{name}": (each.sum(), len(each)) for name, each in parts.items()}
 
 
 def idle(policy, reference, config: Config):
@@ -198,8 +200,10 @@ def update(
         else:
             loss, extra = idle(policy, reference, config), {}
         (loss / max(total, 1)).backward()
-        for name, value in {"loss": loss.detach(), **extra}.items():
-            metrics[name] = (metrics.get(name, (0.0, 0))[0] + float(value), count)
+        metrics["loss"] = (metrics["loss"][0] + float(loss.detach()), count)
+        for name, (part, n) in extra.items():
+            before = metrics.get(name, (0.0, 0))
+            metrics[name] = before[0] + float(part), before[1] + n
     if total == 0:  # no process has a row
         return metrics
     # Gradients of all processes, clipped to a norm of grad_clip.

@@ -138,8 +138,8 @@ def prefix_attention_torch(q, k, v, pad, prefix: int, length: int):
     found, order = [], []
     for p in pad.unique().tolist():
         rows = (pad == p).nonzero()[:, 0]
-        some = (x[:, :, p:].index_select(0, rows) for x in (q, k, v))
-        found.append(F.pad(unpadded_attention(*some, prefix - p, length), (0, 0, p, 0)))
+        qr, kr, vr = (x[:, :, p:].index_select(0, rows) for x in (q, k, v))
+        found.append(F.pad(unpadded_attention(qr, kr, vr, prefix - p, length), (0, 0, p, 0)))
         order.append(rows)
     return torch.cat(found)[torch.cat(order).argsort()]
 

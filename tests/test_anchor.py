@@ -69,7 +69,10 @@ def test_an_anchor_adds_the_mean_over_the_prefix(kind, recompute):
     if kind == "nll":
         each = -logp[:, :-1].gather(2, prefix[:, 1:, None])[:, :, 0]  # [3, P - 1]
     plain = each[:2].gather(1, anchor.at[:2]).mean(dim=1).sum()
-    assert torch.allclose(extra["anchor"], plain, atol=1e-5)
+    assert torch.allclose(extra["anchor"][0], plain, atol=1e-5) and extra["anchor"][1] == 3
+    surprise, count = extra["nll.suffix_chosen"]  # all three suffixes are
+    chosen = policy.logprobs(prefix, pad, pool.tokens[:, :1]).sum()
+    assert torch.allclose(surprise, -chosen, atol=1e-4) and count == 3 * N
     found, expected = gradients(with_it - without), gradients(weight * plain)
     for pair in zip(found, expected, strict=True):
         assert torch.allclose(*pair, atol=1e-5)
