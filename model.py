@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from kernels.attention import prefix_attention
+from kernels.lean import gated, normed
 from kernels.logprob import linear_logprob
 from support import hub
 from support.command import UserError
@@ -145,11 +145,11 @@ class Attention(nn.Module):
             q, kv = (q, kv) if c.qk_norm == "whole" else (c.head_dim, c.head_dim)
             self.q_norm, self.k_norm = RMSNorm(q, c.norm_eps), RMSNorm(kv, c.norm_eps)
 
-    def qkv(self, x, cos, sin):
-        """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D], rotated."""
-        q = self.heads(self.q_proj(x), self.q_norm)
-        k = self.heads(self.k_proj(x), self.k_norm)
-        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), self.heads(self.v_proj(x))
+    def qkv(self, norm, x, cos, sin):
+        """Of norm(x), x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D], rotated."""
+        q, k, v = normed(norm, (self.q_proj, self.k_proj, self.v_proj), x)
+        q, k = self.heads(q, self.q_norm), self.heads(k, self.k_norm)
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), self.heads(v)
 
     def heads(self, z, norm=None):
         """z [B, T, heads * D] -> [B, heads, T, D]; a norm is as wide as a head, or as z."""
@@ -165,9 +165,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x):
-        """x [..., d] -> [..., d], over d_ff gated features of each token."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, norm, x):
+        """Of norm(x), x [..., d] -> [..., d], over d_ff gated features of each token."""
+        return gated(*normed(norm, (self.gate_proj, self.up_proj), x), self.down_proj)
 
 
 class Block(nn.Module):
@@ -194,16 +194,16 @@ class Block(nn.Module):
 
     def before(self, x, cos, sin):
         """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D]."""
-        return self.self_attn.qkv(self.norms[0](x), cos, sin)
+        return self.self_attn.qkv(self.norms[0], x, cos, sin)
 
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
         _, behind_attention, before, behind = self.norms
         x = x + behind_attention(self.self_attn.o_proj(attended))
         if torch.is_grad_enabled() or x.device.type != "cpu":
-            return x + behind(self.mlp(before(x)))
+            return x + behind(self.mlp(before, x))
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
-            part += behind(self.mlp(before(part)))
+            part += behind(self.mlp(before, part))
         return x
 
 

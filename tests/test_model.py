@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import model
+from kernels import lean
 from model import Llama, ModelConfig, preset, save_model
 from support.command import UserError
 from support.hub import FAMILIES
@@ -96,6 +97,29 @@ def test_compiled_layers_compute_the_same(recompute, shape):
             logp.exp().sum().backward()
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-5, rtol=1e-4)
+
+
+@ALL
+def test_on_a_cpu_less_is_kept_for_the_same_gradients(shape, monkeypatch):
+    """To the last bit; OLMo 2, whose norms stand behind, saves in the MLP alone."""
+    kept, found = [], []
+    for plain in (True, False):
+        if plain:
+            monkeypatch.setattr(lean, "lean", lambda x: False)
+        policy, saved = tiny(n_kv_head=2, **shape), {}
+        weights = {p.data_ptr() for p in policy.parameters()}
+
+        def note(x, saved=saved):
+            return saved.update({x.data_ptr(): x.numel()}) or x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            logp = policy.logprobs(*layout())
+        logp.square().sum().backward()
+        found.append([logp, *(p.grad for p in policy.parameters())])
+        kept.append(sum(size for at, size in saved.items() if at not in weights))
+        monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < (0.87 if shape.get("norm_after") else 0.7) * kept[0]
 
 
 @ALL
