@@ -34,6 +34,7 @@ SHAPE = ModelConfig(2048, n_layer=2, n_head=2, n_kv_head=1, d_model=128, d_ff=35
 FEW = dict(batch_size=3, chunk=8, max_seq=56, rollouts=4, candidates="rollouts", dtype="float32")
 OBJECTIVES = [
     dict(objective="dpo"),
+    *(dict(objective="dpo", anchor=anchor) for anchor in ("nll:1", "kl:1")),
     dict(objective="ipo", recompute=True),
     dict(objective="rf_nll"),
     dict(objective="nll", rewards="", nll_prefix=True),

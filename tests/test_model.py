@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import model
+from config import Config
 from kernels import lean
 from model import Llama, ModelConfig, preset, save_model
 from support.command import UserError
 from support.hub import FAMILIES
+from tools.cost import memory
 
 VARIANTS = {family: dict(family=family, **differs) for family, (_, differs, _) in FAMILIES.items()}
 VARIANTS["smollm3"] |= dict(rotates=[1, 0])
@@ -120,6 +122,11 @@ def test_on_a_cpu_less_is_kept_for_the_same_gradients(shape, monkeypatch):
         monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < (0.87 if shape.get("norm_after") else 0.7) * kept[0]
+    grpo = dict(objective="grpo", candidates="rollouts", rollouts=3)  # of a layout's rows and sizes
+    config = Config(**grpo, gpus=1, batch_size=3, chunk=5, max_seq=14, baseline=False)
+    forecast = memory(config, policy.config, bf16=False)["activations of a micro-batch"]
+    if not (shape.get("norm_after") or shape.get("qk_norm")):
+        assert 4 * kept[1] == pytest.approx(forecast, rel=0.02)
 
 
 @ALL

@@ -2,6 +2,7 @@
 
     python -m tools.bench                          all sections
     python -m tools.bench sampler update           against transformers and TRL, on a CPU
+    python -m tools.bench growth                   what costs how much, beside --dry_run's forecast
     python -m tools.bench kernels step             the first thing to run on a GPU (docs/gpu.md)
 
 Out: a line a measurement, each written to bench.jsonl as well when it is made.  Ratios are of
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -35,7 +37,7 @@ from optimizer import make_optimizer
 from rollout import sample_rollouts
 from support import command
 from support.runlog import Clock
-from tools.cost import memory
+from tools.cost import flops, memory, parameters
 from update import pick
 from update import update as update_policy
 
@@ -298,32 +300,85 @@ def update():
         yield row | {"peak_gb": peak_gb(sides[row["side"]])}
 
 
-def step():
-    """A whole step of DPO on rollouts with rewards that cost nothing: the demo's policy; on a GPU
-    the paper's, its memory beside the forecast."""
-    shape = ("llama-1.4b", 32000, 16, 1920, 128, 16) if CUDA else ("world", 846, 32, 64, 32, 4)
-    name, V, B, P, N, K = shape
-    size = dict(rollouts=K, chunk=N, max_seq=P + N, batch_size=B, baseline=False)
-    config = Config(candidates="rollouts", learning_rate=1e-5, gpus=1, **size)
-    reference = Llama(preset(name, V)).initialise(0).to(DEVICE)
+def one_step(shape: ModelConfig, B: int, P: int, N: int, K: int, processes: int = 1):
+    """A whole step of DPO on rollouts with rewards that cost nothing, as (its config, a function of
+    nothing that does this process's part of it)."""
+    size = dict(rollouts=K, chunk=N, max_seq=P + N, batch_size=B, baseline=False, gpus=processes)
+    config = Config(candidates="rollouts", learning_rate=1e-5, **size)
+    reference = Llama(shape).initialise(0).to(DEVICE)
     policy = copy.deepcopy(reference)
     optimizer, tokenizer = make_optimizer(policy, config), SimpleNamespace(eos=1, decode=str)
-    prefix = torch.randint(2, V, (B, P), device=DEVICE)
-    pad, suffix = prefix.new_zeros(B, dtype=torch.int32), prefix.new_zeros(B, N)
-    batch = Batch(prefix, pad, suffix, torch.arange(B), [""] * B, [], {})
+    mine = B // processes
+    prefix = torch.randint(2, shape.vocab_size, (mine, P), device=DEVICE)
+    pad, suffix = prefix.new_zeros(mine, dtype=torch.int32), prefix.new_zeros(mine, N)
+    batch = Batch(prefix, pad, suffix, torch.arange(mine), [""] * mine, [], {})
 
     def run():
         pool = make_pool(policy, batch, None, config, tokenizer, Clock())
-        reward = torch.rand(B, K, dtype=torch.float64)
+        reward = torch.rand(mine, K, dtype=torch.float64)
         picked = pick(pool, reward, config)
         update_policy(policy, reference, optimizer, pool, picked, reward, 5, config)
 
-    forecast = memory(config, policy.config, bf16=CUDA)["most at once"] / 1e9
+    return config, run
+
+
+def step():
+    """That of the demo's policy; on a GPU of the paper's, its memory beside the forecast."""
+    given = ("llama-1.4b", 32000, 16, 1920, 128, 16) if CUDA else ("world", 846, 32, 64, 32, 4)
+    name, V, B, P, N, K = given
+    config, run = one_step(shape := preset(name, V), B, P, N, K)
+    forecast = memory(config, shape, bf16=CUDA)["most at once"] / 1e9
     more = dict(peak_gb=peak_gb(run), forecast_gb=forecast) if CUDA else {}
     yield from in_turns(f"step of {name} B={B} P={P} N={N} K={K}", {"ours": run}, **more)
 
 
-SECTIONS = {"kernels": kernels, "sampler": sampler, "update": update, "step": step}
+# ---- How a step grows ----------------------------------------------------------------------------
+
+USUAL = dict(K=4, N=32, P=256, layers=4, processes=1)
+OTHERS = dict(K=(8, 16), N=(64, 128), P=(512, 1024), layers=(2, 8), processes=(2, 4))
+
+
+def growing(size: dict):
+    """The shape, config and step of 4 prefixes at a size like USUAL."""
+    shape = ModelConfig(8192, size["layers"], 4, 2, d_model=256, d_ff=704, head_dim=64)
+    return shape, *one_step(shape, 4, *(size[name] for name in ("P", "N", "K", "processes")))
+
+
+def measured(rank: int, size: dict, folder: str):
+    """One of the processes that share a step: its CPU seconds and memory, into a file."""
+    if (count := size["processes"]) > 1:
+        where = f"file://{folder}/meet"
+        torch.distributed.init_process_group("gloo", where, rank=rank, world_size=count)
+    shape, _, run = growing(size)
+    run()
+    took = statistics.median(seconds(run) for _ in range(5))
+    held = 16 * parameters(shape) / 1e9  # policy, reference and two moments; gradients come and go
+    with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as file:
+        json.dump((took, held + peak_gb(run)), file)
+
+
+def growth():
+    """A step beside what --dry_run says of it, one size changed at a time: of the slowest process
+    the CPU seconds, and of each the memory of weights and tensors."""
+    first: dict = {}
+    for change in ({}, *({name: n} for name, several in OTHERS.items() for n in several)):
+        size = USUAL | change
+        with tempfile.TemporaryDirectory() as folder:
+            start = torch.multiprocessing.start_processes
+            start(measured, (size, folder), size["processes"], start_method="fork")
+            files = [path.read_text() for path in Path(folder).glob("*.json")]
+        took, peak = map(max, zip(*map(json.loads, files), strict=True))
+        shape, config, _ = growing(size)
+        work = sum(flops(config, shape).values()) / size["processes"] / 1e9
+        first = first or dict(seconds=took, gflop=work)
+        row = dict(what=" ".join(f"{k}={v}" for k, v in change.items()) or str(USUAL))
+        row |= dict(seconds=took, times=took / first["seconds"])
+        row |= dict(gflop=work, forecast_times=work / first["gflop"])
+        forecast = memory(config, shape, bf16=False)["most at once"] / 1e9
+        yield row | dict(peak_gb=peak, forecast_gb=forecast)
+
+
+SECTIONS = {f.__name__: f for f in (kernels, sampler, update, step, growth)}
 
 
 def main(arguments: list[str]):

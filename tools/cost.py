@@ -4,8 +4,8 @@ In: a config, the policy's shape, the prompts. Out: questions and tokens for the
 memory of one GPU, hours and money at the throughput and price that the config states. Counts are
 exact where they follow from the config (questions, positions computed); a question's tokens are its
 prompt's characters / 4 plus the texts that it shows at full length, an answer is ANSWER_TOKENS, and
-activations are 16 numbers of width d and 4 of width d_ff per token and layer, the logits' chunk
-aside.
+activations are 16 numbers of width d and 4 of width d_ff per token and layer in bfloat16, on a CPU
+in float32 those that are kept there, the logits' chunk aside.
 """
 
 from contextlib import suppress
@@ -81,31 +81,41 @@ def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
         fed = continuations * (N - 1)
         return weights * (P + fed) + per_key * (P * P / 2 + fed * (P + N / 2))
 
-    C = learned(config)
+    C, kl = learned(config), config.anchor.startswith("kl")
     hidden = layers(C)
     logits = output * (P + N - 1 if config.nll_prefix else C * N)
-    out = {"update": B * ((4 if config.recompute else 3) * hidden + 4 * logits)}
+    anchor = output * N if config.anchor else 0  # the KL has its logits at hand backward
+    update = (4 if config.recompute else 3) * hidden + 4 * logits + (3 if kl else 4) * anchor
+    out = {"update": B * update}
     if needs_reference(config):
-        out["reference"] = B * (hidden + logits)
+        out["reference"] = B * (hidden + logits + kl * anchor)
     if "rollouts" in names(config.candidates):
         out["rollouts"] = B * (layers(K) + output * (1 + K * (N - 1)))
     return out
 
 
 def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
-    """Bytes on one GPU: float32 weights, gradients and Adam's two moments; the other policies that
+    """Bytes on one GPU, or of a process on a CPU (bf16 False; the sampler's packed weights take the
+    place of gradients): float32 weights, gradients and Adam's two moments; the other policies that
     stay beside them; activations of one micro-batch, or the sampler's cache for this process's
     prefixes: one after the other, so that the larger counts. shard=True spreads the first two,
     keeps the baseline in the computer's memory and samples from a whole copy of the weights."""
     size, count, sampled = (2 if bf16 else 4), parameters(shape), "rollouts" in config.candidates
+    output = 4 * shape.vocab_size * shape.d_model
     N, P = config.chunk, config.max_seq - config.chunk
-    row, prefixes = P + learned(config) * N, -(-config.batch_size // config.gpus)
+    C = learned(config)
+    row, prefixes = P + C * N, -(-config.batch_size // config.gpus)
     rows = min(prefixes, max(1, config.micro_batch_tokens // row))
-    kept = 3.4 if bf16 else 4  # autocast keeps the residual stream in float32: measured, an H200
-    per_layer = (16 * shape.d_model + 4 * shape.d_ff) * kept
-    per_token = shape.n_layer * per_layer
+    if bf16:  # autocast keeps the residual stream in float32: measured, an H200
+        kept, per_layer, weights = 3.4, (16 * shape.d_model + 4 * shape.d_ff) * 3.4, 0
+    else:  # kernels/lean.py, and in a layer the weights of several continuations' attention
+        heads = (3 * shape.n_head + 2 * shape.n_kv_head) * shape.head_dim
+        kept, per_layer = 4, 4 * (2 * shape.d_model + heads + 2 * shape.d_ff)
+        weights = 4 * shape.n_head * C * N * (P + N) * (C > 1)
+    layers, inputs = shape.n_layer, 0
     if config.recompute:  # the input of every layer, and one layer in full
-        per_token = per_layer + shape.n_layer * shape.d_model * kept
+        layers, inputs = 1, shape.n_layer * shape.d_model * kept
+    activations = rows * (row * (inputs + layers * per_layer) + layers * weights)
     cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size  # a token
     spread = config.shard and config.gpus > 1
     share = config.gpus if spread else 1
@@ -117,7 +127,10 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
         # autocast keeps them for the length of a forward pass
         "their copies in bfloat16": 2 * count * copies * (bf16 and not spread),
     }
-    learning = {"activations of a micro-batch": rows * row * per_token}
+    learning = {
+        "activations of a micro-batch": activations,
+        "the anchor's gradient of the output layer": output * config.anchor.startswith("kl"),
+    }
     sampling = {
         "whole weights while sampling": 4 * count * (spread and sampled),
         "cache of prefixes and rollouts": prefixes * cache * (P + config.rollouts * N) * sampled,
