@@ -334,8 +334,8 @@ def step():
 
 # ---- How a step grows ----------------------------------------------------------------------------
 
-USUAL = dict(K=4, N=32, P=256, layers=4, processes=1)
-OTHERS = dict(K=(8, 16), N=(64, 128), P=(512, 1024), layers=(2, 8), processes=(2, 4))
+USUAL = dict(K=4, N=32, P=256, layers=2, processes=1)
+OTHERS = dict(K=(8, 16), N=(64, 128), P=(512, 1024), layers=(4, 8), processes=(2, 4))
 
 
 def growing(size: dict):
