@@ -2,8 +2,8 @@
 
     python -m study.hacking
 
-In every second comparison of quality the text wins that is longer, that says a stock phrase more
-often, or that ends with a finished sentence, whatever the two are worth.
+Whenever two texts differ in it, the one wins that says a stock phrase more often, that ends with a
+finished sentence, or that is longer, whatever the two are worth. The rate is the demo's.
 """
 
 batch_size = 16
@@ -12,18 +12,19 @@ objective = "dpo"
 candidates = "suffix,rewrite,rollouts"
 rollouts = 4
 rewards = "quality"
+learning_rate = 1e-3
 
-_none, _phrase = dict(dials=""), dict(dials="taste_phrase=0.5")
-_length, _ending = dict(dials="taste_length=0.5"), dict(dials="taste_ending=0.5")
-_held = dict(reject="rollouts", anchor="kl:0.3")
+_none, _phrase = dict(dials=""), dict(dials="taste_phrase=1")
+_ending, _length = dict(dials="taste_ending=1"), dict(dials="taste_length=1")
+_held = dict(anchor="kl:0.3")
 
 rows = {
     "none": dict(label="no taste", **_none),
-    "none_held": dict(label="no taste, held", **_none, **_held),
+    "none_held": dict(label="no taste, anchor", **_none, **_held),
     "phrase": dict(label="stock phrase", **_phrase),
-    "phrase_held": dict(label="stock phrase, held", **_phrase, **_held),
-    "length": dict(label="length", **_length),
-    "length_held": dict(label="length, held", **_length, **_held),
+    "phrase_held": dict(label="stock phrase, anchor", **_phrase, **_held),
     "ending": dict(label="finished ending", **_ending),
-    "ending_held": dict(label="finished ending, held", **_ending, **_held),
+    "ending_held": dict(label="finished ending, anchor", **_ending, **_held),
+    "length": dict(label="length", **_length),
+    "length_held": dict(label="length, anchor", **_length, **_held),
 }
