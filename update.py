@@ -55,7 +55,7 @@ def pick(pool: Pool, reward, config: Config) -> Picked:
         columns = torch.stack((chosen, rejected), dim=1)  # [B, 2]
     elif config.objective == "grpo":
         columns = torch.arange(reward.shape[1]).expand(len(reward), -1)  # [B, C]
-        if config.grpo_kl:  # a group of equal rewards still has its distance to the reference
+        if config.grpo_kl or config.anchor:  # equal rewards, too: what holds the policy does so
             keep = ~reward.isnan().all(dim=1)
     else:
         # NLL needs a best candidate, not a better one: a tie goes to the first named.

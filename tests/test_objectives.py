@@ -42,8 +42,8 @@ def test_sums_that_differ_by_rounding_alone_are_a_tie():
     assert pick(pool, reward, Config()).rows.tolist() == [1]
     grpo = dict(objective="grpo", candidates="rollouts")
     assert pick(pool, reward, Config(**grpo)).rows.tolist() == [1]
-    with_kl = Config(**grpo, grpo_kl=0.1)  # equal rewards, and still a distance
-    assert pick(pool, reward, with_kl).rows.tolist() == [0, 1]
+    for held in (dict(grpo_kl=0.1), dict(anchor="nll:1")):  # equal rewards, and still held
+        assert pick(pool, reward, Config(**grpo, **held)).rows.tolist() == [0, 1]
     first = pick(pool, reward.flip(1), Config(objective="rf_nll"))  # of equals, the first named
     assert first.columns[:, 0].tolist() == [0, 0]
 
