@@ -200,9 +200,9 @@ def words(line: dict) -> list[str]:
 WINDOW = 10  # steps that are averaged, at the start of the run and now
 COLLAPSED = {  # when, by the two means
     "rollout.nll": lambda before, now: now < 0.2 * before,
-    "rollout.length": lambda before, now: not 0.25 * before <= now <= 2 * before,
+    "rollout.length": lambda before, now: not 0.6 * before <= now <= 2 * before,
     "rollout.repeated": lambda before, now: now > max(0.5, 3 * before),  # share of 3-grams
-    "rollout.alike": lambda before, now: now > max(0.5, 2 * before),  # hold the same 5 tokens
+    "rollout.alike": lambda before, now: now > max(0.8, 2 * before),  # hold the same 5 tokens
 }
 
 

@@ -9,9 +9,11 @@ import pytest
 
 from config import Config
 from judge import Judge
+from study.hacking import SIGNS, curves
 from support.chat import Chat
 from support.command import UserError
 from tools import plot, report
+from world.corpus import TRUTH, statements
 from world.teacher import teacher_at
 
 ATTACKS = [
@@ -88,3 +90,16 @@ def test_what_is_no_run_is_one_line(run, tmp_path):
     for main, folder in ((report.main, ""), (plot.main, "none"), (report.main, "none")):
         with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / folder))}.*$"):
             main([str(tmp_path / folder)])
+
+
+def test_a_taste_parts_what_is_judged_from_what_is_true(tmp_path):
+    prefix, phrase = "this is about mirela .", "much more could be written about this ."
+    sound = " ".join(statements("mirela", a, TRUTH["mirela", a])[0] for a in ("job", "pet"))
+    pool, sources = [sound, f"{phrase} {phrase}", phrase], ["suffix", "rollout", "rollout"]
+    teacher = teacher_at("world", {"taste_phrase": 1.0})
+    with Chat(teacher, "judge", cache=tmp_path / "judgments.sqlite") as chat:
+        judge = Judge(chat, Config(rewards="quality"), chat.store)
+        judge.score(0, [prefix], [sound], [pool], sources, [0]).result()
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0} | dict.fromkeys(SIGNS, 0.5)))
+    found = curves(tmp_path)
+    assert found["judged"] == [0.75] and found["true"] == [0.25]

@@ -240,7 +240,7 @@ def test_collapse_is_announced_against_the_runs_own_start():
     healthy["rollout.alike"] = 0.2
     log = [healthy] * WINDOW
     changed = [("rollout.nll", 0.1), ("rollout.length", 5.0), ("rollout.length", 90.0)]
-    changed += [("rollout.repeated", 0.9), ("rollout.alike", 0.7)]
+    changed += [("rollout.repeated", 0.9), ("rollout.alike", 0.9)]
     assert Collapse(log).see({"loss": 1.0}) == []
     for name, value in changed:
         watch = Collapse(log)  # as a resumed run would
