@@ -47,8 +47,9 @@ def curves(run: Path) -> dict[str, list[float]]:
 
 
 def draw(ax, label: str, found: dict[str, list[float]]):
-    for name in ("judged", "true", "rollout.alike"):
-        ax.plot(smooth(found[name]), label=name)
+    for name in ("judged", "true", "rollout.alike", "rollout.length"):
+        most = max(found[name]) if name == "rollout.length" else 1
+        ax.plot(smooth([value / most for value in found[name]]), label=name)
     ax.set(title=label, xlabel="step", ylabel="share", ylim=(0, 1))
     ax.legend(frameon=False, fontsize=8)
 
