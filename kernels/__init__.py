@@ -92,8 +92,8 @@ def trusted(kernel, definition, example, device, dtype, shape) -> bool:
     return _verdicts[key]
 
 
-def difference(kernel, definition, example, device, dtype, shape) -> float:
-    """Largest error of the kernel's value and gradients against the definition in float32."""
+def difference(kernel, definition, example, device, dtype, shape, wide=torch.float32) -> float:
+    """Largest error of the kernel's value and gradients against the definition in a wide type."""
     rng = torch.Generator().manual_seed(0)  # its own: a run's random numbers stay what they are
 
     def draw(*sizes):
@@ -114,6 +114,6 @@ def difference(kernel, definition, example, device, dtype, shape) -> float:
     inputs = example(draw, *shape)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         found = value_and_gradients(kernel, inputs, dtype)
-        exact = value_and_gradients(definition, inputs, torch.float32)
+        exact = value_and_gradients(definition, inputs, wide)
     pairs = zip(found, exact, strict=True)
     return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()

@@ -10,10 +10,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernels_reference as reference
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from kernels.attention import decode_attention, prefix_attention
 from kernels.logprob import linear_logprob
@@ -97,14 +99,46 @@ def test_logprob_memory():
     assert bench.peak_gb(run) * 1e9 - 4 * V * d < 2 * 4 * T * V / 20
 
 
-def test_bench_runs_and_outlives_a_peer():
-    assert sum(row.get("side") == "ours" for row in bench.kernels()) == 7
+def test_bench_kernels_and_its_peers(monkeypatch):
+    """The code that a GPU runs; peers that need one are played by the definitions."""
+
+    def flash(q, k, v, causal):  # [B, T, H, D]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return bench.sdpa(SDPBackend.MATH, q, k, v).transpose(1, 2), None
+
+    def liger(*given, reduction):
+        return -bench.all_logits(*given)
+
+    for name in ("flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=flash))
+    functional = SimpleNamespace(liger_fused_linear_cross_entropy=liger)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    rows = [row for group in bench.kernels() for row in group if "side" in row]
+    assert sum(row["side"] == "ours" for row in rows) == 7 and len(rows) == 34
+    failed = {row["side"].partition(":")[0] for row in rows if "error" not in row}
+    assert failed == {f"FlexAttention {name}, same mask" for name in ("TRITON", "FLASH")}
+    assert all(row["error"] < 1e-5 and row["share"] > 0 for row in rows if "error" in row)
+    q, k, v = (x.detach() for x in reference.rows(1, 2, 2, 9, 4, 3, 8, ragged=False)[:3])
+    flex = bench.flex_attention("TRITON", 9, 4, 21)(q, k, v)  # forward works on a CPU
+    torch.testing.assert_close(flex, prefix_attention(q, k, v, torch.zeros(1), 9, 4))
+
+
+def test_bench_step_and_its_forecast():
+    step, agreement, *decoding = (row for group in bench.step() for row in group)
+    assert abs(step["peak_gb"] / step["forecast_gb"] - 1) < 0.15 and step["update"] > 0
+    assert agreement["most"] < 1e-4 and len(decoding) == 2
+
+
+def test_bench_outlives_a_peer_and_knows_the_time(tmp_path, monkeypatch, capsys):
     # a peer that fails loses its own row, and a failure of ours is not hidden
     sides = {"ours": lambda: None, "broken": lambda: 1 / 0, "last": lambda: None}
     found = [row["side"] for row in bench.in_turns("x", sides)]
     assert found == ["ours", "broken: ZeroDivisionError 'division by zero'", "last"]
     with pytest.raises(ZeroDivisionError):
         list(bench.in_turns("x", {"ours": sides["broken"]}))
+    monkeypatch.chdir(tmp_path)
+    bench.main(["kernels", "--minutes", "0"])
+    assert "the rest is left out" in capsys.readouterr().out
 
 
 def test_triton_is_optional():
