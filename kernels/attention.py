@@ -51,7 +51,7 @@ CONFIGS = {
         "backward_key": {64: (64, 128, 8, 2), 128: (32, 64, 4, 3)},
     },
     "sm_100": _DECODE | {
-        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+        "forward": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2)},
         "backward_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
         "backward_key": {64: (64, 128, 8, 2), 128: (64, 64, 4, 2)},
     },
@@ -204,14 +204,27 @@ def softmax_attention(q, k, v, mask=None):
 
 
 @jit
+def _in_turn(tiles):
+    """This program's tile, the longest being first, and its row of the batch times heads.
+
+    Eight rows side by side: as many short tiles are left when the long ones are done, so that all
+    processors finish together, and the keys of eight fit into any L2 cache."""
+    first = tl.program_id(0) // (8 * tiles) * 8
+    n = tl.program_id(0) - first * tiles
+    width = tl.minimum(tl.num_programs(0) // tiles - first, 8)
+    return n // width, first + n % width
+
+
+@jit
 def _query_tile(Pad, H, T, P, N, BM: tl.constexpr, BN: tl.constexpr):
     """This program's row b, head h and queries from `start` to `end`, and the keys that they need:
     `full` blocks from `pad` on that all of them see whole, then `masked` blocks, the first `near`
     of which follow directly and the others after a gap of `jump` keys (the continuations in
     between, which no query of the tile sees)."""
     prefix_tiles = tl.cdiv(P, BM)
-    tiles, line = prefix_tiles + tl.cdiv(T - P, BM), tl.program_id(0)
-    tile, line = tiles - 1 - line % tiles, line // tiles  # the longest rows first
+    tiles = prefix_tiles + tl.cdiv(T - P, BM)
+    turn, line = _in_turn(tiles)
+    tile = tiles - 1 - turn  # the last queries see most
     b, h = (line // H).to(tl.int64), line % H
     pad = tl.load(Pad + b)
     is_prefix = tile < prefix_tiles
@@ -361,7 +374,7 @@ def _backward_key(
     # 1. A program's tile of BN keys of one kv head.
     prefix_tiles = tl.cdiv(P, BN)
     tiles, heads = prefix_tiles + tl.cdiv(T - P, BN), H // G
-    tile, line = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile, line = _in_turn(tiles)  # the first keys are seen by most
     b, kv = (line // heads).to(tl.int64), line % heads
     pad = tl.load(Pad + b)
     is_prefix = tile < prefix_tiles

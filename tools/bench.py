@@ -47,6 +47,7 @@ from update import update as update_policy
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+FLASH_ATTN = ("flash_attn_interface", "flash_attn.cute")  # 3 and 4
 SDPA = ("CUDNN_ATTENTION", "FLASH_ATTENTION") if CUDA else ("MATH",)
 
 
@@ -162,7 +163,7 @@ def sdpa(backend, q, k, v):
 
 
 def flash_attn(module, q, k, v):
-    """FlashAttention 3 or 4, each a package of its own; [B, T, H, D] there."""
+    """FlashAttention 3 or 4: [B, T, H, D], and 3 may return more than the output."""
     attend = importlib.import_module(module).flash_attn_func
     out = attend(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -184,9 +185,7 @@ def training_rows(B, H, D, P, N, C):
         flex = flex_attention(backend, P, N, T)
         peers[f"FlexAttention {backend}, same mask"] = flex, row, exact
     separate = {name: partial(sdpa, getattr(SDPBackend, name)) for name in SDPA}
-    separate |= {
-        name: partial(flash_attn, name) for name in ("flash_attn_interface", "flash_attn.cute")
-    }
+    separate |= {name: partial(flash_attn, name) for name in FLASH_ATTN}
     causal = partial(F.scaled_dot_product_attention, is_causal=True)
     peers |= {f"{name}, rows apart": (run, apart, causal) for name, run in separate.items()}
 
@@ -225,18 +224,14 @@ def decoding(B, H, D, P, N, K):
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             run()
         sides[side] = graph.replay
-
-    def facts(side):
-        run, exact, given = peers[side]
-        return {"error": error(run, exact, *given)}
-
+    facts = lambda side: {"error": error(*peers[side][:2], *peers[side][2])}  # noqa: E731
     read = (prefix.numel() + cont.numel()) * q.element_size()  # each once
     yield in_turns("decoding, a layer", sides, facts=facts, GB=read / 1e9)
 
 
 def all_logits(hidden, weight, targets):
     z = hidden @ weight.T
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z.to(torch.promote_types(z.dtype, torch.float32))  # [T, V]
     return -F.cross_entropy(z, targets, reduction="none")
 
 
@@ -264,7 +259,7 @@ def logprob(tokens, d, V):
 
     def facts(side):
         wrong = error(peers[side], all_logits, *leaves, targets)
-        return {"error": wrong, "peak_gb": peak_gb(runs[side])}
+        return dict(error=wrong, peak_gb=peak_gb(runs[side]))
 
     work = 3 * 2e-12 * tokens * d * V
     yield in_turns(f"logprob V={V} both ways", runs, facts=facts, TFLOP=work)
