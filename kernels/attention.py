@@ -24,9 +24,8 @@ over the continuations in between, its own keys (always masked: at N = 128 each 
 an edge).  Decoding splits attention at the end of the prefix (Hydragen, Juravsky et al. 2024): one
 tile holds the queries of all K rollouts times the heads of a group, so the prefix is read once.
 
-Tiles are as large as the registers allow without a spill, for 8 warps on 255 registers each:
-128 x D float32 accumulators take 64 of them at D = 128; those of sm_90 at D = 128 were the fastest
-of some twenty on an H200.
+Tiles are as large as the registers allow without a spill: accumulators of 128 x 128 take 64 of the
+255 of each of 8 warps; those of sm_90 at D = 128 were the fastest of some twenty on an H200.
 """
 
 import torch
@@ -205,10 +204,8 @@ def softmax_attention(q, k, v, mask=None):
 
 @jit
 def _in_turn(tiles):
-    """This program's tile, the longest being first, and its row of the batch times heads.
-
-    Eight rows side by side: as many short tiles are left when the long ones are done, so that all
-    processors finish together, and the keys of eight fit into any L2 cache."""
+    """This program's tile, the longest being first, and its row of the batch times heads.  Eight
+    rows take turns: all processors finish together, and the keys of eight fit into an L2 cache."""
     first = tl.program_id(0) // (8 * tiles) * 8
     n = tl.program_id(0) - first * tiles
     width = tl.minimum(tl.num_programs(0) // tiles - first, 8)
@@ -218,9 +215,8 @@ def _in_turn(tiles):
 @jit
 def _query_tile(Pad, H, T, P, N, BM: tl.constexpr, BN: tl.constexpr):
     """This program's row b, head h and queries from `start` to `end`, and the keys that they need:
-    `full` blocks from `pad` on that all of them see whole, then `masked` blocks, the first `near`
-    of which follow directly and the others after a gap of `jump` keys (the continuations in
-    between, which no query of the tile sees)."""
+    `full` blocks from `pad` on that all of them see whole, then `masked` blocks, of which `near`
+    follow directly and the others after `jump` keys of other continuations."""
     prefix_tiles = tl.cdiv(P, BM)
     tiles = prefix_tiles + tl.cdiv(T - P, BM)
     turn, line = _in_turn(tiles)

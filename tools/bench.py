@@ -2,7 +2,7 @@
 
     python -m tools.bench                             all sections
     python -m tools.bench sampler update              against transformers and TRL, on a CPU
-    python -m tools.bench growth                      what costs how much, beside --dry_run's forecast
+    python -m tools.bench growth                      what costs how much, and --dry_run's forecast
     python -m tools.bench kernels step --minutes 8    the first thing to run on a GPU (docs/gpu.md)
 
 Out: a line a measurement, each written to bench.jsonl as well when it is made, until --minutes are
