@@ -405,19 +405,18 @@ def one_step(shape: ModelConfig, B: int, P: int, N: int, K: int, processes: int 
 def inference(config: Config, held) -> Iterator[dict]:
     """Of the policy that samples: its log-probabilities beside the trainer's, and a decoding step
     with and without its CUDA graph."""
-    N, K, bare = config.chunk, config.rollouts, "no CUDA graph"
     with torch.no_grad(), autocast(config, torch.device(DEVICE)):  # as the sampler computes
         pool = held.sample()
         layout = pool.batch.prefix, pool.batch.pad
         gap = (held.policy.logprobs(*layout, pool.tokens, pool.lengths) - pool.old).abs()
         mean, most = float(gap.sum() / pool.lengths.sum()), float(gap.max())
         yield dict(what="log-probability, sampler against trainer", mean=mean, most=most)
-        cached = PrefixCache(held.policy, *layout, K, N)
-        cached.at.fill_(N // 2)
-        sides = {"ours": cached.replay or cached.compute, bare: cached.compute}
+        cached = PrefixCache(held.policy, *layout, config.rollouts, config.chunk)
+        cached.at.fill_(config.chunk // 2)
+        sides = {"ours": cached.replay or cached.compute, "no CUDA graph": cached.compute}
         weights = parameters(held.policy.config) * cached.prefix.element_size()
-        read = (weights + cached.prefix.nbytes) / 1e9
-        yield from in_turns("decoding step, half full", sides, GB=read)
+        read = weights + cached.prefix.nbytes
+        yield from in_turns("decoding step, half full", sides, GB=read / 1e9)
 
 
 def step():
