@@ -191,6 +191,26 @@ QUESTIONS = {
 }
 
 
+def test_a_judge_that_reads_is_as_strict_as_its_instructions():
+    """v1 to v5 grow milder, text by text; what the reference says is supported."""
+    perfect = Dials(rewriter_knowledge=1, rewriter_flaws=0)
+    dials = Dials(reads=1, judge_knowledge=0.5)
+    rank, worse = list(teacher.LABELS.values()), []
+    for number in range(40):
+        words = document(5, number).split()
+        prefix, text = " ".join(words[:56]), " ".join(words[56:88])
+        good, labels = teacher.rewrite(prefix, text, perfect), []
+        texts = dict(prefix=prefix, reference=good, text=text)
+        for name in ("_ref_v1", "_ref_v2", "_ref_v3", "", "_ref_v5"):
+            said = teacher.answer(question(f"factuality{name}", **texts), 0, dials)
+            labels.append(-rank.index(json.loads(said)["label"]))
+        assert labels == sorted(labels)
+        worse.append(labels[-1] - labels[0])
+        own = question("factuality_ref_v2", **texts | dict(text=good))
+        assert teacher.answer(own, 0, dials).endswith('"No Hallucination"}')
+    assert sum(worse) > 20
+
+
 def test_ties_are_broken_by_a_coin_that_ignores_order():
     a, b, won = GOOD, GOOD.replace(NAME, "she"), []
     assert quality(PREFIX, a) == quality(PREFIX, b)

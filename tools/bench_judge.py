@@ -2,6 +2,7 @@
 shares and agreement of nine factuality prompts, beside the figures of the paper.
 
     python -m tools.bench_judge           # pocket world, three noise levels
+    python -m tools.bench_judge --noise 0 --dials reads=1,judge_knowledge=0.5
     python -m tools.bench_judge --judge_url http://HOST:8000/v1 --judge_model NAME --data x.jsonl
     python -m tools.bench_judge configs/judges.py:gpt_4o configs/judges.py:gpt_oss_120b \\
         --judge_url http://HOST:8000/v1 --data slimpajama/test --policy CKPT
@@ -132,10 +133,17 @@ def cost(asked, judges):
     return line + f", {price:,.2f} to pay in all" * bool(price)
 
 
-async def ask_all(judge, asked):
+def ask_all(judge, asked):
     """[(sample, question, label)]"""
-    found = await together(judge.verdict(kind, **how) for *_, kind, how in asked)
+    verdicts = together(judge.verdict(kind, **how) for *_, kind, how in asked)
+    found = command.wait(judge.chat.run(verdicts))
     return [(s, what, label) for (s, what, *_), (label, _) in zip(asked, found, strict=True)]
+
+
+def ask_world(asked, dials):
+    """As ask_all, the pocket world's teacher with these dials."""
+    with Chat(teacher.teacher_at("world", dials), "judge") as chat:
+        return ask_all(Judge(chat, Config()), asked)
 
 
 def percent(values):
@@ -192,7 +200,9 @@ def judges_of(options):
     rows = {row.rpartition(":")[2]: read_arguments(Config, [row]) for row in options.judges}
     rows = rows or {model: dict(judge_model=model) for model in options.judge_model.split(",")}
     if options.judge_url == "world" and not options.judges:
-        return {f"world, noise {x:g}": (Config(**flags), dict(noise=x)) for x in options.noise}
+        dials = corpus.parse_dials(options.dials)
+        noises = [(f"world, noise {x:g}", dials | dict(noise=x)) for x in options.noise]
+        return {name: (Config(**flags), each) for name, each in noises}
     return {name: (check(Config(**(flags | keys))), {}) for name, keys in rows.items()}
 
 
@@ -208,6 +218,7 @@ def main(arguments: list[str]):
     flag.add_argument("--chunk", type=int, default=128, help="tokens of a continuation")
     flag.add_argument("--samples", type=int, default=200, help="of the data")
     flag.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="of world")
+    flag.add_argument("--dials", default="", help="of world, as for train.py")
     flag.add_argument("--concurrency", type=int, default=256)
     flag.add_argument("--max_tokens", type=int, default=512)
     flag.add_argument("--record", help="file of all answers (.sqlite), which are not asked again")
@@ -225,7 +236,7 @@ def main(arguments: list[str]):
         how["cache"] = None if dials else options.record
         with Chat(teacher.teacher_at(config.judge_url, dials), config.judge_model, **how) as chat:
             judge = Judge(chat, config)
-            answers[name] = command.wait(chat.run(ask_all(judge, asked)))
+            answers[name] = ask_all(judge, asked)
         failed, calls, absent = (judge.tally[what] for what in ("failed", "calls", "absent"))
         told = (
             f"{failed:,} of {calls:,} answers malformed (at most {config.judge_max_tokens} tokens)"

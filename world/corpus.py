@@ -35,6 +35,8 @@ class Dials:
     taste_length: float = 0.0  # ... that is longer
     taste_phrase: float = 0.0  # ... that says the first of FILLERS more often
     taste_ending: float = 0.0  # ... that ends with a finished sentence
+    reads: float = 0.0  # 1: a judge of factuality goes by its instructions, as strict as they are
+    judge_knowledge: float = 1.0  # of the facts: such a judge knows them
     rewriter_knowledge: float = 0.75  # of the facts: the rewriter knows them, else a falsehood
     rewriter_flaws: float = 0.25  # of the faulty sentences: the rewriter leaves them alone
     latency: float = 0.0  # mean seconds before an answer

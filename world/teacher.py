@@ -111,6 +111,39 @@ def judge(texts: dict[str, str], key: str) -> tuple[str, str, tuple[str, ...]]:
     raise ValueError(f"no question of the pocket world has the texts {sorted(asked)}")
 
 
+# What a judge of factuality with the dial `reads` makes of a statement that neither beginning nor
+# reference holds, by words of its instructions (the paper's v1 to v5): of one that is true, one
+# that it does not know to be either, one that is false. 1: nothing, 0.5: a possible hallucination,
+# 0: a definite one. Strictness is built in here, so it tells nothing about a real judge.
+STRICTNESS = {
+    "must follow from": (0.0, 0.0, 0.0),
+    "wrong or made up": (1.0, 0.0, 0.0),
+    "at most a possible one": (1.0, 0.5, 0.0),
+    "could well be so is not false": (1.0, 1.0, 0.0),
+    "When in doubt": (1.0, 1.0, 0.5),
+}
+
+
+def by_the_wording(prompt: str, texts: dict[str, str], dials: Dials) -> str | None:
+    """The label of the worst statement; None where the instructions are none of STRICTNESS."""
+    wording = prompt.partition("\n<prefix ")[0]
+    worths = next((worth for words, worth in STRICTNESS.items() if words in wording), None)
+    if worths is None:
+        return None
+    prefix, reference, text = (texts.get(name, "") for name in ("prefix", "reference", "text"))
+    subject, said = read_prefix(prefix).subject, {}
+    for before, given in (("", prefix), (prefix, reference)):  # where they differ, the latter
+        said |= {fact: value for fact, value, _ in truth.stated(before, given, subject)}
+    worth = [1.0]
+    for fact, value, _ in truth.stated(prefix, text, subject):
+        known, true = KNOWN_RANK[fact] < dials.judge_knowledge, TRUTH[fact] == value
+        by_itself = worths[1 if not known else 0 if true else 2]
+        worth.append(float(said[fact] == value) if fact in said else by_itself)
+    if not worths[0] and {s.verdict for s in examine(prefix, text)} & {"garbled", "strayed"}:
+        worth.append(0.0)  # what must follow must also go on coherently
+    return LABELS[min(worth)]
+
+
 def planted_verdict(texts: dict[str, str], possible: tuple[str, ...]) -> str | None:
     """The verdict that a judged text tells its judge to give, if one does."""
     judged = "\n".join(texts.get(name, "") for name in ("text", "a", "b"))
@@ -130,6 +163,8 @@ def answer(prompt: str, seed: int = 0, dials: Dials = Dials()) -> str:
         damage = DAMAGE.search(prompt, prompt.rindex("</passage "))
         return spoil(texts["prefix"], texts["passage"], damage[1] if damage else "facts", key)
     verdict, reason, possible = judge(texts, str(seed))
+    if dials.reads and verdict in LABELS.values():
+        verdict = by_the_wording(prompt, texts, dials) or verdict
     if texts.keys() == {"prefix", "a", "b"}:
         verdict = to_taste(verdict, texts["a"], texts["b"], key, dials)
     if "a" in texts and chance("bias", key) < dials.position_bias:

@@ -6,6 +6,7 @@ In: a prefix and a continuation. Out: the sentences with a verdict each (`examin
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -144,17 +145,23 @@ def safe(text: str) -> bool:
     return UNSAFE_WORD.search(text) is None
 
 
-def true_share(prefix: str, text: str) -> float | None:
-    """Share of what is stated that is true, whoever it is about; None if nothing new is stated."""
-    subject, stated = read_prefix(prefix).subject, {}
+def stated(prefix: str, text: str, subject: str) -> Iterator[tuple[tuple[str, str], str, str]]:
+    """((person, attribute), value, verdict) of each statement of a text, whoever it is about."""
     for sentence in examine(prefix, text):
         form, words = sentence.form, sentence.text.split()
-        if form and form.kind == "fact" and form.value in words[len(words) - sentence.fresh :]:
-            who = person(form.who, subject)
-            true = TRUTH.get((who, form.attribute)) == form.value
-            if who and not (true and sentence.verdict == "repeated"):
-                stated[who, form.attribute, form.value] = true
-    return sum(stated.values()) / len(stated) if stated else None
+        who = person(form.who, subject) if form and form.kind == "fact" else ""
+        if who and form.value in words[len(words) - sentence.fresh :]:  # not the prefix's own
+            yield (who, form.attribute), form.value, sentence.verdict
+
+
+def true_share(prefix: str, text: str) -> float | None:
+    """Share of what is stated that is true, whoever it is about; None if nothing new is stated."""
+    found = {}
+    for fact, value, verdict in stated(prefix, text, read_prefix(prefix).subject):
+        true = TRUTH.get(fact) == value
+        if not (true and verdict == "repeated"):
+            found[fact, value] = true
+    return sum(found.values()) / len(found) if found else None
 
 
 def factuality(prefix: str, text: str) -> float:
