@@ -55,12 +55,12 @@ IN_PAIRS = ("quality", "coherence", "factuality_pair")  # kinds of question
 
 
 @torch.no_grad()
-def continue_batch(policy, batch, tokenizer, chunk: int) -> list[str]:
-    """Greedy continuations of at most `chunk` tokens, one for each prefix of a data.Batch, up to
-    the first of all tokens that end a text of this policy."""
+def continue_batch(policy, batch, tokenizer, chunk: int, temperature=0.0, seed=0) -> list[str]:
+    """Continuations, greedy unless told, of at most `chunk` tokens, one for each prefix of a
+    data.Batch, up to the first of all tokens that end a text of this policy."""
     device, ends = next(policy.parameters()).device, (tokenizer.eos, *policy.end_tokens)
     prefix, pad = batch.prefix.to(device), batch.pad.to(device)  # [B, P], [B]
-    how = dict(eos=ends, seed=0, index=batch.index, temperature=0.0)
+    how = dict(eos=ends, seed=seed, index=batch.index, temperature=temperature)
     drawn = sample_rollouts(policy, prefix, pad, 1, chunk, **how)  # tokens [B, 1, N]
     rows = zip(drawn.tokens[:, 0].tolist(), drawn.lengths[:, 0].tolist(), strict=True)
     return [tokenizer.decode(row[: n - (row[n - 1] in ends)]) for row, n in rows]

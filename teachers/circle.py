@@ -1,16 +1,18 @@
 """The circle in miniature: train a judge and a rewriter, serve them, let them teach a policy.
 
-    python -m teachers.circle [--seeds 0 1 2] [--out out/circle]
+    python -m teachers.circle [--seeds 0 1 2] [--out out/circle]      one after another
+    python -m study.reproduce circle                                  side by side
 
 In: nothing; the pocket world and its exact teacher. For each seed, all by train.py's one loop:
   1. lessons      a teacher's base: next-token prediction on documents of the pocket world whose
                   sentences are marked + (sound) or - (false, unsafe, garbled, repeated, off topic),
                   one by one or several together
-  2. sets         teachers/sets.py asks the exact teacher for spoilt passages, votes and rewrites
+  2. sets         teachers/sets.py asks the exact teacher for spoilt passages, votes and rewrites,
+                  and which is better, an original or a rollout of the policy that is to be taught
   3. judge        a cold start on supervised answers, just enough to answer in form; then GRPO
   4. rewriter     the same; unsafe suffixes are rewarded by the judge of step 3, served by serve.py
   5. policy       self-improving pretraining with these two, served, as its only teachers
-Out: OUT/seedN (run folders), OUT/circle.json. Judge, rewriter and policy are evaluated by
+Out: OUT/seedN (run folders, figures.json). Judge, rewriter and policy are evaluated by
 the exact teacher. What is finished is not done again.
 """
 
@@ -20,7 +22,6 @@ import os
 import random
 import statistics
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from support import command
@@ -29,6 +30,7 @@ from support.files import write_text
 from support.sources import Skips, records
 from support.tokenizer import from_words
 from teachers.serve import start_server
+from teachers.sets import DAMAGES, ROLLOUT
 from tools.plot import read_json
 from world.corpus import Dials, document, vocabulary
 from world.teacher import rewrite
@@ -86,13 +88,14 @@ def lesson(number: int, seed: int) -> str:
 # 2. Sets
 
 
-def write_sets(out: Path, seed: int):
+def write_sets(out: Path, seed: int, policy: Path):
     """The files of teachers/sets.py, and rows of them again with the answer that a tiny prompt
     wants: the label, the original, or the original with nothing but its unsafe sentences replaced.
     Of unsafe originals one in four: to mend is learned sooner than to copy."""
     for made, count in ROWS.items():
         size = dict(chunk=32, max_seq=64, count=count, seed=seed, dials=f"people={PEOPLE}")
-        run("teachers.sets", made, out=out, **size)
+        shown = dict(policy=policy, votes=3) if made == "quality" else {}
+        run("teachers.sets", made, out=out, **size, **shown)
         rows = [row for _, row in records(str(out / f"{made}.train.jsonl.zst"), Skips())]
         kept = [row for row in rows if row.get("safe", True) or int(row["document"], 16) % 4 == 0]
         lines = (json.dumps(row | {"answer": model_answer(row)}) + "\n" for row in kept)
@@ -114,12 +117,13 @@ def model_answer(row: dict) -> str:
 def circle(out: Path, seed: int) -> dict:
     """All stages of one seed. -> its figures, shares between 0 and 1."""
     sets, evaluation = out / "sets", out / "policy" / "evaluation.json"
+    start = stage(out, seed, "start", "train")
     if not (sets / "rewriter.cold.jsonl").exists():
         sets.mkdir(parents=True, exist_ok=True)
         lessons = (json.dumps({"text": lesson(n, seed)}) + "\n" for n in range(LESSON_COUNT))
         write_text(out / "lessons.jsonl", "".join(lessons))
         from_words([*vocabulary(), "SAFE", "UNSAFE"]).save(out / "words")  # a verdict is a token
-        write_sets(sets, seed)
+        write_sets(sets, seed, start)
 
     def teacher(name: str, *made: str, **flags) -> Path:
         """A cold start on supervised answers, then GRPO. -> the checkpoint of the latter."""
@@ -133,7 +137,6 @@ def circle(out: Path, seed: int) -> dict:
 
     words = dict(data=out / "lessons.jsonl", tokenizer=out / "words")
     base = stage(out, seed, "base", "train", **words)
-    start = stage(out, seed, "start", "train")
     with (
         start_server(teacher("judge", "quality", "safety")) as judge_url,
         start_server(teacher("rewriter", "rewriter", judge_url=judge_url)) as rewrite_url,
@@ -154,8 +157,12 @@ def figures(folder: Path) -> dict:
     out = {}
     judged, rewrote = (read_json(folder / name / "summary.json") for name in ("judge", "rewriter"))
     for name, label in (("cold", "base"), ("grpo", "method")):
-        found, texts = judged["policies"][label], rewrote["continuations"][label]["safe"]
-        out |= {f"judge.{kind}.{name}": found[kind]["reward"] for kind in ("quality", "safety")}
+        found, texts = judged["values"][label], rewrote["continuations"][label]["safe"]
+        out[f"judge.safety.{name}"] = judged["policies"][label]["safety"]["reward"]
+        for kind, damages in (("quality", DAMAGES), ("rollouts", (ROLLOUT,))):
+            rows = zip(judged["rows"], found["quality"]["reward"], strict=True)
+            right = [value for row, value in rows if row.get("damage") in damages]
+            out[f"judge.{kind}.{name}"] = statistics.mean(right)
         pairs = list(zip(texts, rewrote["rows"], strict=True))
         copied = [text.strip() == row["original"].strip() for text, row in pairs if row["safe"]]
         out[f"rewriter.copied.{name}"] = statistics.mean(copied)
@@ -173,16 +180,10 @@ def main(arguments: list[str]):
     flag.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag.add_argument("--out", type=Path, default=Path("out/circle"))
     options = flag.parse_args(arguments)
-    folders = {seed: options.out / f"seed{seed}" for seed in options.seeds}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {seed: pool.submit(circle, folder, seed) for seed, folder in folders.items()}
-        try:
-            found = {seed: command.wait(run) for seed, run in runs.items()}
-        finally:  # of what failed or was interrupted, no other seed begins
-            pool.shutdown(cancel_futures=True)
-    text = json.dumps(found, indent=2)
-    write_text(options.out / "circle.json", text + "\n")
-    print(text)
+    for seed in options.seeds:
+        found = json.dumps(circle(options.out / f"seed{seed}", seed), indent=2)
+        write_text(options.out / f"seed{seed}" / "figures.json", found + "\n")
+        print(f"seed {seed}: {found}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Synthetic sets on which judges and rewriters are trained.
 
     python -m teachers.sets quality --data DOCS --rewrite_url URL --model NAME --out sets
+        [--policy CKPT]          a third of its pairs are originals and rollouts of this policy
     python -m teachers.sets safety --data DOCS,UNSAFE/teacher --judge_url URL --out sets
     python -m teachers.sets rewriter --data DOCS,UNSAFE/teacher --judge_url URL --out sets
 
 In:  documents of the `teacher` split ("world": the pocket world's), and a teacher behind HTTP
 Out: OUT/<set>.{train,validation}.jsonl.zst, an object a line, and OUT/<set>.counts.json
 
-    {"task": "quality", "prefix", "a", "b", "label": "A" or "B", "damage", ...}  each pair twice
+    {"task": "quality", "prefix", "a", "b", "label": "A" or "B", "damage", ...}  each pair twice,
+        of an original and a spoilt version of it, or a rollout, which may be better
     {"task": "safety", "text", "label": "SAFE" or "UNSAFE", "votes", ...}
     {"task": "rewrite", "prefix", "original", "safe": true or false, "votes", ...}
 
@@ -29,12 +31,16 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import zstandard
 from tqdm import tqdm
 
 from config import Config
 from data import digest, in_split, sample_of
+from evaluation.evaluate import continue_batch
+from evaluation.sets import BATCH, from_texts
 from judge import Judge, question_seed, render, together
+from model import load_model
 from rewrite import clean, last_five_words
 from support import command
 from support.chat import Chat
@@ -46,7 +52,7 @@ from support.tokenizer import load_tokenizer
 from world.corpus import Dials, WorldSource, parse_dials
 from world.teacher import teacher_at
 
-DAMAGES = ("facts", "unsafe")  # as prompts/spoil.txt names them
+DAMAGES, ROLLOUT = ("facts", "unsafe"), "rollout"  # the former as prompts/spoil.txt names them
 HALVES = ("train", "validation")
 HELD_OUT = 0.125  # share of the documents
 LENGTH = (0.7, 1.4)  # words of a spoilt passage for each of the original's
@@ -133,11 +139,49 @@ class Maker:
         pairs = options.made == "quality"
         self.classes = ("pair",) if pairs else ("SAFE", "UNSAFE")
         self.make = self.pair if pairs else self.unanimous
+        self.policy = load_model(options.policy) if options.policy else None
+        self.rollouts: dict[str, str] = {}  # by document
+
+    def damage(self, sample: Sample) -> str:
+        """One of DAMAGES, or ROLLOUT."""
+        kinds = DAMAGES + (ROLLOUT,) * (self.policy is not None)
+        return kinds[question_seed(self.options.seed, "damage", sample.document) % len(kinds)]
+
+    def sample(self, wave: list[Sample]):
+        """The rollouts beside which originals of these samples are shown."""
+        own = [each for each in wave if self.policy and self.damage(each) == ROLLOUT]
+        chunk, most = self.options.chunk, self.options.max_seq - self.options.chunk
+        for some in (own[first : first + BATCH] for first in range(0, len(own), BATCH)):
+            prefixes, originals = [each.prefix for each in some], [each.suffix for each in some]
+            batch = from_texts(prefixes, originals, {}, self.tokenizer, most).batches[0]
+            batch.index = torch.tensor([int(each.document, 16) >> 1 for each in some])
+            how = dict(temperature=1.0, seed=self.options.seed)
+            texts = continue_batch(self.policy, batch, self.tokenizer, chunk, **how)
+            self.rollouts |= dict(zip([each.document for each in some], texts, strict=True))
+
+    async def beside_rollout(self, sample: Sample) -> tuple:
+        """The original and a rollout in both orders, where the teacher always prefers the same."""
+        text, found = without_end(self.rollouts.pop(sample.document)), []
+        if not text.strip() or text == sample.suffix:
+            return None, "no other rollout"
+        pair = sample.suffix, text
+        for a, b in (pair, pair[::-1]):
+            how = dict(prefix=sample.prefix, a=a, b=b)
+            asked = [self.judge.verdict("quality", n, **how) for n in range(self.options.votes)]
+            labels = {label for label, _ in await together(asked)}
+            row = {"task": "quality", **how, "label": labels.pop() if len(labels) == 1 else None}
+            more = self.provenance(sample, "quality", self.options.seed)
+            found.append(row | {"damage": ROLLOUT, "votes": self.options.votes, **more})
+        if {row["label"] for row in found} != {"A", "B"}:
+            return None, "not unanimous"
+        return "pair", found
 
     async def pair(self, sample: Sample, _) -> tuple:
-        """The original and a spoilt version of it, in both orders."""
+        """The original and a spoilt version of it, or a rollout, in both orders."""
+        damage = self.damage(sample)
+        if damage == ROLLOUT:
+            return await self.beside_rollout(sample)
         seed, texts = self.options.seed, dict(prefix=sample.prefix, passage=sample.suffix)
-        damage = DAMAGES[question_seed(seed, "damage", sample.document) % len(DAMAGES)]
         texts |= dict(last_words=last_five_words(sample.prefix), damage=damage)
         question, reason = render(self.judge.prompts["spoil"], **texts), ""
         for attempt in range(TRIES):
@@ -236,6 +280,7 @@ def collect(options, maker: Maker, stream, fates: Counter) -> dict[str, list]:
         return [(half, *row) for (half, _), row in zip(asked, made, strict=True)]
 
     while rest and (wave := list(islice(stream, min(max(rest, AT_ONCE[0]), AT_ONCE[1])))):
+        maker.sample(wave)
         for half, kind, result in command.wait(maker.judge.chat.run(ask(wave))):
             number, idle = number + 1, idle + 1
             if kind is None:
@@ -303,8 +348,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         add("--out", required=True, help="folder for the files")
         add("--count", type=int, default=2048, help="rows of the training set")
         add("--validation", type=int, default=256, help="rows of the validation set")
-        if made != "quality":
-            add("--votes", type=int, default=8, help="judgments that have to agree")
+        add("--votes", type=int, default=8, help="judgments that have to agree")
+        add(
+            "--policy", help="quality: checkpoint whose rollouts are shown, too, tokenizer as above"
+        )
         add("--prompts", default="prompts", help="folder of prompt files")
         add("--concurrency", type=int, default=256, help="questions in flight")
         add("--seed", type=int, default=0)

@@ -9,14 +9,17 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+import torch
 import zstandard
 
+from model import Llama, preset
 from rewrite import clean
 from support.chat import Answer
 from support.command import ROOT, UserError, python, running
 from support.tokenizer import load_tokenizer
 from teachers import sets as synthetic
 from teachers.sets import Sample, read_spoilt
+from train import write_folder
 from world import corpus, teacher
 from world import truth as true
 
@@ -78,6 +81,26 @@ def test_labels_are_true_and_classes_balanced(sets):
         for row in rows:  # an exact copy is recognised as one
             assert clean(row["original"].strip(), row["prefix"], row["original"]) == row["original"]
     assert sets["safety"][2]["dropped: not unanimous"] > 10
+
+
+def test_a_judge_is_shown_how_a_policy_fails(tmp_path):
+    """Rollouts stand beside originals, under the exact teacher's label, the same ones again."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("world")
+    policy = Llama(preset("world", vocab_size=tokenizer.vocab_size))
+    write_folder(policy, tokenizer, tmp_path / "policy")
+    made = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        flags = [f"--policy={tmp_path / 'policy'}", "--count=60", "--validation=12", "--votes=2"]
+        synthetic.main(["quality", f"--out={out}", *flags])
+        made.append((out / "quality.train.jsonl.zst").read_bytes())
+    assert made[0] == made[1]
+    rows = list(map(json.loads, zstandard.decompress(made[0]).decode().splitlines()))
+    shown = [row for row in rows if row["damage"] == synthetic.ROLLOUT]
+    assert 10 < len(shown) < 30 and {row["label"] for row in shown} == {"A", "B"}
+    for row in shown:  # of an untrained policy: garbage, and seldom is the original as bad
+        a, b = (true.quality(row["prefix"], row[side]) for side in "ab")
+        assert a != b and (row["label"] == "A") == (a > b)
 
 
 def test_no_document_is_trained_on_and_validated_on_and_rows_say_where_they_are_from(sets):
