@@ -1,11 +1,17 @@
 # make demo: the pocket world end to end on CPU.   make test: the tests.
-# Both set up .venv first. PIP_CONSTRAINT=FILE pins other versions than constraints.txt does.
+# make study: all runs behind RESULTS.md on two cores, about three hours; interrupted, it goes on.
+# Each sets up .venv first. PIP_CONSTRAINT=FILE pins other versions than constraints.txt does.
 PYTHON ?= python3
 export PIP_CONSTRAINT ?= $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: .venv/ready
 	.venv/bin/python train.py
+
+study: .venv/ready
+	.venv/bin/python -m study.reproduce all --jobs 2
+	.venv/bin/python -m study.hacking
+	.venv/bin/python -m study.results
 
 test: .venv/ready-for-tests
 	.venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
@@ -27,4 +33,4 @@ lint: .venv/ready-for-tests
 	.venv/bin/python -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo study test lint

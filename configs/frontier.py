@@ -37,11 +37,5 @@ rows = {
     "own_kl_1": dict(label="rollouts rejected, KL 1", anchor="kl:1", **_own),
     "ipo": dict(label="any rejected, IPO", objective="ipo"),
     "only_rollouts": dict(label="a pool of 6 rollouts alone", candidates="rollouts", rollouts=6),
-    "own_beta_half": dict(label="rollouts rejected, beta / 2", beta=0.05, **_own),
     "paper_kl_03": dict(label="any rejected, KL 0.3", anchor="kl:0.3"),
-    "own_nll_01": dict(label="rollouts rejected, NLL 0.1", anchor="nll:0.1", **_own),
-    "own_kl_01": dict(label="rollouts rejected, KL 0.1", anchor="kl:0.1", **_own),
-    "own_lr_half": dict(label="rollouts rejected, rate / 2", learning_rate=2.5e-4, **_own),
-    "own_beta_double": dict(label="rollouts rejected, beta x 2", beta=0.2, **_own),
-    "paper_nll_05": dict(label="any rejected, NLL 0.5", anchor="nll:0.5"),
 }

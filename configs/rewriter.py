@@ -1,4 +1,4 @@
-"""Beyond the paper: three rows of table 6 under the usual rewriter and a weak one.
+"""Beyond the paper: rows of table 6 under the usual rewriter and a weak one.
 
     python -m study.reproduce rewriter
 
@@ -11,7 +11,8 @@ _weak = dict(dials="share_unsafe=1,rewriter_knowledge=0.25,rewriter_flaws=0.75")
 _judged = dict(rewards="quality,safety", judge_samples=5, judge_top_p=0.6)
 _sft = dict(objective="nll", candidates="rewrite", rewards="")
 _rf_nll = dict(objective="rf_nll", candidates="rollouts,rewrite", rollouts=1, **_judged)
-_dpo = dict(objective="dpo", candidates="rewrite,rollouts", rollouts=1, **_judged)
+_pair = dict(objective="dpo", candidates="rewrite,rollouts", rollouts=1)
+_dpo, _over = _pair | _judged, _pair | dict(rewards="")
 
 rows = {
     "usual_sft": dict(label="SFT (rewrite), usual rewriter", **_sft, **_usual),
@@ -20,4 +21,5 @@ rows = {
     "weak_sft": dict(label="SFT (rewrite), weak rewriter", **_sft, **_weak),
     "weak_rf_nll": dict(label="RF-NLL (rollout, rewrite), weak rewriter", **_rf_nll, **_weak),
     "weak_dpo": dict(label="DPO (rewrite, 1 rollout), weak rewriter", **_dpo, **_weak),
+    "weak_over": dict(label="DPO (rewrite over rollout), weak rewriter", **_over, **_weak),
 }

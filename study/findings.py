@@ -3,35 +3,47 @@
 In: {"table:row": {seed: record}}, the records of reproduce.py; the figures of teachers.circle are
 row "circle:teachers". Out: for each finding a verdict and the figures that it rests on.
 
-A condition is "COLUMN: ROW ..." and speaks of that column of the rows, a value a seed; the column
-gain.X is X less the base's. A row may also be `its OTHER_COLUMN`.
+A condition is "COLUMN: ROW ..." and speaks of that column of the rows; the column gain.X is X less
+the base's. A row may also be `its OTHER_COLUMN`. Each asks that a margin is above 0:
 
-A above B           in every seed, and on average by more than the standard deviation of the
-                    difference over seeds
-A not below B       B is not above A by that rule: three seeds showed no loss beyond their spread,
-                    not that there is none
-A at most 0.6 of B  of the means; `over 0.8 of` is the opposite
-A within 0.2 of B   the mean is nearer to 0, on either side, than 0.2 times B's
-A each below 25     the value of every seed; `above 90` and `from 40 to 60` likewise
-A B C rising        the means fall at most once, and the last is above the first
+A above B                A - B; a number in place of B is meant as it stands (`below` likewise)
+A not below B by 5       A - B + 5: a loss of five points is excluded
+A at most 0.6 of B       0.6 B - A; `over 0.8 of`: A - 0.8 B
+A within 0.2 of B        the smaller of 0.2 B - A and 0.2 B + A
+A from 40 to 60          the smaller of A - 40 and 60 - A
+A B C rising             C - A; and the means fall at most once
+
+All policies continue the same prefixes, so a margin is taken prefix by prefix and seed by seed. Its
+95 % interval is a bootstrap: seeds are drawn anew, and within each of them its prefixes. (What has
+one value a seed, nats and shares of the chosen, is drawn over seeds alone.) yes: the interval lies
+above 0; no: below; else the condition is open, which is no yes. Few seeds make it too narrow: where
+they differ much more than prefixes do, three seeds cover the truth in 75 % of all cases and five in
+84 % (20,000 simulated studies, normal seeds), so a yes of three seeds is about "in all of them".
 """
 
+import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
 from typing import NamedTuple
+
+import numpy as np
 
 WORDS = {  # by section: all conditions hold, none does, some do
     "paper": ("reproduced", "not reproduced", "partly reproduced"),
+    "why": ("holds", "does not hold", "holds in part"),
     "beyond": ("holds", "does not hold", "holds in part"),
 }
+TIMES = 2000  # that a bootstrap draws anew
+Sample = list[list[np.ndarray]]  # of each seed and kind of prefix: a value a prefix, or one alone
 
 
 class Finding(NamedTuple):
     section: str
     claim: str
     tables: list[str]  # the first is that of rows without one
-    conditions: list[str]  # "what | condition"; without a "|": why it cannot be tested
+    more: str  # "five seeds", or "built in": a property of the pocket world, measured once
+    conditions: list[str]  # "what | condition"
 
 
 def load() -> list[Finding]:
@@ -43,11 +55,22 @@ def load() -> list[Finding]:
         if line.startswith(" "):
             findings[-1].conditions.append(line.strip())
         elif line.endswith("]"):
-            claim, _, tables = line[:-1].rpartition(" [")
-            findings.append(Finding(section, claim, tables.split(), []))
+            claim, _, about = line[:-1].rpartition(" [")
+            tables, _, more = about.partition("; ")
+            findings.append(Finding(section, claim, tables.split(), more, []))
         else:
             section = line
     return findings
+
+
+def rows_of_five_seeds() -> set[str]:
+    """ "table:row" of every row that a finding with five seeds speaks of."""
+    rules, found = re.compile(r"its \S+|\b(above|not|below|by|at|most|of|rising|[\d.]+)\b"), set()
+    for finding in load():
+        for condition in finding.conditions if finding.more == "five seeds" else ():
+            rows = rules.sub("", condition.partition(" | ")[2].partition(": ")[2]).split()
+            found |= {row if ":" in row else f"{finding.tables[0]}:{row}" for row in rows}
+    return found
 
 
 class Missing(Exception):
@@ -55,87 +78,111 @@ class Missing(Exception):
 
 
 class Study(dict):
-    """{row: {seed: record}}, and the seeds that every row should have."""
+    """{row: {seed: record}}; the seeds that every row should have, and further ones of those whose
+    findings ask for five."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
+    more: tuple[int, ...] = (3, 4)
 
-    def values_of(self, row: str, column: str) -> list[float]:
+    def sample(self, row: str, column: str, seeds) -> Sample:
         """Of the seeds in order."""
-        if set(self.get(row, ())) != set(self.seeds):
+        if set(seeds) - set(self.get(row, ())):
             raise Missing(row)
+        return [self.values(self[row][seed], column) for seed in seeds]
+
+    def values(self, record: dict, column: str) -> list[np.ndarray]:
         if column.startswith("gain."):
             name = column.removeprefix("gain.")
-            pairs = zip(self.values_of(row, name), self.values_of(row, f"base.{name}"), strict=True)
-            return [ours - base for ours, base in pairs]
-        return [record[column] for _, record in sorted(self[row].items())]
+            pair = self.values(record, name), self.values(record, f"base.{name}")
+            return [ours - base for ours, base in zip(*pair, strict=True)]
+        suite, _, kind = column.rpartition("_")
+        values = record.get("values", {})
+        if column in values:
+            return list(values[column].values())
+        return [values[suite][kind] if suite in values else np.array([record[column]])]
 
 
-def above(a: list[float], b: list[float], digits: int = 1) -> tuple[bool, str]:
-    """(a is above b, the means, their difference and its spread over seeds; the least seed's where
-    only that forbids it)."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    middle, least = mean(differences), min(differences)
-    spread = stdev(differences) if len(differences) > 1 else 0.0
-    forbids = f", least {least:+.{digits}f}" if least <= 0 and middle > spread else ""
-    figures = f"{middle:+.{digits}f}{forbids}, spread {spread:.{digits}f}"
-    told = f"{mean(a):.{digits}f} against {mean(b):.{digits}f} ({figures})"
-    return least > 0 and middle > spread, told
+def each(margin: Callable, *samples: Sample) -> Sample:
+    """margin(a, b, ...) of each prefix of each seed."""
+    seeds = zip(*samples, strict=True)
+    return [[margin(*kinds) for kinds in zip(*seed, strict=True)] for seed in seeds]
 
 
-def check(study: Study, table: str, condition: str) -> tuple[bool, str]:
-    """(whether the condition holds, the figures and limits it rests on)."""
+def mean(sample: Sample) -> float:
+    """The mean over seeds of the mean over kinds of prefix of the mean over prefixes."""
+    return float(np.mean([np.mean([np.nanmean(kind) for kind in seed]) for seed in sample]))
+
+
+def interval(sample: Sample) -> tuple[float, float]:
+    """95 % of the means when seeds, and within each of them prefixes, are drawn anew."""
+    rng, S, drawn = np.random.default_rng(0), len(sample), []
+    for kinds in sample:
+        kept = [kind[~np.isnan(kind)] for kind in kinds]
+        means = [x[rng.integers(len(x), size=(S * TIMES, len(x)))].mean(1) for x in kept]
+        drawn.append(np.mean(means, axis=0).reshape(TIMES, S))
+    seeds, places = rng.integers(S, size=(TIMES, S)), np.ogrid[:TIMES, :S]
+    low, high = np.quantile(np.array(drawn)[(seeds, *places)].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def check(study: Study, table: str, condition: str, seeds=None) -> tuple[str, str]:
+    """(yes, no or open; the figures it rests on, at last the margin and its interval)."""
     column, _, words = condition.partition(": ")
     first, *rest = words.split()
+    digits = 2 if "nll" in column or "kl" in column else 1
 
-    def of(name: str, its: str = "") -> list[float]:
+    def of(name: str, its: str = "") -> Sample:
         row = first if its else name
-        return study.values_of(row if ":" in row else f"{table}:{row}", its or column)
+        row = row if ":" in row else f"{table}:{row}"
+        return study.sample(row, its or column, study.seeds if seeds is None else seeds)
 
-    a, digits = of(first), 2 if column == "nll" else 1
-    middle = mean(a)
+    a, falls = of(first), 0
+    told = f"{mean(a):.{digits}f}"
     match rest:
+        case ["above" | "below" as rule, limit] if limit.replace(".", "").isdigit():
+            margins = [each(lambda x: (x - float(limit)) * (1 if rule == "above" else -1), a)]
+            told += f", asked {rule} {limit}"
         case ["above", *other]:
-            return above(a, of(*other), digits)
-        case ["not", "below", *other]:
-            return not above(of(*other), a)[0], above(a, of(*other), digits)[1]
-        case [*how, share, "of", other]:
-            whole, rule = mean(of(other)), " ".join(how)
-            limit, asked = float(share) * whole, f"{rule} {share} of {whole:+.1f}"
-            if rule == "over":
-                kept = 100 * middle / whole if whole else float("nan")
-                share = 100 * float(share)
-                return kept > share, f"{kept:.0f} % (asked: over {share:.0f} %)"
-            if rule == "within":
-                return abs(middle) < limit, f"{middle:+.1f} (asked: {asked}, either way)"
-            return middle <= limit, f"{middle:+.1f} (asked: {asked})"
-        case ["each", rule, low, *_]:
-            holds = {"below": max(a) < float(low), "above": min(a) > float(low)}
-            holds["from"] = float(low) <= min(a) and max(a) <= float(rest[-1])
-            asked = f"asked: {' '.join(rest[1:])} in each seed"
-            each = ", ".join(f"{value:.1f}" for value in a)
-            return holds[rule], f"{middle:.1f} ({each}; {asked})"
+            b = of(*other)
+            margins, told = [each(np.subtract, a, b)], f"{told} against {mean(b):.{digits}f}"
+        case ["not", "below", *other, "by", limit]:
+            b = of(*other)
+            margins = [each(lambda x, y: x - y + float(limit), a, b)]
+            told += f" against {mean(b):.{digits}f}, asked at most {limit} below"
+        case ["at" | "over" | "within" as rule, *_, share, "of", other]:
+            b = of(other)
+            under = each(lambda x, y: float(share) * y - x, a, b)
+            either = [under, each(lambda x, y: float(share) * y + x, a, b)]
+            margins = dict(at=[under], over=[each(np.negative, under)], within=either)[rule]
+            asked = {"at": "at most", "over": "over", "within": "either way within"}[rule]
+            told += f", asked {asked} {share} of {mean(b):.{digits}f}"
+        case ["from", low, "to", high]:
+            margins = [each(lambda x: x - float(low), a), each(lambda x: float(high) - x, a)]
+            told += f", asked from {low} to {high}"
         case [*others, "rising"]:
             rows = [a, *map(of, others)]
-            means = [mean(values) for values in rows]
-            falls, ends = sum(y < x for x, y in pairwise(means)), above(rows[-1], rows[0])[0]
-            text = f"{', '.join(f'{m:.1f}' for m in means)} (falls: {falls}, asked: at most 1"
-            text += "" if ends else "; the last is not above the first"
-            return ends and falls <= 1, f"{text})"
-    raise ValueError(f"findings.txt: {condition!r} is no condition")
+            margins, means = [each(np.subtract, rows[-1], a)], list(map(mean, rows))
+            falls = sum(y < x for x, y in pairwise(means))
+            told = f"{', '.join(f'{m:.{digits}f}' for m in means)} ({falls} falls, asked at most 1)"
+        case _:
+            raise ValueError(f"findings.txt: {condition!r} is no condition")
+    middle, (low, high) = min((mean(margin), interval(margin)) for margin in margins)
+    word = "yes" if low > 0 and falls < 2 else "no" if high < 0 or falls > 1 else "open"
+    return word, f"{told}: {middle:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def verdict(finding: Finding, study: Study) -> tuple[str, str]:
     """(verdict, evidence)."""
+    seeds = {"five seeds": study.seeds + study.more, "built in": (0,)}.get(finding.more)
     found = []
     for line in finding.conditions:
-        what, bar, condition = line.partition(" | ")
-        if not bar:
-            return "not testable in miniature", line
+        what, _, condition = line.partition(" | ")
         try:
-            holds, evidence = check(study, finding.tables[0], condition)
+            word, evidence = check(study, finding.tables[0], condition, seeds)
         except Missing as row:
             return "not run", f"{row}: not finished"
-        found.append((holds, f"{'yes' if holds else 'no'}: {what} {evidence}"))
+        found.append((word == "yes", f"{word}: {what} {evidence}"))
     held = [holds for holds, _ in found]
     word = WORDS[finding.section][0 if all(held) else 2 if any(held) else 1]
+    word += ", as built in" if finding.more == "built in" else ""
     return word, "; ".join(evidence for _, evidence in found)

@@ -1,19 +1,18 @@
 """What a judge with a taste says of the rollouts, and what they are worth, step by step.
 
-    python -m study.hacking [--out out/study] [--seeds 0] [--jobs 2]
+    python -m study.hacking [--out out/study] [--jobs 2]
 
-In: the rows of configs/hacking.py, from study/reproduce.py's bases. Out: OUT/hacking.md, and the
-picture OUT/hacking.png. Judged: the share of its comparisons that a rollout wins in its pool, as
-the run recorded it; true: the share it wins by its exact quality (world/truth.py).
+In: the rows of configs/hacking.py, from study/reproduce.py's base, one seed. Out: OUT/hacking.md,
+and the picture OUT/hacking.png. Judged: the share of its comparisons that a rollout wins in its
+pool, as the run recorded it; true: the share it wins by its exact quality (world/truth.py).
 """
 
-import os
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from study.reproduce import flags, folder, next_step, rows_of, work
+from study.reproduce import flags, folder, rows_of, work_on
 from support import command
 from support.command import UserError
 from support.files import markdown, read_jsonl, write_text
@@ -55,23 +54,15 @@ def draw(ax, label: str, found: dict[str, list[float]]):
 
 
 def main(arguments: list[str]):
-    flag = flags(__doc__)
-    flag.set_defaults(seeds="0")
-    flag.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
-    args = flag.parse_args(arguments)
-    out, rows = args.out.absolute(), rows_of("hacking")
-    jobs = [partial(next_step, out, row, seed) for row in rows for seed in args.seeds]
-    if failed := work(out, jobs, args.jobs):
+    args = flags(__doc__).parse_args(arguments)
+    if failed := work_on(["hacking"], args):
         raise UserError("; ".join(failed))
-    found = {row: [curves(folder(out, row, seed)) for seed in args.seeds] for row in rows}
-    lines, panels = [["first -> last 10 steps", "judged", "true", *SIGNS]], []
-    for row, each in found.items():
-        ours = {
-            name: [mean(x) for x in zip(*(c[name] for c in each), strict=True)] for name in each[0]
-        }
+    out, lines = args.out.absolute(), [["first -> last 10 steps", "judged", "true", *SIGNS]]
+    found = {row: curves(folder(out, row, args.seeds[0])) for row in rows_of("hacking")}
+    for row, ours in found.items():
         ends = [f"{mean(v[:10]):.2f} -> {mean(v[-10:]):.2f}" for v in ours.values()]
         lines.append([row.label, *ends])
-        panels.append(partial(draw, label=row.label, found=ours))
+    panels = [partial(draw, label=row.label, found=ours) for row, ours in found.items()]
     write_text(out / "hacking.md", markdown(lines) + "\n")
     print(f"{markdown(lines)}\n\npicture {figure_of(out / 'hacking.png', panels, rows=2)}")
 
