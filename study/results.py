@@ -203,12 +203,17 @@ def figures(tables: Tables, key: str, how: list[str], columns: str) -> str:
     return " | ".join(cells)
 
 
-def fill(template: str, tables: Tables, parts: dict[str, str]) -> str:
-    """A template with its figures; KeyError where one is missing."""
+def fill(template: str, tables: Tables, parts: dict[str, str], missing: str = "") -> str:
+    """A template with its figures; KeyError where one lacks, unless `missing` stands for it."""
 
     def field(match) -> str:
         name, how, columns = match.groups()
-        return figures(tables, name, how.split(), columns) if columns else parts[name]
+        try:
+            return figures(tables, name, how.split(), columns) if columns else parts[name]
+        except KeyError:
+            if missing:
+                return missing
+            raise
 
     return FIELD.sub(field, template)
 
@@ -257,7 +262,7 @@ def page(record: dict, tables: Tables) -> str:
     parts |= {"hours": str(record["hours"])}
     parts |= {section: verdicts(section, record) for section in ("paper", "beyond")}
     frame = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
-    return fill(frame, tables, parts)
+    return fill(frame, tables, parts, missing="-")
 
 
 def rewritten(text: str, tables: Tables) -> tuple[str, list[str]]:
