@@ -63,8 +63,7 @@ def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic
     rewrites; traffic() -> what teachers were asked since its last call, for the log; state: of the
     newest checkpoint, or None. -> the stream's state at the end.
     """
-    optimizer = make_optimizer(policy, config)
-    run = Progress(policy, optimizer, stream, tokenizer, config, state)
+    run = Progress(policy, stream, tokenizer, config, state)
     pools, device = run.pools, next(policy.parameters()).device
     for n, pool in enumerate(pools):  # of an overlapped run that goes on
         pool.scores = score(run.step + n, pool)
@@ -83,6 +82,7 @@ def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic
                     pools.append(pool)
                 # 3. Rewards [B, C] of the oldest pool in flight, nan where there is no verdict.
                 with clock("judge_wait"):
+                    optimizer = run.optimizer  # torch's first takes seconds: the judge is at work
                     scores = wait(pools[0].scores)
             del sampler  # a copy, where the policy is spread over processes
             # 4. What the objective picks (DPO: the best and the worst) moves the policy.
@@ -109,18 +109,25 @@ def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic
 class Progress:
     """Where a phase stands: its step, its stream's state `at` and the pools in flight."""
 
-    def __init__(self, policy, optimizer, stream, tokenizer, config: Config, state: dict | None):
-        self.policy, self.optimizer, self.tokenizer = policy, optimizer, tokenizer
-        self.config, self.folder = config, Path(config.out_dir)
+    def __init__(self, policy, stream, tokenizer, config: Config, state: dict | None):
+        self.policy, self.tokenizer, self.config = policy, tokenizer, config
+        self.folder, self.state = Path(config.out_dir), state
         self.step, self.at, self.bad = 0, stream.state, 0
         self.pools: deque = deque()
         if state is not None:
             self.step, self.at = state["step"], state["stream"]
-            load_optimizer(optimizer, state["optimizer"])
             if len(state["queue"]) == world_size():  # else pools in flight are sampled again
                 self.pools.extend(map(unpack, state["queue"][rank()]))
         self.last_save = self.step
         stream.state = self.pools[-1].batch.state if self.pools else self.at
+
+    @functools.cached_property
+    def optimizer(self):
+        optimizer, state = make_optimizer(self.policy, self.config), self.state
+        if state is not None:
+            load_optimizer(optimizer, state["optimizer"])
+        self.state = None
+        return optimizer
 
     def log(self) -> RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.command import UserError
 
@@ -131,6 +128,9 @@ def portable(error: Exception | None) -> Exception | None:
 
 def shard(model, device: torch.device):
     """Spread a model over all processes, layer by layer; gradients are summed, not averaged."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # a second, which others are spared
+
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"shard=True needs a newer PyTorch than {torch.__version__}: upgrade it")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -144,13 +144,18 @@ def shard(model, device: torch.device):
 
 
 def is_sharded(model) -> bool:
-    return isinstance(model, FSDPModule)
+    return hasattr(model, "unshard")  # what fully_shard adds to a module
+
+
+def is_spread(value) -> bool:
+    """Whether it is a DTensor, of which a process holds a share."""
+    return hasattr(value, "full_tensor")
 
 
 def whole(value, device="cpu", keep: bool = True):
     """value, in nested dicts and lists, with every spread tensor gathered by all processes. One
     that does not `keep` the result takes part and holds a tensor at a time (None in its place)."""
-    if isinstance(value, DTensor):
+    if is_spread(value):
         tensor = value.full_tensor()
         return tensor.to(device) if keep else None
     if isinstance(value, dict):
@@ -160,9 +165,11 @@ def whole(value, device="cpu", keep: bool = True):
 
 def spread_as(p, value):
     """value, in one piece on all processes, spread as the parameter p is."""
-    return (
-        distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
-    )
+    if not is_spread(p):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, p.device_mesh, p.placements)
 
 
 def load_optimizer(optimizer, state: dict):
