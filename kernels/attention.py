@@ -30,6 +30,7 @@ Tiles are as large as the registers allow without a spill: accumulators of 128 x
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kernels import architecture, chosen, cores, jit, tl
 
@@ -63,6 +64,7 @@ CONFIGS = {
     },
 }  # fmt: skip
 LOG2E = 1.4426950408889634
+KEPT = 1 << 20  # weights of several continuations' attention, from which on they are not kept
 
 
 def prefix_attention(q, k, v, pad, prefix: int, length: int):
@@ -151,11 +153,23 @@ def unpadded_attention(q, k, v, P: int, N: int):
     out = unpadded_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], P, 0)
     qc = (q[:, :, P:] * D**-0.5).reshape(B, H // G, G, -1, N, D)  # [B, Hkv, G, C, N, D]
     kc, vc = (x[:, :, P:].reshape(B, H // G, 1, -1, N, D) for x in (k, v))
-    shared = qc.flatten(2, 4) @ k[:, :, :P].mT  # [B, Hkv, G*C*N, P]
-    own = (qc @ kc.mT).add_(q.new_full((N, N), -torch.inf).triu(1))  # [B, Hkv, G, C, N, N]
-    weights = torch.cat([shared.view(*own.shape[:-1], P), own], -1).softmax(-1)
-    cont = (weights[..., :P].flatten(2, 4) @ v[:, :, :P]).view(qc.shape) + weights[..., P:] @ vc
+    inputs = qc, kc, vc, k[:, :, :P], v[:, :, :P]
+    if torch.is_grad_enabled() and B * H * (T - P) * P >= KEPT:
+        cont = checkpoint(continuations, *inputs, use_reentrant=False)
+    else:
+        cont = continuations(*inputs)
     return torch.cat([out, cont.reshape(B, H, T - P, D)], 2)
+
+
+def continuations(q, k, v, k_prefix, v_prefix):
+    """q [B, Hkv, G, C, N, D], scaled, on own k, v [B, Hkv, 1, C, N, D] and [B, Hkv, P, D]."""
+    N, P = q.shape[4], k_prefix.shape[2]
+    shared = q.flatten(2, 4) @ k_prefix.mT  # [B, Hkv, G*C*N, P]
+    own = (q @ k.mT).add_(q.new_full((N, N), -torch.inf).triu(1))  # [B, Hkv, G, C, N, N]
+    weights = torch.cat([shared.view(*own.shape[:-1], P), own], -1).softmax(-1)
+    # The last product needs no second time where the others are computed again backward.
+    attended = weights[..., P:] @ v
+    return (weights[..., :P].flatten(2, 4) @ v_prefix).view(q.shape) + attended
 
 
 def decode_attention_torch(q, k_prefix, v_prefix, pad, k_cont, v_cont, filled):

@@ -7,7 +7,7 @@ import torch
 
 import model
 from config import Config
-from kernels import lean
+from kernels import attention, lean
 from model import Llama, ModelConfig, preset, save_model
 from support.command import UserError
 from support.hub import FAMILIES
@@ -105,9 +105,11 @@ def test_compiled_layers_compute_the_same(recompute, shape):
 def test_on_a_cpu_less_is_kept_for_the_same_gradients(shape, monkeypatch):
     """To the last bit; OLMo 2, whose norms stand behind, saves in the MLP alone."""
     kept, found = [], []
-    for plain in (True, False):
-        if plain:
+    for step in range(3):
+        if step == 0:
             monkeypatch.setattr(lean, "lean", lambda x: False)
+        if step == 2:
+            monkeypatch.setattr(attention, "KEPT", 0)
         policy, saved = tiny(n_kv_head=2, **shape), {}
         weights = {p.data_ptr() for p in policy.parameters()}
 
@@ -120,13 +122,14 @@ def test_on_a_cpu_less_is_kept_for_the_same_gradients(shape, monkeypatch):
         found.append([logp, *(p.grad for p in policy.parameters())])
         kept.append(sum(size for at, size in saved.items() if at not in weights))
         monkeypatch.undo()
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert kept[1] < (0.87 if shape.get("norm_after") else 0.7) * kept[0]
+    for plain, *ours in zip(*found, strict=True):
+        assert all(torch.equal(plain, each) for each in ours)
+    assert kept[2] < kept[1] < (0.87 if shape.get("norm_after") else 0.7) * kept[0]
     grpo = dict(objective="grpo", candidates="rollouts", rollouts=3)  # of a layout's rows and sizes
     config = Config(**grpo, gpus=1, batch_size=3, chunk=5, max_seq=14, baseline=False)
     forecast = memory(config, policy.config, bf16=False)["activations of a micro-batch"]
     if not (shape.get("norm_after") or shape.get("qk_norm")):
-        assert 4 * kept[1] == pytest.approx(forecast, rel=0.02)
+        assert 4 * kept[1] == pytest.approx(forecast, rel=0.05)
 
 
 @ALL

@@ -108,14 +108,14 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     rows = min(prefixes, max(1, config.micro_batch_tokens // row))
     if bf16:  # autocast keeps the residual stream in float32: measured, an H200
         kept, per_layer, weights = 3.4, (16 * shape.d_model + 4 * shape.d_ff) * 3.4, 0
-    else:  # kernels/lean.py, and in a layer the weights of several continuations' attention
+    else:  # kernels/lean.py, and a layer's weights of several continuations' attention
         heads = (3 * shape.n_head + 2 * shape.n_kv_head) * shape.head_dim
         kept, per_layer = 4, 4 * (2 * shape.d_model + heads + 2 * shape.d_ff)
         weights = 4 * shape.n_head * C * N * (P + N) * (C > 1)
     layers, inputs = shape.n_layer, 0
     if config.recompute:  # the input of every layer, and one layer in full
         layers, inputs = 1, shape.n_layer * shape.d_model * kept
-    activations = rows * (row * (inputs + layers * per_layer) + layers * weights)
+    activations = rows * (row * (inputs + layers * per_layer) + weights)
     cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * size  # a token
     spread = config.shard and config.gpus > 1
     share = config.gpus if spread else 1
