@@ -129,6 +129,7 @@ def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
     }
     learning = {
         "activations of a micro-batch": activations,
+        "what its backward pass computes again": rows * row * 8 * shape.d_ff * (not bf16),
         "the anchor's gradient of the output layer": output * config.anchor.startswith("kl"),
     }
     sampling = {
