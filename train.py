@@ -123,11 +123,8 @@ class Progress:
 
     @functools.cached_property
     def optimizer(self):
-        optimizer, state = make_optimizer(self.policy, self.config), self.state
-        if state is not None:
-            load_optimizer(optimizer, state["optimizer"])
-        self.state = None
-        return optimizer
+        optimizer = make_optimizer(self.policy, self.config)
+        return load_optimizer(optimizer, self.state["optimizer"]) if self.state else optimizer
 
     def log(self) -> RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -234,8 +231,7 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
         where = f"{config.out_dir} ({device}, {threads} threads)"
         print(f"training {', '.join(told)} in {where}", flush=True)
     for label, phase in plan.items():
-        read = functools.partial(load_model, device=home)
-        trained, state = checkpoint.load(Path(phase.out_dir), read)
+        trained, state = checkpoint.load(Path(phase.out_dir), lambda ckpt: load_model(ckpt, home))
         trained, reference = copy.deepcopy(policy) if trained is None else trained, policy
         trained.recompute, trained.compiled = config.recompute, config.compile
         if spread:

@@ -173,7 +173,7 @@ def spread_as(p, value):
 
 
 def load_optimizer(optimizer, state: dict):
-    """Take the moments from a state in one piece, spread as the parameters are; settings stay."""
+    """-> it, with the moments of a state in one piece, spread as the parameters; settings stay."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: dict(values) for i, values in state["state"].items()}
     for i, values in moments.items():
@@ -181,3 +181,4 @@ def load_optimizer(optimizer, state: dict):
             if value.shape == params[i].shape:
                 values[name] = spread_as(params[i], value.to(params[i].device))
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    return optimizer
