@@ -24,7 +24,7 @@ import torch
 
 from kernels import use_triton
 from kernels.attention import decode_attention
-from kernels.packed import packed_weights
+from kernels.cpu_layers import fast_layers
 from model import Llama, rope_tables
 
 
@@ -64,7 +64,8 @@ def sample(logits, u, temperature: float, top_p: float):
     stays that of the full softmax, which is what the trainer computes. temperature 0 is greedy,
     with log-probabilities at temperature 1.
     """
-    scaled = logits.float() / temperature if temperature not in (0, 1) else logits.float()
+    scaled = logits.float().contiguous()  # on a CPU rows may lie side by side
+    scaled = scaled / temperature if temperature not in (0, 1) else scaled
     mass = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()  # [R, V], not yet divided by its sum
     total = mass.sum(dim=-1, keepdim=True)  # [R, 1]
     if temperature == 0:
@@ -200,7 +201,7 @@ def decode(model: Llama, prefix, pad, u, temperature: float, top_p: float) -> It
     u [B, K, N]: the uniform number behind each token. Whoever has read enough just stops.
     """
     K, N = u.shape[1:]
-    with packed_weights(model):
+    with fast_layers(model):
         cached = PrefixCache(model, prefix, pad, K, N)
         logits = cached.first.repeat_interleave(K, dim=0)  # [B * K, V]
         for t in range(N):

@@ -12,7 +12,7 @@ from test_model import ALL, tiny
 import candidates
 from config import Config
 from evaluation.evaluate import continue_batch
-from kernels.packed import packed_weights, packs
+from kernels.cpu_layers import fast_layers, supported
 from model import Llama, ModelConfig
 from rollout import PrefixCache, sample_rollouts, uniforms
 
@@ -165,24 +165,25 @@ def test_memory_is_that_of_the_prefix_and_its_continuations():
 
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_compute_the_same(dtype, shape):
-    """On layers large enough to be packed."""
+@pytest.mark.parametrize("T", [300, 20])
+def test_fast_layers_compute_the_same(dtype, shape, T):
+    """On layers large enough for them, of many rows and of few."""
     model = tiny(n_kv_head=2, d_model=256, d_ff=512, head_dim=64, **shape)
-    tokens = torch.randint(101, (2, 300), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(101, (2, T), generator=torch.Generator().manual_seed(0))
     before = model.model.layers[0].before
 
     @torch.no_grad()
     def hidden():
-        return model(tokens, torch.tensor([0, 9]), 300, 0)
+        return model(tokens, torch.tensor([0, 9]), T, 0)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         plain = hidden()
-        with packed_weights(model):
-            if packs(dtype):
+        with fast_layers(model):
+            if supported(dtype):
                 assert model.model.layers[0].before != before
-            packed = hidden()
-        assert torch.equal(hidden(), plain), "packing left something behind"
-    error = (packed - plain)[:, 9:].abs().max()
+            fast = hidden()
+        assert torch.equal(hidden(), plain), "they left something behind"
+    error = (fast - plain)[:, 9:].abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 0.1), error
 
 

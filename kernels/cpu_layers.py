@@ -1,36 +1,51 @@
-"""The policy's layers on an x86 CPU, without gradients: weights packed for oneDNN, few operations.
+"""The policy's layers on an x86 CPU, without gradients: products for few rows, few operations.
 
-In: a model.Llama, of which nothing is imported. Out: within `packed_weights` it computes the same
+In: a model.Llama, of which nothing is imported. Out: within `fast_layers` it computes the same
 by other means. A token's decoding step multiplies few rows with all weights, so that reading these
-and starting each operation take most of its time: packed, a product of 16 rows runs 1.5 times as
-fast, and q, k and v are one product, the activation and the gate part of another.
+and starting each operation take most of its time. oneDNN streams a product's left factor as it lies
+in memory and packs the right one first. So the weights stand on the left and what is packed are the
+few rows: weight @ x.T.
 """
 
 import contextlib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+FEW = 64  # rows up to which the weights stand on the left
+product = torch.ops.mkldnn._linear_pointwise  # product(x, w) is x @ w.T
 
-class PackedLinear:
-    """x [..., in] -> x @ weight.T + bias [..., out], in the packing's type; weight [out, in]."""
+
+class FastLinear:
+    """x [..., in] -> x @ weight.T + bias [..., out], in the given type; weight [out, in].
+
+    Of few rows the result lies in memory with the rows side by side, as the next product wants it.
+    """
 
     def __init__(self, weight, dtype: torch.dtype, bias=None):
-        self.dtype, self.bias = dtype, None if bias is None else bias.detach().to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 64)
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
 
     def __call__(self, x, activation: str = "none"):
-        product = torch.ops.mkldnn._linear_pointwise
-        return product(x.to(self.dtype), self.weight, self.bias, activation, [], "")
+        x = x.to(self.weight.dtype)
+        if x[..., 0].numel() > FEW:
+            y = F.linear(x, self.weight, self.bias)
+            return F.silu(y, inplace=True) if activation == "swish" else y
+        y = product(self.weight, x.flatten(0, -2), None, activation, [], "").T  # [R, out]
+        y = y if self.bias is None else y + self.bias
+        return y.unflatten(0, x.shape[:-1])
 
     def times(self, x, factor):
         """The product, multiplied by factor [..., out] elementwise."""
-        product = torch.ops.mkldnn._linear_pointwise.binary
-        return product(x.to(self.dtype), factor, self.weight, None, "mul")
+        if x[..., 0].numel() > FEW:
+            return self(x).mul_(factor)
+        x, rows = x.to(self.weight.dtype).flatten(0, -2), factor.flatten(0, -2).T
+        return product.binary(self.weight, rows, x, None, "mul").T.view_as(factor)
 
 
-class PackedNorm:
+class FastNorm:
     """nn.RMSNorm in four operations instead of eight."""
 
     def __init__(self, norm: nn.RMSNorm):
@@ -43,7 +58,7 @@ class PackedNorm:
         return x / torch.hypot(size, self.floor) * self.weight
 
 
-class PackedBlock:
+class FastBlock:
     """`before` and `after` of a model.Block."""
 
     def __init__(self, block, dtype: torch.dtype):
@@ -52,16 +67,16 @@ class PackedBlock:
         self.heads = [p.out_features // a.head_dim for p in inputs]
         self.head_dim, self.rotate = a.head_dim, a.rotate
         bias = None if a.q_proj.bias is None else torch.cat([p.bias for p in inputs])
-        self.qkv = PackedLinear(torch.cat([p.weight for p in inputs]), dtype, bias)
+        self.qkv = FastLinear(torch.cat([p.weight for p in inputs]), dtype, bias)
         weights = a.o_proj.weight, *(p.weight for p in mlp.children())
-        self.o, self.gate, self.up, self.down = (PackedLinear(w, dtype) for w in weights)
-        self.qk_norms = [PackedNorm(norm) for norm in (a.q_norm, a.k_norm) if norm is not None]
-        self.norms = [PackedNorm(n) if isinstance(n, nn.RMSNorm) else n for n in block.norms]
+        self.o, self.gate, self.up, self.down = (FastLinear(w, dtype) for w in weights)
+        self.qk_norms = [FastNorm(norm) for norm in (a.q_norm, a.k_norm) if norm is not None]
+        self.norms = [FastNorm(n) if isinstance(n, nn.RMSNorm) else n for n in block.norms]
 
     def before(self, x, cos, sin):
         """x [B, T, d] -> q [B, H, T, D], k, v [B, Hkv, T, D]."""
         # One product for all: [B, T, (H + 2 * Hkv) * D], as [B, H + 2 * Hkv, T, D].
-        z = self.qkv(self.norms[0](x)).unflatten(-1, (-1, self.head_dim))
+        z = self.qkv(self.norms[0](x)).contiguous().unflatten(-1, (-1, self.head_dim))
         q, k, v = self.heads
         for norm, part in zip(self.qk_norms, (z[:, :, :q], z[:, :, q : q + k]), strict=False):
             wide = part.flatten(-2).unflatten(-1, (-1, norm.weight.numel()))  # views, both
@@ -81,17 +96,17 @@ class PackedBlock:
 
 
 @contextlib.contextmanager
-def packed_weights(model):
-    """Within, the model computes without gradients on packed copies of its weights, where the CPU
-    can and its layers are not so small that packing costs more than it saves."""
+def fast_layers(model):
+    """Within, the model computes without gradients by this file's layers, where the CPU can and its
+    own are not so small that it costs more than it saves."""
     dtype = model.compute_dtype
-    can = model.lm_head.weight.device.type == "cpu" and packs(dtype)
+    can = model.lm_head.weight.device.type == "cpu" and supported(dtype)
     blocks = [b for b in model.model.layers if can and b.mlp.gate_proj.weight.numel() >= 1 << 17]
-    packed = [PackedBlock(block, dtype) for block in blocks]
-    head = PackedLinear(model.lm_head.weight, dtype) if blocks else None
+    fast = [FastBlock(block, dtype) for block in blocks]
+    head = FastLinear(model.lm_head.weight, dtype) if blocks else None
     try:
-        for block, fast in zip(blocks, packed, strict=True):
-            block.before, block.after = fast.before, fast.after
+        for block, own in zip(blocks, fast, strict=True):
+            block.before, block.after = own.before, own.after
             model.lm_head.forward = head
         yield
     finally:
@@ -100,8 +115,8 @@ def packed_weights(model):
                 vars(module).pop(name, None)
 
 
-def packs(dtype: torch.dtype) -> bool:
-    """Whether this CPU has oneDNN's packed product in a type: x86, for bfloat16 with AVX-512."""
+def supported(dtype: torch.dtype) -> bool:
+    """Whether this CPU has oneDNN's product in a type: x86, for bfloat16 with AVX-512."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
