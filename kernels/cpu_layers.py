@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 FEW = 64  # rows up to which the weights stand on the left
-product = torch.ops.mkldnn._linear_pointwise  # product(x, w) is x @ w.T
 
 
 class FastLinear:
@@ -28,21 +27,14 @@ class FastLinear:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
-    def __call__(self, x, activation: str = "none"):
+    def __call__(self, x):
         x = x.to(self.weight.dtype)
         if x[..., 0].numel() > FEW:
-            y = F.linear(x, self.weight, self.bias)
-            return F.silu(y, inplace=True) if activation == "swish" else y
-        y = product(self.weight, x.flatten(0, -2), None, activation, [], "").T  # [R, out]
+            return F.linear(x, self.weight, self.bias)
+        product = torch.ops.mkldnn._linear_pointwise  # of x and w: x @ w.T
+        y = product(self.weight, x.flatten(0, -2), None, "none", [], "").T  # [R, out]
         y = y if self.bias is None else y + self.bias
         return y.unflatten(0, x.shape[:-1])
-
-    def times(self, x, factor):
-        """The product, multiplied by factor [..., out] elementwise."""
-        if x[..., 0].numel() > FEW:
-            return self(x).mul_(factor)
-        x, rows = x.to(self.weight.dtype).flatten(0, -2), factor.flatten(0, -2).T
-        return product.binary(self.weight, rows, x, None, "mul").T.view_as(factor)
 
 
 class FastNorm:
@@ -88,10 +80,10 @@ class FastBlock:
     def after(self, x, attended):
         """x [B, T, d], attended [B, T, H * D] -> [B, T, d]."""
         _, behind_attention, before, behind = self.norms
-        x = x + behind_attention(self.o(attended))
+        x = behind_attention(self.o(attended)) + x  # laid out as the first of them
         for part in x.flatten(0, 1).split(512):  # so that no wide tensor holds all tokens
             h = before(part)
-            part += behind(self.down(self.up.times(h, self.gate(h, "swish"))))
+            part += behind(self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h))))
         return x
 
 

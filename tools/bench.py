@@ -1,15 +1,16 @@
 """Ours beside what one would use instead: same weights, same tokens, one machine, one run.
 
     python -m tools.bench                             all sections
-    python -m tools.bench sampler update              against transformers and TRL, on a CPU
+    python -m tools.bench sampler update              against transformers, llama.cpp, TRL; a CPU
     python -m tools.bench growth                      what costs how much, and --dry_run's forecast
     python -m tools.bench kernels step --minutes 8    the first thing to run on a GPU (docs/gpu.md)
 
 Out: a line a measurement, each written to bench.jsonl as well when it is made, until --minutes are
 over.  Ratios are of medians over rounds in which the sides take turns, since machines are noisy;
 shares are of what this machine reaches in a matrix product and a copy; errors are the largest of
-value and gradients against float64.  The peers (transformers, trl, datasets,
-flash-attn 3 and 4, Liger) are needed here only; without one, its row or section says so.
+value and gradients against float64.  The peers (transformers, trl, datasets, gguf,
+llama-cpp-python, flash-attn 3 and 4, Liger) are needed here only; a row or section says which is
+missing.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,9 +40,10 @@ from kernels.logprob import linear_logprob
 from model import Llama, ModelConfig, preset, save_model
 from objectives import dpo_loss
 from optimizer import make_optimizer
-from rollout import PrefixCache, sample_rollouts
+from rollout import PrefixCache, sample_rollouts, uniforms
 from support import command
 from support.runlog import Clock
+from tools.bench_llama_cpp import llama_cpp_sampler
 from tools.cost import flops, memory, parameters
 from update import pick
 from update import update as update_policy
@@ -298,22 +301,33 @@ def peer_of(ours: Llama):
 
 
 @torch.no_grad()
-def sampler():
-    """16 rollouts of 64 tokens of 1 and of 4 prefixes: ours and transformers' generate, whose
-    static cache is the faster of its two."""
-    ours, K, N = small_llama(layers=8), 16, 64
-    theirs = peer_of(ours)
+def sampler(K: int = 16, N: int = 64):
+    """K rollouts of N tokens: ours and transformers' generate, whose static cache is the faster of
+    its two, of 1 and of 4 prefixes; ours and llama.cpp, of SmolLM2-135M's shape."""
+    small = small_llama(layers=8)
+    theirs = peer_of(small)
     how = dict(do_sample=True, top_k=0, max_new_tokens=N, num_return_sequences=K)
     how |= dict(pad_token_id=0, eos_token_id=None, cache_implementation="static")
+
+    def drawn(B, P):
+        return torch.randint(8000, (B, P), generator=torch.Generator().manual_seed(P))
+
+    def ours(model, prefix):
+        pad, index = prefix.new_zeros(len(prefix), dtype=torch.int32), torch.arange(len(prefix))
+        return partial(sample_rollouts, model, prefix, pad, K, N, eos=-1, seed=0, index=index)
+
     for B, P in ((1, 256), (4, 256), (1, 1024), (4, 1024)):
-        prefix = torch.randint(8000, (B, P), generator=torch.Generator().manual_seed(P))
-        pad, mask = torch.zeros(B, dtype=torch.int32), torch.ones_like(prefix)
-        keyed = dict(eos=-1, seed=0, index=torch.arange(B))
-        sides = {
-            "ours": partial(sample_rollouts, ours, prefix, pad, K, N, **keyed),
-            "transformers": partial(theirs.generate, prefix, attention_mask=mask, **how),
-        }
+        prefix = drawn(B, P)
+        peer = partial(theirs.generate, prefix, attention_mask=torch.ones_like(prefix), **how)
+        sides = {"ours": ours(small, prefix), "transformers": peer}
         yield in_turns(f"{K} rollouts of {N}: B={B} P={P}", sides, tokens=B * K * N)
+    large = Llama(preset("smollm2-135m", 49152)).initialise(0)
+    for P in (256, 1024):
+        prefix, sides = drawn(1, P), {"ours": ours(large, drawn(1, P))}
+        for kind in ("float32", "float16"):
+            peer = llama_cpp_sampler(large, kind, prefix[0], uniforms(0, torch.arange(1), K, N)[0])
+            sides[f"llama.cpp, {kind} weights"] = peer
+        yield in_turns(f"{K} rollouts of {N}: 135M, P={P}", sides, tokens=K * N)
 
 
 def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
@@ -511,7 +525,7 @@ def main(arguments: list[str]):
                         shown = (f"{v:.4g}" if isinstance(v, float) else v for v in row.values())
                         print(*(f"{k} {v}" for k, v in zip(row, shown, strict=True)), sep="  ")
             except ImportError as e:
-                print(f"{name}: left out, {e}")
+                print(f"{name}: peer not installed, {e}")
 
 
 if __name__ == "__main__":
