@@ -26,7 +26,6 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -55,7 +55,7 @@ def llama_cpp_sampler(ours: Llama, kind: str, prefix, u):
     context = cpp.llama_init_from_model(model, how)
     memory = cpp.llama_get_memory(context)
 
-    def logits(tokens, at, sequences, wanted: int):
+    def logits(tokens, at, sequences, wanted: int):  # of the last; valid until the next call
         batch = cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, (token, t, k) in enumerate(zip(tokens, at, sequences, strict=True)):
@@ -63,10 +63,8 @@ def llama_cpp_sampler(ours: Llama, kind: str, prefix, u):
             batch.n_seq_id[i], batch.logits[i] = 1, i >= len(tokens) - wanted
         assert cpp.llama_decode(context, batch) == 0
         cpp.llama_batch_free(batch)
-        found = np.ctypeslib.as_array(
-            cpp.llama_get_logits(context), (wanted, ours.config.vocab_size)
-        )
-        return torch.from_numpy(found)  # [wanted, V], until the next call
+        shape = wanted, ours.config.vocab_size
+        return torch.from_numpy(np.ctypeslib.as_array(cpp.llama_get_logits(context), shape))
 
     def run():
         cpp.llama_memory_clear(memory, False)
