@@ -1,10 +1,8 @@
 """The policy's layers on an x86 CPU, without gradients: products for few rows, few operations.
 
-In: a model.Llama, of which nothing is imported. Out: within `fast_layers` it computes the same
-by other means. A token's decoding step multiplies few rows with all weights, so that reading these
-and starting each operation take most of its time. oneDNN streams a product's left factor as it lies
-in memory and packs the right one first. So the weights stand on the left and what is packed are the
-few rows: weight @ x.T.
+In: a model.Llama, of which nothing is imported. Out: within `fast_layers` it computes the same by
+other means. A decoding step multiplies few rows with all weights. oneDNN streams a product's left
+factor as it lies in memory and packs the right one, so here the weights stand on the left.
 """
 
 import contextlib
@@ -18,23 +16,19 @@ FEW = 64  # rows up to which the weights stand on the left
 
 
 class FastLinear:
-    """x [..., in] -> x @ weight.T + bias [..., out], in the given type; weight [out, in].
-
-    Of few rows the result lies in memory with the rows side by side, as the next product wants it.
-    """
+    """x [..., in] -> x @ weight.T + bias [..., out], in the given type; weight [out, in]. Of few
+    rows the result lies in memory with the rows side by side, as the next product wants it."""
 
     def __init__(self, weight, dtype: torch.dtype, bias=None):
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def __call__(self, x):
-        x = x.to(self.weight.dtype)
+        x, product = x.to(self.weight.dtype), torch.ops.mkldnn._linear_pointwise  # x, w: x @ w.T
         if x[..., 0].numel() > FEW:
             return F.linear(x, self.weight, self.bias)
-        product = torch.ops.mkldnn._linear_pointwise  # of x and w: x @ w.T
         y = product(self.weight, x.flatten(0, -2), None, "none", [], "").T  # [R, out]
-        y = y if self.bias is None else y + self.bias
-        return y.unflatten(0, x.shape[:-1])
+        return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
 
 
 class FastNorm:
@@ -89,8 +83,7 @@ class FastBlock:
 
 @contextlib.contextmanager
 def fast_layers(model):
-    """Within, the model computes without gradients by this file's layers, where the CPU can and its
-    own are not so small that it costs more than it saves."""
+    """Within, the model computes by this file's layers, where the CPU can and they are not tiny."""
     dtype = model.compute_dtype
     can = model.lm_head.weight.device.type == "cpu" and supported(dtype)
     blocks = [b for b in model.model.layers if can and b.mlp.gate_proj.weight.numel() >= 1 << 17]
