@@ -64,8 +64,7 @@ def sample(logits, u, temperature: float, top_p: float):
     stays that of the full softmax, which is what the trainer computes. temperature 0 is greedy,
     with log-probabilities at temperature 1.
     """
-    scaled = logits.float().contiguous()  # on a CPU rows may lie side by side
-    scaled = scaled / temperature if temperature not in (0, 1) else scaled
+    scaled = logits.float() / temperature if temperature not in (0, 1) else logits.float()
     mass = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()  # [R, V], not yet divided by its sum
     total = mass.sum(dim=-1, keepdim=True)  # [R, 1]
     if temperature == 0:
