@@ -82,7 +82,7 @@ def lines(*folders: str) -> int:
     [  # lines; the last two should come to 9,500 and 5,500
         (["."], 3000),
         ([".", "kernels"], 4000),
-        ([".", *GROUND, *ROOMS], 12978),
+        ([".", *GROUND, *ROOMS], 13069),
         (["tests"], 7704),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],
