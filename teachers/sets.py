@@ -1,7 +1,7 @@
 """Synthetic sets on which judges and rewriters are trained.
 
     python -m teachers.sets quality --data DOCS --rewrite_url URL --model NAME --out sets
-        [--policy CKPT]          a third of its pairs are originals and rollouts of this policy
+        [--policy CKPT]          one sample in three shows a rollout of this policy instead
     python -m teachers.sets safety --data DOCS,UNSAFE/teacher --judge_url URL --out sets
     python -m teachers.sets rewriter --data DOCS,UNSAFE/teacher --judge_url URL --out sets
 
