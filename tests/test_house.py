@@ -82,7 +82,7 @@ def lines(*folders: str) -> int:
     [  # lines; the last two should come to 9,500 and 5,500
         (["."], 3000),
         ([".", "kernels"], 4020),
-        ([".", *GROUND, *ROOMS], 13069),
+        ([".", *GROUND, *ROOMS], 13100),
         (["tests"], 7710),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],
