@@ -95,10 +95,11 @@ def flops(config: Config, shape: ModelConfig) -> dict[str, float]:
 
 
 def memory(config: Config, shape: ModelConfig, bf16: bool) -> dict[str, float]:
-    """Bytes on one GPU, or of a process on a CPU (bf16 False): float32 weights, gradients and Adam's
-    two moments; the other policies that stay beside them; activations of one micro-batch, or the sampler's cache for this process's
-    prefixes: one after the other, so that the larger counts. shard=True spreads the first two,
-    keeps the baseline in the computer's memory and samples from a whole copy of the weights."""
+    """Bytes on one GPU, or of a process on a CPU (bf16 False): float32 weights, gradients, Adam's
+    two moments; the other policies that stay beside them; activations of one micro-batch, or the
+    sampler's cache for this process's prefixes: one after the other, so that the larger counts.
+    shard=True spreads the first two, keeps the baseline in the computer's memory and samples from
+    a whole copy of the weights."""
     size, count, sampled = (2 if bf16 else 4), parameters(shape), "rollouts" in config.candidates
     output = 4 * shape.vocab_size * shape.d_model
     N, P = config.chunk, config.max_seq - config.chunk
