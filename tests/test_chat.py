@@ -482,7 +482,8 @@ from support.chat import Chat
 url, cache = sys.argv[1:]
 async def one(i):
     answer = await chat.ask(f"question {i}", seed=0, temperature=1.0, top_p=1.0, max_tokens=64)
-    print(i, answer.text, flush=True)
+    sys.stdout.write(f"{i} {answer.text}\\n")  # a line at once: the end may come at any time
+    sys.stdout.flush()
 async def every():
     await asyncio.gather(*map(one, range(400)))
 with Chat(url, "model", cache=cache, concurrency=100) as chat:

@@ -9,7 +9,6 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-import torch
 import zstandard
 
 from model import Llama, preset
@@ -85,9 +84,8 @@ def test_labels_are_true_and_classes_balanced(sets):
 
 def test_a_judge_is_shown_how_a_policy_fails(tmp_path):
     """Rollouts stand beside originals, under the exact teacher's label, the same ones again."""
-    torch.manual_seed(0)
     tokenizer = load_tokenizer("world")
-    policy = Llama(preset("world", vocab_size=tokenizer.vocab_size))
+    policy = Llama(preset("world", vocab_size=tokenizer.vocab_size)).initialise(0)
     write_folder(policy, tokenizer, tmp_path / "policy")
     made = []
     for out in (tmp_path / "one", tmp_path / "two"):
