@@ -33,9 +33,7 @@ class Muon(torch.optim.AdamW):
         for p in group["params"]:
             alike.setdefault(tuple(p.shape), []).append(p)
         for (rows, columns), params in alike.items():
-            directions = torch.stack([self.direction(p, group["momentum"]) for p in params])
-            wide = directions if rows <= columns else directions.mT  # [n, shorter, longer]
-            moves = orthogonal(wide) if rows <= columns else orthogonal(wide).mT
+            moves = orthogonal(torch.stack([self.direction(p, group["momentum"]) for p in params]))
             length = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
             for p, move in zip(params, moves, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -51,8 +49,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x):
-    """x [n, r, c] with r <= c -> nearly U V' of each x = U S V': its singular values, whatever they
-    were, come to lie around 1 (0.7 to 1.2), by five Newton-Schulz steps (Jordan et al. 2024)."""
+    """x [n, r, c] -> nearly U V' of each x = U S V': its singular values, whatever they were, come
+    to lie around 1 (0.7 to 1.2), by five Newton-Schulz steps (Jordan et al. 2024)."""
+    if x.shape[1] > x.shape[2]:  # the smaller Gram matrix costs less
+        return orthogonal(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT  # [n, r, r]

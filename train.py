@@ -123,8 +123,8 @@ class Progress:
 
     @functools.cached_property
     def optimizer(self):
-        optimizer = make_optimizer(self.policy, self.config)
-        return load_optimizer(optimizer, self.state["optimizer"]) if self.state else optimizer
+        made, state, self.state = make_optimizer(self.policy, self.config), self.state, None
+        return load_optimizer(made, state["optimizer"]) if state else made  # its moments, once
 
     def log(self) -> RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
