@@ -20,6 +20,7 @@ httpx) spends about ten times the CPU per call, CPU that training wants.
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -107,6 +108,7 @@ class Chat(contextlib.AbstractContextManager):
         self._recent: deque = deque(maxlen=RECENT)  # of the latest questions: was it refused?
         self.refusal = ""  # the latest refused question, in the server's words
 
+        gc.freeze()  # or each collection among thousands of questions walks through all of torch
         self._closing = asyncio.Event()
         started: Future = Future()
         self._thread = threading.Thread(
