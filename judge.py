@@ -6,6 +6,7 @@ SQLite file, so that a finished run can be scored again without a judge (tools/r
 """
 
 import asyncio
+import functools
 import hashlib
 import json
 import re
@@ -77,6 +78,7 @@ def render(template, **texts):
     return FIELD.sub(lambda m: texts.get(m[1], mark), template)
 
 
+@functools.lru_cache(OPEN)  # a text is shown in many questions
 def defuse(text):
     """The text with a space in each spelled special token, so that no server reads it as one."""
     return SPECIAL.sub(lambda match: match[0] + " ", text)
@@ -273,6 +275,9 @@ def new_group(prefix, reference, candidates, key, sources):
 
 async def together(coroutines):
     """asyncio.gather that leaves nothing running when one fails or the whole is cancelled."""
+    coroutines = list(coroutines)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]  # a task costs as much as rendering a question
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

@@ -149,6 +149,7 @@ class Chat(contextlib.AbstractContextManager):
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join(timeout=2.0)
+        gc.unfreeze()
 
     def stats(self) -> dict:
         """Totals since the start; latencies in seconds, of the latest answers."""
