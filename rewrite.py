@@ -52,11 +52,8 @@ class Rewriter:
 
     def rewrite(self, prefixes, suffixes, index):
         """Future of a list of texts or None. `index`: global sample numbers that key all chance."""
-        return self.chat.run(self._rewrite(prefixes, suffixes, index))
-
-    async def _rewrite(self, prefixes, suffixes, index):
         rows = zip(prefixes, suffixes, index, strict=True)
-        return await together(self._one(*row) for row in rows)
+        return self.chat.run(together(self._one(*row) for row in rows))
 
     async def _one(self, prefix, suffix, key):
         last_words = last_five_words(prefix)

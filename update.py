@@ -65,12 +65,6 @@ def pick(pool: Pool, reward, config: Config) -> Picked:
     return Picked(rows, columns[rows])
 
 
-def micro_batches(rows, width: int, budget: int):
-    """Slices of the rows whose token count stays within the budget (one row at least)."""
-    size = max(1, budget // width)
-    return [slice(i, i + size) for i in range(0, len(rows), size)]
-
-
 @dataclass
 class Anchor:
     """What holds the policy where its documents are: the NLL of a prefix's own tokens, or the KL
@@ -192,7 +186,8 @@ def update(
     total = sum(gather(count))
     metrics: dict[str, tuple[float, int]] = {"loss": (0.0, 0), "not_finite": (0.0, 1)}
     width = pool.batch.prefix.shape[1] + picked.columns.shape[1] * pool.tokens.shape[2]
-    parts = micro_batches(picked.rows, width, config.micro_batch_tokens)
+    size = max(1, config.micro_batch_tokens // width)
+    parts = [slice(i, i + size) for i in range(0, len(picked.rows), size)]
     turns = max(gather(len(parts))) if is_sharded(policy) else len(parts)
     for turn in range(turns):
         if turn < len(parts):

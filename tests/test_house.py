@@ -81,9 +81,9 @@ def lines(*folders: str) -> int:
     ("folders", "most"),
     [  # lines; the last two should come to 9,500 and 5,500
         (["."], 3000),
-        ([".", "kernels"], 4020),
-        ([".", *GROUND, *ROOMS], 13100),
-        (["tests"], 7710),
+        ([".", "kernels"], 4016),
+        ([".", *GROUND, *ROOMS], 13300),
+        (["tests"], 7830),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],
 )
