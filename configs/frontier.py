@@ -31,6 +31,9 @@ rows = {
         label="rollouts rejected, rate x 2, KL 0.1", **_fast, anchor="kl:0.1"
     ),
     "own_lr_four": dict(label="rollouts rejected, rate x 4", learning_rate=2e-3, **_own),
+    "own_lr_half": dict(label="rollouts rejected, rate / 2", learning_rate=2.5e-4, **_own),
+    "own_beta_003": dict(label="rollouts rejected, beta 0.03", beta=0.03, **_own),
+    "own_beta_03": dict(label="rollouts rejected, beta 0.3", beta=0.3, **_own),
     "paper_lr_double": dict(label="any rejected, rate x 2", learning_rate=1e-3),
     "dpop": dict(label="any rejected, DPOP", objective="dpop"),
     "own_safety_2": dict(label="rollouts rejected, safety x 2", rewards=_SAFETY, **_own),
