@@ -228,7 +228,7 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
     threads = distributed.choose_threads(policy.config.d_model)
     if rank() == 0:
         told = [f"{name} ({c.objective}, {c.max_steps} steps)" for name, c in plan.items()]
-        where = f"{config.out_dir} ({device}, {threads} threads)"
+        where = f"{config.out_dir} ({device}, threads: {threads})"
         print(f"training {', '.join(told)} in {where}", flush=True)
     for label, phase in plan.items():
         trained, state = checkpoint.load(Path(phase.out_dir), lambda ckpt: load_model(ckpt, home))

@@ -87,7 +87,7 @@ class Chat(contextlib.AbstractContextManager):
         give_up_after: float = 600.0,  # seconds without any answer until TeacherGone
         cache: str | os.PathLike | None = None,  # SQLite file
     ):
-        self._here = teacher  # in use where there is no URL: a request -> its reply
+        self._here = None if isinstance(teacher, str) else teacher  # a request -> its reply
         self.urls = [url.strip() for url in teacher.split(",")] if isinstance(teacher, str) else []
         self._endpoints = [Endpoint(url) for url in self.urls]
         self.store = Store(Path(cache)) if cache else None
@@ -188,10 +188,10 @@ class Chat(contextlib.AbstractContextManager):
         for attempt in itertools.count():
             try:
                 async with self._slots:
-                    if self.urls:
-                        answer = await self._attempt(await self._turn(), request)
+                    if self._here:
+                        answer = await self._attempt_here(self._here(request))
                     else:
-                        answer = await self._attempt_here(request)
+                        answer = await self._attempt(await self._turn(), request)
                 break
             except Resend:
                 self._counts["retries"] += 1
@@ -301,11 +301,11 @@ class Chat(contextlib.AbstractContextManager):
         endpoint.failed(failure, left, time.monotonic(), self._patience())
         raise failure from None
 
-    async def _attempt_here(self, request: dict) -> Answer:
+    async def _attempt_here(self, answering: Awaitable[dict]) -> Answer:
         """As _attempt, where a function is the teacher: a pure one needs no server."""
         self._counts["calls"] += 1
         left = time.monotonic()
-        reply = await self._here(request)  # type: ignore[operator]
+        reply = await answering
         self._heard = time.monotonic()
         if error := error_in(reply):
             raise refusal(error, json.dumps(reply), "the teacher", self._key, {})
