@@ -187,8 +187,7 @@ def figures(tables: Tables, key: str, how: list[str], columns: str) -> str:
         raise KeyError(key)
 
     def show(column: str) -> str:
-        name, nats = column.removeprefix("rel."), column.startswith(LIKELIHOODS)
-        digits = 2 if nats else 1
+        name, digits = column.removeprefix("rel."), 2 if column.startswith(LIKELIHOODS) else 1
         values = [record[name] for record in runs.values()]
         if name != column:
             base = mean([record[f"base.{name}"] for record in runs.values()])
