@@ -101,7 +101,8 @@ def test_work_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         assert reproduce.work(tmp_path, jobs, 2) == []
     assert sorted(f.read_text() for f in tmp_path.glob("**/made")) == ["x"] * 5
     took = [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").open()]
-    assert took[0] == "base" and set(took[1:3]) == {"run1", "run2"} and len(took) == 5
+    assert took[0] == "base" and len(took) == 5  # run1's evaluation may come before a slow run2
+    assert all(took.index(f"run{n}") < took.index(f"run{n}/evaluation") for n in (1, 2))
     assert "4 steps left, about 0 h 00 min" in capsys.readouterr().out
     (failed,) = reproduce.work(tmp_path, [[step("broken"), step("run3")], *jobs], 2)
     assert failed.startswith("broken failed, see") and not (tmp_path / "run3").exists()
