@@ -1,6 +1,7 @@
 """Live monitors get every line and example; one that fails is left out and training goes on."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -10,12 +11,15 @@ from support import monitors
 from support.command import UserError
 
 
-def test_tensorboard_files_hold_numbers_and_examples(tmp_path):
+def test_tensorboard_files_hold_numbers_and_examples(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
     (tmp_path / "config.json").write_text(json.dumps(vars(Config())))
     for begin in (0, 2):  # a run that was killed after step 3 and goes on at step 2
+        # files are read in the order of their names, seconds first: two begin in different ones
+        monkeypatch.setattr(event_file_writer, "time", Mock(time=lambda at=begin: 10**9 + at))
         live = monitors.Monitors(tmp_path, ["tensorboard"], begin)
         for step in range(begin, 4):
             live.tell("numbers", {"loss": float(begin), "chosen.rollout": 0.75}, step)
