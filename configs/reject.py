@@ -1,9 +1,9 @@
-"""Beyond the paper: table 6's pairs if only rollouts may be rejected, and with an anchor beside.
+"""Beyond the paper: tables 1 and 6 if only rollouts may be rejected, and with an anchor beside.
 
-    python -m study.reproduce table6 reject
+    python -m study.reproduce table1 table6 reject
 
-Settings are table 6's, in miniature; rows of table 6 that are not here learn from rollouts alone or
-from no pairs at all, so nothing changes for them.
+Settings are theirs, in miniature. Rows that are not here learn from rollouts alone or from no pairs
+at all, so who may be rejected changes nothing for them; table 1's safety is suffix_16.
 """
 
 objective = "dpo"
@@ -29,5 +29,12 @@ _held = {
     f"{name}_kl": {**pool, "label": f"{pool['label']}; KL 0.1", "anchor": "kl:0.1"}
     for name, pool in _pools.items()
 }
+_clean = dict(candidates="rollouts", rollouts=16, dials="share_unsafe=0", anchor="kl:0.1")
+_targets = {
+    "quality_kl": dict(label="table 1, quality; KL 0.1", rewards="quality", **_clean),
+    "factuality_kl": dict(
+        label="table 1, factuality; KL 0.1", rewards="quality,factuality", **_clean
+    ),
+}
 
-rows = _pools | _held
+rows = _pools | _held | _targets
