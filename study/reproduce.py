@@ -284,11 +284,13 @@ def work(out: Path, jobs: list[list[Step]], at_once: int) -> list[str]:
 
 def work_on(tables, args) -> list[str]:
     """Run what is missing of these tables. -> what failed"""
+    from support.runlog import lock  # torch, which a list does without
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     out, rows = args.out.absolute(), [row for name in tables for row in rows_of(name)]
-    out.mkdir(parents=True, exist_ok=True)
     jobs = [steps_of(out, row, seed) for row in rows for seed in seeds_of(row, args)]
-    return work(out, jobs, args.jobs)
+    with lock(out):
+        return work(out, jobs, args.jobs)
 
 
 # ---- What came out ------------------------------------------------------------------------------

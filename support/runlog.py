@@ -29,13 +29,13 @@ from support.files import numbered, read_jsonl, write_text
 
 
 def lock(run: Path):
-    """Hold the run folder for this process, until the returned file is closed or it dies."""
+    """Hold this folder for this process, until the returned file is closed or it dies."""
     run.mkdir(parents=True, exist_ok=True)
     held = (run / ".lock").open("a")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is training in {run}: choose --out_dir") from None
+        raise UserError(f"another process works in {run}: choose another folder") from None
     except OSError as e:  # a file system without locks
         print(f"warning: {run} cannot be locked ({e}): start no second run in it")
     return held

@@ -13,6 +13,7 @@ from study import findings, reproduce, results
 from study.findings import Study, check, verdict
 from study.reproduce import Row, Step, rows_of, steps_of
 from support.command import ROOT, UserError
+from support.runlog import lock
 from tools.bench_judge import PAPER_ACCURACY
 from world import corpus
 
@@ -61,6 +62,8 @@ def test_the_list_and_what_is_not_in_it(tmp_path, capsys):
     assert "python -m study.reproduce table6" in listed
     with pytest.raises(UserError, match="the nearest is table6"):
         reproduce.main([f"--out={tmp_path}", "tabel6"])
+    with lock(tmp_path), pytest.raises(UserError, match="another process works in"):
+        reproduce.main([f"--out={tmp_path}", "table6"])
 
 
 def test_runs_are_named_by_their_settings_and_shared(tmp_path):

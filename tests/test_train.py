@@ -132,7 +132,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
     run(out, *flags)
     first = (out / "log.jsonl").read_text()
     with runlog.lock(out):  # as another process would hold it
-        assert f"another process is training in {out}" in run(out, *flags, code=1).stderr
+        assert f"another process works in {out}" in run(out, *flags, code=1).stderr
     assert f"is now {out}.1" in run(out, *flags, "--seed=1").stdout
     assert (tmp_path / "run.1" / "log.jsonl").read_text() == first
     for folder in ("/nowhere", f"{out}/ckpt"):  # a mistake moves nothing
