@@ -21,6 +21,8 @@ import struct
 import threading
 import time
 
+from world import teacher
+
 # faults that a client can only overcome by asking again
 TRANSPORT = ["hang", "slow", "reset", "half_closed", "huge"]
 TRANSPORT += ["invalid_json", "malformed", "content_type", "408", "409", "429", "429_retry_after"]
@@ -41,6 +43,15 @@ BROKEN = {  # kind: headers and body
 }
 
 
+def prompt_of(request: dict) -> str:
+    return request["messages"][0]["content"]
+
+
+def truth(request: dict) -> str:
+    """What the pocket world's teacher answers."""
+    return teacher.answer(prompt_of(request), request["seed"])
+
+
 class FaultyServer:
     """The options are those of `faulty_server`; they may be changed while it runs."""
 
@@ -49,6 +60,7 @@ class FaultyServer:
         self.counts = collections.Counter()  # replies by kind
         self.answered = collections.Counter()  # good answers by prompt
         self.seen = collections.Counter()  # requests by body
+        self.requests = []  # all of them, in the order of their arrival
         self.arrivals = []  # time.monotonic() of every request
         self.accepted = collections.deque(maxlen=self.rate)  # times of the latest
         self.keys = set()  # Authorization headers
@@ -91,6 +103,7 @@ class FaultyServer:
         """Answers one request; raises ConnectionError if nothing may follow on the connection."""
         kind, request = self.kind(body), json.loads(body)
         self.counts[kind] += 1
+        self.requests.append(request)
         if not kind.startswith("429"):
             wait = self.latency(request) if callable(self.latency) else self.latency
             await asyncio.sleep(wait)
@@ -105,7 +118,7 @@ class FaultyServer:
         lines = [f"HTTP/1.1 {status} planned", *(f"{k}: {v}" for k, v in headers.items())]
         await self.send(kind, reader, writer, "\r\n".join([*lines, "", content]).encode())
         if kind == "answer":
-            self.answered[request["messages"][0]["content"]] += 1
+            self.answered[prompt_of(request)] += 1
 
     def completion(self, kind: str, request: dict) -> tuple[int, str]:
         message, finish = CONTENT.get(kind) or ({"content": self.answer(request)}, "stop")
@@ -143,7 +156,7 @@ def faulty_server(
     plan=tuple(TRANSPORT),  # the kinds of faults, equally likely
     share: float = 0.0,  # of requests that fail
     seed: int = 0,
-    answer=lambda request: "answer to " + request["messages"][0]["content"],  # or (status, body)
+    answer=lambda request: "answer to " + prompt_of(request),  # or (status, body)
     latency=0.0,  # seconds before each reply, or a function of the request that gives them
     rate: int | None = None,  # requests per second; above it: 429 with Retry-After
     retry_after: float | str = 0.1,  # value of that header
