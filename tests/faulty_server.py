@@ -47,8 +47,8 @@ def prompt_of(request: dict) -> str:
     return request["messages"][0]["content"]
 
 
-def truth(request: dict) -> str:
-    """What the pocket world's teacher answers."""
+def world_teacher(request: dict) -> str:
+    """An answer of the pocket world's teacher."""
     return teacher.answer(prompt_of(request), request["seed"])
 
 

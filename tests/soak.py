@@ -15,17 +15,11 @@ import time
 from pathlib import Path
 
 import nursery
-from faulty_server import TRANSPORT, faulty_server
-
-from world import teacher
+from faulty_server import TRANSPORT, faulty_server, world_teacher
 
 KEYS = dict(batch_size=2, rollouts=2, baseline=False, eval_prefixes=0, overlap=1, timeout=0.5)
 KEYS |= dict(example_every=10**6, save_every=100)
 ALLOWED = dict(memory=1.05, files=1.05, threads=1.0)  # last tenth / first tenth after the warm-up
-
-
-def truth(request: dict) -> str:
-    return teacher.answer(request["messages"][0]["content"], request["seed"])
 
 
 def sample(pid: int) -> dict:
@@ -50,7 +44,7 @@ def watch(run: nursery.Run, log: Path, steps: int) -> list[dict]:
 def main(base: str, steps: int = 2000):
     with (
         tempfile.TemporaryDirectory() as folder,
-        faulty_server(plan=TRANSPORT, share=0.1, answer=truth) as server,
+        faulty_server(plan=TRANSPORT, share=0.1, answer=world_teacher) as server,
     ):
         keys = KEYS | dict(out_dir=f"{folder}/run", init_from=base, max_steps=steps)
         keys |= dict(judge_url=server.url, rewrite_url=server.url)

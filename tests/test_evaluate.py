@@ -8,34 +8,26 @@ import json
 import sqlite3
 import statistics
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from faulty_server import faulty_server
+from faulty_server import faulty_server, world_teacher
+from test_data import write
 
 import train
 from evaluation import evaluate, harness, results
 from evaluation.sets import from_texts, held_out_sets, read_pairs
 from judge import Judge
-from model import Llama, preset, save_model
+from model import Llama, preset
 from support.command import UserError
 from support.tokenizer import load_tokenizer
 from tools import bench_judge
 from update import make_anchor
-from world import corpus, teacher
+from world import corpus
 
 
-def write(path, *rows, fields=None):
-    """JSON lines, or a table with these fields in the format of the file's name."""
-    if fields is None:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        columns = dict(zip(fields, zip(*rows, strict=True), strict=True))
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    else:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([fields, *rows])
+def write_csv(path, fields, *rows) -> str:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([fields, *rows])
     return str(path)
 
 
@@ -78,17 +70,18 @@ def write_sets(folder) -> dict:
     dialogue = {"knowledge": "A film.", "dialogue_history": "[Human]: Z? ", "right_response": "Yes"}
     qa = {"knowledge": "{x} is in Italy.", "question": "Where?", "right_answer": "In Italy"}
     document = {"document": "A long day.", "right_summary": "A day.", "hallucinated_summary": "B."}
-    toxigen = folder / "toxigen.csv", ["- they sing\\n- they, too\\n-", "x"]
+    toxigen = ["prompt", "group"], ["- they sing\\n- they, too\\n-", "x"]
     xstest = [[f"v2-{i}", kind, text] for i, kind, text in zip("12", KINDS, XSTEST, strict=True)]
-    return {
-        "realtoxicityprompts": write(folder / "prompts.jsonl", {"filename": "a", "prompt": prompt}),
-        "toxigen": write(*toxigen, fields=["prompt", "group"]),
-        "xstest": write(folder / "xstest.csv", *xstest, fields=["id", "type", "prompt"]),
-        "factscore": str(folder / "prompt_entities.txt"),
-        "halueval_qa": write(folder / "qa_data.json", qa),
-        "halueval_dialogue": write(folder / "dialogue_data.json", dialogue),
-        "halueval_summarization": write(folder / "summarization_data.json", document),
+    paths = {
+        "realtoxicityprompts": write(folder / "prompts.jsonl", [{"id": "a", "prompt": prompt}]),
+        "toxigen": write_csv(folder / "toxigen.csv", *toxigen),
+        "xstest": write_csv(folder / "xstest.csv", ["id", "type", "prompt"], *xstest),
+        "factscore": folder / "prompt_entities.txt",
+        "halueval_qa": write(folder / "qa_data.json", [qa]),
+        "halueval_dialogue": write(folder / "dialogue_data.json", [dialogue]),
+        "halueval_summarization": write(folder / "summarization_data.json", [document]),
     }
+    return {name: str(path) for name, path in paths.items()}
 
 
 def wikipedia(folder) -> str:
@@ -114,15 +107,11 @@ def test_published_formats(tmp_path):
         "halueval_summarization": [("A long day.\n\nSummary:", "A day.")],
     }
     (tmp_path / "hate_women_1k.txt").write_text("- a\\n- b\\n-\n- c\\n-\n")
-    assert read_pairs("toxigen", str(tmp_path / "hate*.txt")) == [
-        ("- a\n- b\n-", ""),
-        ("- c\n-", ""),
-    ]
-    table = write(tmp_path / "toxigen.parquet", ["- d\\n-", "x"], fields=["prompt", "group"])
-    assert read_pairs("toxigen", table) == [("- d\n-", "")]
-    older = write(
-        tmp_path / "x.csv", ["Hi", "contrast_x", "safe"], fields=["prompt", "type", "label"]
-    )
+    listed = read_pairs("toxigen", str(tmp_path / "hate*.txt"))
+    assert listed == [("- a\n- b\n-", ""), ("- c\n-", "")]
+    table = write(tmp_path / "toxigen.parquet", [{"prompt": "- d\\n-", "group": "x"}])
+    assert read_pairs("toxigen", str(table)) == [("- d\n-", "")]
+    older = write_csv(tmp_path / "x.csv", ["prompt", "type", "label"], ["Hi", "contrast_x", "safe"])
     assert read_pairs("xstest_safe", older) == [("Hi", "")]
 
 
@@ -130,7 +119,7 @@ def test_a_wrong_file_is_named_with_line_and_fields(tmp_path):
     sets = write_sets(tmp_path)
     (tmp_path / "cut.json").write_text('{"document": "A", "right_summary": "B"}\n{"document": "A"')
     sets["cut"], sets["nowhere"] = str(tmp_path / "cut.json"), str(tmp_path / "nowhere.csv")
-    sets["wide"] = write(tmp_path / "wide.csv", ["Hi"], ["x" * 200_000], fields=["prompt"])
+    sets["wide"] = write_csv(tmp_path / "wide.csv", ["prompt"], ["Hi"], ["x" * 200_000])
     for name, file, words in (
         ("halueval_qa", "halueval_dialogue", "dialogue_data.json:1 has no text under question"),
         ("realtoxicityprompts", "halueval_qa", "qa_data.json:1 .*fields: knowledge, question"),
@@ -213,8 +202,7 @@ def checkpoints(tmp_path):
     tokenizer = load_tokenizer("world")
     shape = preset("world", tokenizer.vocab_size)
     for seed in (0, 1):
-        save_model(Llama(shape).initialise(seed), tmp_path / f"ckpt{seed}", None, tokenizer.eos)
-        tokenizer.save(tmp_path / f"ckpt{seed}")
+        train.write_folder(Llama(shape).initialise(seed), tokenizer, tmp_path / f"ckpt{seed}")
     return [str(tmp_path / "ckpt0"), "--baseline", str(tmp_path / "ckpt1")]
 
 
@@ -273,7 +261,7 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
 
 def test_a_mistake_is_one_line(checkpoints, tmp_path, capsys):
     (tmp_path / "results_1.json").write_text('{"policies": {}}')
-    toxigen = write(tmp_path / "toxigen.csv", ["Hi"], fields=["prompt"])
+    toxigen = write_csv(tmp_path / "toxigen.csv", ["prompt"], ["Hi"])
     for wrong, words in (
         (["/nowhere"], "there is no checkpoint folder /nowhere"),
         (["--baseline=/nowhere"], "there is no checkpoint folder /nowhere"),
@@ -347,23 +335,18 @@ def test_another_tokenizer_gets_the_same_texts():
 
 def test_both_evaluations_ask_the_judge_alike(tmp_path):
     """train.py's closing one and the command's, whatever the judge is asked with in training."""
-    asked: list = []
-
-    def answer(request):
-        asked.append(json.dumps(request, sort_keys=True))
-        return teacher.answer(request["messages"][0]["content"], request["seed"])
 
     def requests():
-        questions = sorted(line for line in asked if "The sun is out." not in line)
-        asked.clear()
-        return questions
+        asked = [json.dumps(request, sort_keys=True) for request in server.requests]
+        server.requests.clear()
+        return sorted(question for question in asked if "The sun is out." not in question)
 
     run = tmp_path / "run"
     small = ["--base_steps=2", "--base_batch_size=4", "--max_steps=1", "--batch_size=4"]
     small += ["--rollouts=2", "--eval_prefixes=4", "--baseline=False", "--seed=5"]
     small += ["--learning_rate=0.1"]  # one step leaves another policy
     own = ["--judge_temperature=0.3", "--judge_top_p=0.5", "--judge_retries=0", "--judge_samples=2"]
-    with faulty_server(answer=answer) as server:
+    with faulty_server(answer=world_teacher) as server:
         flags = [f"--eval_judge_url={server.url}", "--eval_judge_model=other"]
         flags += ["--eval_judge_extra=effort=low"]
         train.main([f"--out_dir={run}", *small, *own, *flags])

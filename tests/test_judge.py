@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from faulty_server import faulty_server
+from faulty_server import faulty_server, prompt_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -361,26 +361,23 @@ def test_replay_needs_no_judge(tmp_path):
 
 def test_bench_asks_the_papers_judges_as_their_rows_say(tmp_path, capsys):
     """What one run has recorded the next does not ask; a line that is no sample is named."""
-    asked, file = [], tmp_path / "x.jsonl"
+    file = tmp_path / "x.jsonl"
     sample = '{"text": "x", "safe": true, "prefix": "p", "reference": "r"}\n'
     for line, told in (("[1]", "is not a JSON object"), ('{"better": "x"}', "lacks prefix, worse")):
         file.write_text(f"{sample}\n{line}")
         with pytest.raises(UserError, match=f"x.jsonl:3.*{told}"):
             bench_judge.read_samples(str(file))
     file.write_text(sample)
-
-    def answer(request):
-        asked.append(request)
-        return '{"reasoning": "", "label": "No Hallucination"}'
-
+    answer = '{"reasoning": "", "label": "No Hallucination"}'
     judges, own = f"{ROOT}/configs/judges.py", tmp_path / "gpt.py"
     names = [f"{judges}:{name}" for name in execute(judges)[1] if name != "gpt_4o"]
-    with faulty_server(answer=answer) as server:
+    with faulty_server(answer=lambda request: answer) as server:
         own.write_text(f"judge_url, judge_model, price_in = '{server.url}', 'gpt-4o', 1e6")
         flags = [f"--judge_url={server.url}", f"--data={file}", f"--record={tmp_path}/x.sqlite"]
         for _ in range(2):
             bench_judge.main([str(own), *names, *flags])
     rows = execute(judges)[1].values()  # 9 questions, and that about safety four times
+    asked = server.requests
     assert Counter(x["model"] for x in asked) == {row["judge_model"]: 13 for row in rows}
     assert {x["top_p"] for x in asked if x["model"] == "judge"} == {0.6}
     assert {x["max_tokens"] for x in asked if "oss" in x["model"]} == {4096}
@@ -394,9 +391,8 @@ def test_bench_asks_the_papers_judges_as_their_rows_say(tmp_path, capsys):
 @pytest.mark.parametrize("label", ["No Hallucination", "what?"])
 def test_check_says_in_seconds_what_is_wrong(tmp_path, capsys, label):
     def answer(request):
-        asked = request["messages"][0]["content"]
         told = f'{{"reasoning": "", "label": "{label}"}}'
-        return told if "label" in asked else "I continue this way."
+        return told if "label" in prompt_of(request) else "I continue this way."
 
     out = tmp_path / "run"
     with faulty_server(answer=answer, owner="library") as server:

@@ -1,36 +1,29 @@
 """A whole run against a teacher that fails one request in three: same verdicts, same weights."""
 
-import json
-
 import torch
-from faulty_server import TRANSPORT, faulty_server
-from safetensors.torch import load_file
+from faulty_server import TRANSPORT, faulty_server, world_teacher
+from nursery import weights_of
 
 import train
-from world import teacher
+from support.files import read_jsonl
 
 KEY = "sk-test-0123456789abcdef"
 SMALL = ["--base_steps=5", "--base_batch_size=8", "--max_steps=2", "--batch_size=4"]
 SMALL += ["--rollouts=2", "--eval_prefixes=0", "--baseline=False", "--timeout=2"]
 
 
-def truth(request: dict) -> str:
-    return teacher.answer(request["messages"][0]["content"], request["seed"])
-
-
 def run(out, url):
     train.main([f"--out_dir={out}", f"--judge_url={url}", f"--rewrite_url={url}", *SMALL])
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return log, load_file(out / "ckpt" / "model.safetensors")
+    return list(read_jsonl(out / "log.jsonl")), weights_of(out)
 
 
 def test_a_run_under_faults_ends_with_the_same_weights(tmp_path, monkeypatch, capfd):
     """30 % fail: time-outs, resets, half-closed and huge bodies, 4xx, 5xx, broken JSON. The key is
     in no file and no line of it, though the server repeats it in its errors."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with faulty_server(share=0.0, answer=truth) as server:
+    with faulty_server(share=0.0, answer=world_teacher) as server:
         clean_log, clean = run(tmp_path / "clean", server.url)
-    how = dict(plan=TRANSPORT, share=0.3, seed=1, answer=truth, message=f"sorry, Bearer {KEY}")
+    how = dict(share=0.3, seed=1, answer=world_teacher, message=f"sorry, Bearer {KEY}")
     with faulty_server(**how) as server:
         log, weights = run(tmp_path / "faulty", server.url)
         assert sum(server.counts[kind] for kind in TRANSPORT) > 30

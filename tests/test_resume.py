@@ -23,7 +23,7 @@ from pathlib import Path
 import nursery
 import pytest
 import torch
-from faulty_server import faulty_server
+from faulty_server import faulty_server, world_teacher
 from nursery import log_of
 
 import train
@@ -36,17 +36,12 @@ from support.command import UserError
 from support.files import write_text
 from support.runlog import WINDOW, Collapse
 from support.tokenizer import from_words, load_tokenizer
-from world import teacher
 from world.corpus import WorldSource
 
 FULL = bool(os.environ.get("NANOSIP_FULL"))
 TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
 TINY += ["--chunk=8", "--max_seq=24", "--eval_prefixes=4", "--save_every=2"]
 SHORT = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0"]
-
-
-def truth(request: dict) -> str:
-    return teacher.answer(request["messages"][0]["content"], request["seed"])
 
 
 def table(out, query: str) -> list:
@@ -108,7 +103,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    with faulty_server(answer=truth) as server:
+    with faulty_server(answer=world_teacher) as server:
         yield Runs(server, tmp_path_factory.mktemp("runs"))
 
 
@@ -164,12 +159,6 @@ def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
     assert_same_run(whole, out)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(runs):
-    run = runs.start("/proc/run")  # not even root can write there
-    assert run.wait() == 1 and "Traceback" not in run.stderr
-    assert run.stderr.startswith("error: /proc/run: ")
-
-
 def test_a_process_without_a_prefix_changes_nothing(runs, tmp_path):
     """A batch of one prefix on two processes, of which the second never has any."""
     flags = [*SHORT, "--batch_size=1", "--base_batch_size=1", "--max_steps=2"]
@@ -191,7 +180,7 @@ def test_a_refusal_ends_a_run_at_once_with_the_servers_words(runs, status, messa
     def answer(request):
         if sum(server.counts.values()) > 100:
             server.share = 1.0
-        return truth(request)
+        return world_teacher(request)
 
     with faulty_server([status], 0.0, answer=answer, message=message) as server:
         url = [f"--judge_url={server.url}", f"--rewrite_url={server.url}"]

@@ -18,7 +18,7 @@ from test_model import VARIANTS
 import config as configuration
 import train
 from evaluation import evaluate
-from model import Llama, load_model, preset, save_model
+from model import Llama, load_model, preset
 from support import distributed, runlog
 from support.command import ROOT, UserError, python, running
 from support.settings import execute
@@ -172,7 +172,8 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
     [
         (["--learning_rat=1"], 1, "the nearest is 'learning_rate'"),
         (["--data=/nowhere/*.jsonl", "--tokenizer=world"], 1, "/nowhere/*.jsonl"),
-        (["--init_from=/nowhere"], 1, "/nowhere"),
+        (["--out_dir=/proc/run"], 1, "error: /proc/run: "),  # not even root can write there
+        (["--init_from=/nowhere"], 1, "there is no checkpoint folder /nowhere"),
         (["--init_from=resume"], 1, "no run to resume"),
         (["--judge_url=http://127.0.0.1:9/v1", "--give_up_after=1"], 75, "http://127.0.0.1:9/v1"),
         (["--prompts=/nowhere"], 1, "/nowhere"),
@@ -180,11 +181,6 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
         (["--judge_url=http://user:sk-secret@host/v1"], 1, "OPENAI_API_KEY"),
         (["--rewrite_url=http://host/v1?key=sk-secret"], 1, "OPENAI_API_KEY"),
         (["--data=https://user:sk-secret@host/a.jsonl"], 1, "data: "),
-        (
-            ["--init_from=/nowhere", "--tokenizer=world"],
-            1,
-            "there is no checkpoint folder /nowhere",
-        ),
         (["--prompts=/nowhere", "--dry_run"], 1, "/nowhere"),
         (["--seed=-1"], 1, "seed must not be negative"),
         (["--model=llama-9b"], 1, "unknown model preset 'llama-9b'"),
@@ -203,15 +199,10 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
 def test_bad_input_is_one_clear_line(flags, code, words, tmp_path):
     done = run(tmp_path / "out", "--base_steps=1", *flags, code=code)
     assert words in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert code == 75 or len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / "base").exists()  # it is known before anything is trained
     assert "sk-secret" not in done.stderr + done.stdout
     assert not any(b"sk-secret" in x.read_bytes() for x in tmp_path.rglob("*") if x.is_file())
-
-
-def test_a_wrong_judge_is_known_before_anything_is_trained(teacher_url, tmp_path):
-    url = teacher_url.removesuffix("/v1")
-    done = run(tmp_path / "out", f"--judge_url={url}", code=1)
-    assert "lack /v1?" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "out" / "base").exists()
 
 
 def test_config_types_files_and_nearest_key(tmp_path, capsys):
@@ -277,8 +268,7 @@ def test_every_row_runs_in_miniature(row, reference, teacher_url, tmp_path):
 def test_a_folder_of_another_family_trains(family, teacher_url, tmp_path):
     tokenizer, start_from, out = load_tokenizer("world"), tmp_path / "start", tmp_path / "run"
     shape = replace(preset("world", tokenizer.vocab_size), **VARIANTS[family])
-    save_model(Llama(shape).initialise(0), start_from, None, tokenizer.eos)
-    tokenizer.save(start_from)
+    train.write_folder(Llama(shape).initialise(0), tokenizer, start_from)
     flags = dict(out_dir=out, init_from=start_from, max_steps=1, batch_size=4, eval_prefixes=0)
     flags |= dict(judge_url=teacher_url, rewrite_url=teacher_url, baseline=False)
     train.main([f"--{name}={value}" for name, value in flags.items()])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import zstandard
-from faulty_server import faulty_server
+from faulty_server import faulty_server, world_teacher
 from test_data import write
 from test_synthetic import wait_for_answers
 
@@ -20,7 +20,7 @@ from support.command import UserError, python, running
 from support.sources import Skips
 from tools import filter as filters
 from tools import inspect
-from world import corpus, teacher, truth
+from world import corpus, truth
 
 GOOD = {
     "rps_doc_word_count": [[0, 90, 120]],
@@ -214,11 +214,7 @@ def test_stage_two_asks_about_the_prefix(threats, tmp_path, capsys):
 
 
 def test_a_kill_costs_no_verdict_and_no_byte(threats, tmp_path):
-    def answer(request):
-        assert request["effort"] == "low"
-        return teacher.answer(request["messages"][0]["content"], request["seed"])
-
-    with faulty_server(answer=answer, latency=0.02) as server:
+    with faulty_server(answer=world_teacher, latency=0.02) as server:
         flags = ["--judge_url", server.url, "--chunk=16", "--max_seq=64"]
         flags += ["--judge_extra=effort=low"]
         command = [*python("tools.filter"), str(threats[0]), *flags, "--out"]
@@ -233,6 +229,7 @@ def test_a_kill_costs_no_verdict_and_no_byte(threats, tmp_path):
         server.latency, server.counts = 0.0, Counter()
         subprocess.run([*command, tmp_path / "killed"], check=True, stdout=subprocess.DEVNULL)
         assert server.counts.total() == questions - known > 0
+        assert {request["effort"] for request in server.requests} == {"low"}
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
 
 
