@@ -19,10 +19,8 @@ NAN = float("nan")
 def test_linear_kl_is_its_definition(temperature):
     draw = torch.Generator().manual_seed(0)
     shapes = (70, 12), (50, 12), (70, 6), (50, 6), (70,)
-    hidden, weight, other, other_weight, scale = (
-        torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
-        for shape in shapes
-    )
+    how = dict(generator=draw, dtype=torch.float64, requires_grad=True)
+    hidden, weight, other, other_weight, scale = (torch.randn(shape, **how) for shape in shapes)
     logp = (hidden @ weight.T / temperature).log_softmax(1)
     logq = (other @ other_weight.T / temperature).log_softmax(1).detach()
     plain = (scale.detach() * (logq.exp() * (logq - logp)).sum(1)).sum()

@@ -49,9 +49,8 @@ def tree(tmp_path_factory):
 
 def run(tree, *command) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tree, capture_output=True, text=True, env=environment
-    )
+    how = dict(cwd=tree, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *command], **how)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -87,6 +87,8 @@ def old(**changes):
 
 
 TIED = dict(tie_word_embeddings=True)
+FULL, SLIDING = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+EACH_SECOND = dict(no_rope_layers=ABSENT, no_rope_layer_interval=2, tie_word_embeddings=ABSENT)
 ALIKE = {
     "plain": case(),
     "theta_new": case(rope_parameters=FAR),
@@ -138,16 +140,10 @@ ALIKE = {
     "mistral_without_window": old(family="mistral", sliding_window=None, rope_theta=1e6),
     "mistral_window_missing": old(family="mistral", sliding_window=ABSENT, head_dim=None),
     "mistral_short_window": case(family="mistral", shape=dict(head_dim=16), sliding_window=40),
-    "mistral_linear": old(family="mistral", rope_scaling=dict(type="linear", factor=2.0)),
     "qwen2": case(family="qwen2", shape=TIED),
     "qwen2_old": old(family="qwen2", rope_theta=1e6, sliding_window=8, max_window_layers=0),
     "qwen2_short_window": old(family="qwen2", use_sliding_window=True, sliding_window=40),
-    "qwen2_full": case(
-        family="qwen2",
-        use_sliding_window=True,
-        sliding_window=8,
-        layer_types=["full_attention"] * 2,
-    ),
+    "qwen2_full": case(family="qwen2", use_sliding_window=True, sliding_window=8, layer_types=FULL),
     "qwen2_yarn": old(family="qwen2", rope_scaling=YARN, rope_theta=1e6),
     "qwen3": case(family="qwen3", shape=dict(head_dim=16)),
     "qwen3_old": old(family="qwen3", shape=dict(head_dim=16), rope_theta=1e6, attention_bias=False),
@@ -157,13 +153,7 @@ ALIKE = {
     "olmo2_old": old(family="olmo2", num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-3),
     "olmo2_eps_missing": case(family="olmo2", shape=dict(rms_norm_eps=1e-5), rms_norm_eps=ABSENT),
     "smollm3": case(family="smollm3", shape=dict(no_rope_layers=[0, 1])),
-    "smollm3_interval": old(
-        family="smollm3",
-        shape=dict(num_hidden_layers=4),
-        no_rope_layers=ABSENT,
-        no_rope_layer_interval=2,
-        tie_word_embeddings=ABSENT,
-    ),
+    "smollm3_interval": old(family="smollm3", shape=dict(num_hidden_layers=4), **EACH_SECOND),
     "smollm3_all_rotate": case(family="smollm3", no_rope_layers=[1, 1, 0], rope_theta=5e6),
     "smollm3_untied": case(family="smollm3", shape=dict(tie_word_embeddings=False)),
 }
@@ -262,7 +252,6 @@ def test_what_would_be_computed_otherwise_is_one_clear_line(spoil, words, small)
     assert str(small) in str(error.value) and "\n" not in str(error.value)
 
 
-FULL, SLIDING = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 READS: list = [  # tokens that see each other in every layer, of 64 positions
     (64, dict(model_type="mistral", sliding_window=None)),
     (64, dict(model_type="mistral")),  # 4,096 where it says nothing

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import kernels_reference as reference
@@ -19,9 +18,9 @@ from torch.nn.attention import SDPBackend
 
 from kernels.attention import decode_attention, prefix_attention
 from kernels.logprob import linear_logprob
+from support.command import ROOT
 from tools import bench
 
-ROOT = Path(__file__).parent.parent
 SHAPES = [  # B, H, Hkv, P, N, C
     (2, 4, 4, 13, 5, 0),
     (3, 8, 2, 13, 5, 3),
@@ -41,11 +40,9 @@ def test_attention_definition(shape, ragged):
     expected = reference.attention(q, k, v, pad, P, N)
     assert reference.error(out, expected) < 2e-6
     upstream = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, (q, k, v), upstream),
-        torch.autograd.grad(expected, (q, k, v), upstream.double()),
-        strict=True,
-    ):
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    true = torch.autograd.grad(expected, (q, k, v), upstream.double())
+    for ours, theirs in zip(grads, true, strict=True):
         assert reference.error(ours, theirs) < 5e-6
 
 

@@ -6,14 +6,13 @@ import ast
 import importlib
 import re
 import shlex
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 import config as configuration
+from support.command import ROOT
 
-ROOT = Path(__file__).parents[1]
 FLOORS = (".", "kernels", "support")
 PAGES = {path: path.read_text("utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)

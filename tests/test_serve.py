@@ -312,10 +312,7 @@ MESSAGES = [
     *[(True, more) for more in ({"content": [TEXT, TEXT]}, {"role": "developer"}, {"content": ""})],
     (True, {"role": "assistant", "tool_calls": None, "refusal": None}),
     *[(False, {"content": content}) for content in (None, [], 5, ["w1"], [{"text": "w1"}])],
-    *[
-        (False, {"content": [TEXT | {"type": "image_url"}]}),
-        (False, {"content": [TEXT | {"a": 1}]}),
-    ],
+    *[(False, {"content": [TEXT | wrong]}) for wrong in ({"type": "image_url"}, {"a": 1})],
     *[(False, {"role": role}) for role in (None, ["user"], "tool")],
     *[(False, {name: [{}]}) for name in ("name", "tool_calls")],
 ]

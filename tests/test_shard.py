@@ -16,9 +16,8 @@ from optimizer import make_optimizer
 from support.distributed import choose_threads, is_sharded, load_optimizer, shard, whole
 from update import pick, update
 
-SHAPE = ModelConfig(
-    40, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8, tie_embeddings=True
-)
+SIZES = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
+SHAPE = ModelConfig(40, **SIZES, tie_embeddings=True)
 # What the families have beside, all at once.
 OTHER = replace(SHAPE, qkv_bias=True, qk_norm="whole", norm_after=True, rotates=[1, 0])
 
@@ -31,16 +30,14 @@ def pool(rows: list):
     reward, n = torch.rand(3, 4, generator=rng).double()[rows], len(rows)
     pad = torch.zeros(n, dtype=torch.int32)
     batch = Batch(prefix, pad, tokens[:, 0], rows, [""] * n, [""] * n, {})
-    return Pool(
-        batch, tokens, torch.full((n, 4), 5), torch.zeros(n, 4, 5), [], ["rollout"] * 4
-    ), reward
+    lengths, old = torch.full((n, 4), 5), torch.zeros(n, 4, 5)
+    return Pool(batch, tokens, lengths, old, [], ["rollout"] * 4), reward
 
 
 def learn(policy, reference, turns: list, **settings):
     """An update for each list of rows, with the optimiser saved and loaded in between."""
-    config = Config(
-        micro_batch_tokens=20, max_steps=4, warmup_steps=1, learning_rate=1e-2, **settings
-    )
+    how = dict(micro_batch_tokens=20, max_steps=4, warmup_steps=1, learning_rate=1e-2)
+    config = Config(**how, **settings)
     state, norms = None, []
     for step, rows in enumerate(turns):
         optimizer = make_optimizer(policy, config)
@@ -117,9 +114,7 @@ def test_a_resumed_run_has_the_settings_that_it_was_given():
         (576, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 3),
     ],
 )
-def test_threads_are_those_that_help_and_that_the_container_has(
-    tmp_path, monkeypatch, width, files, threads
-):
+def test_threads_are_those_that_help_and_are_there(tmp_path, monkeypatch, width, files, threads):
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")

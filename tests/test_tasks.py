@@ -11,6 +11,7 @@ from itertools import islice
 
 import pytest
 import torch
+from test_data import write
 
 from config import Config
 from judge import Judge, load_prompts
@@ -39,11 +40,6 @@ REWRITE = [
     {"task": "rewrite", "prefix": row["prefix"], "original": row["a"], "safe": truth.safe(row["a"])}
     for row in QUALITY[::2]
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def stream(path, name="judge", **how):
