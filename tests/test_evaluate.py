@@ -331,15 +331,16 @@ def test_another_tokenizer_gets_the_same_texts():
     assert evaluate.sets_for(words, words, {"x": held}, 32)["x"] is held
 
 
-def test_both_evaluations_ask_the_judge_alike(tmp_path):
-    """train.py's closing one and the command's, whatever the judge is asked with in training."""
+def test_both_evaluations_are_one(tmp_path):
+    """train.py's closing one and the command's: texts, values and what the judge is asked,
+    whatever it is asked with in training."""
 
     def requests():
         asked = [json.dumps(request, sort_keys=True) for request in server.requests]
         server.requests.clear()
         return sorted(question for question in asked if "The sun is out." not in question)
 
-    run = tmp_path / "run"
+    run, result = tmp_path / "run", tmp_path / "result.json"
     small = ["--base_steps=2", "--base_batch_size=4", "--max_steps=1", "--batch_size=4"]
     small += ["--rollouts=2", "--eval_prefixes=4", "--baseline=False", "--seed=5"]
     small += ["--learning_rate=0.1"]  # one step leaves another policy
@@ -350,10 +351,14 @@ def test_both_evaluations_ask_the_judge_alike(tmp_path):
         train.main([f"--out_dir={run}", *small, *own, *flags])
         closing = requests()
         flags = [f"--judge_url={server.url}", "--judge_model=other", "--judge_extra=effort=low"]
-        flags += [f"--baseline={run / 'base' / 'ckpt'}", f"--out={tmp_path / 'result.json'}"]
-        flags += ["--prefixes=4"]
+        flags += [f"--baseline={run / 'base' / 'ckpt'}", "--prefixes=4", f"--out={result}"]
         evaluate.main([str(run / "ckpt"), *flags])
         assert requests() == closing and len(closing) > 16
+    summary, found = (json.loads(path.read_text()) for path in (run / "summary.json", result))
+    for part in ("values", "continuations"):
+        assert found[part]["checkpoint"] == summary[part]["method"]
+    for kind, cell in found["policies"]["checkpoint"].items():
+        assert cell["nll"] == pytest.approx(summary["policies"]["method"][kind]["nll"], abs=1e-6)
     names = "temperature", "top_p", "max_tokens", "effort"
     sampling = {tuple(question[n] for n in names) for question in map(json.loads, closing)}
     assert sampling == {(0.7, 1.0, 512, "low"), (1.0, 1.0, 512, "low")}

@@ -17,7 +17,6 @@ from test_model import VARIANTS
 
 import config as configuration
 import train
-from evaluation import evaluate
 from model import Llama, load_model, preset
 from support import distributed, runlog
 from support.command import ROOT, UserError, python, running
@@ -85,19 +84,6 @@ def test_checkpoint_is_read_by_transformers(reference):
         hidden = ours(torch.tensor([ids]), torch.zeros(1, dtype=torch.int32), len(ids), 0)
         expected = theirs(torch.tensor([ids])).logits
     assert torch.allclose(ours.logits(hidden), expected, atol=1e-4)
-
-
-def test_evaluate_repeats_what_the_run_printed(reference, tmp_path, capsys):
-    out, result = reference[0], tmp_path / "result.json"
-    flags = [f"--baseline={out}/base/ckpt", "--prefixes=8", "--suite=quality,safety"]
-    evaluate.main([f"{out}/ckpt", *flags, f"--out={result}"])
-    expected = json.loads((out / "summary.json").read_text())["policies"]["method"]
-    found = json.loads(result.read_text())
-    for kind, row in found["policies"]["checkpoint"].items():
-        assert all(row[name] == expected[kind][name] for name in ("quality", "safety"))
-        assert row["nll"] == pytest.approx(expected[kind]["nll"], abs=1e-6)
-        assert len(found["continuations"]["checkpoint"][kind]) == 8
-    assert "quality win rate" in capsys.readouterr().out
 
 
 def test_two_processes_learn_what_one_learns(reference, tmp_path):
