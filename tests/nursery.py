@@ -5,12 +5,14 @@ run.signal(signal.SIGKILL)                # to all of its processes
 run.wait()  -> exit code of the first that failed; then run.stdout, run.stderr
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import socket
+import sqlite3
 import sys
 import tempfile
 import time
@@ -99,8 +101,19 @@ def weights_of(out) -> dict[str, torch.Tensor]:
     return load_file(Path(out) / "ckpt" / "model.safetensors")
 
 
+def table(out, query: str) -> list:
+    """Rows of what a run has recorded; none where it was killed before it made the file."""
+    with contextlib.suppress(OSError, sqlite3.OperationalError):
+        address = (Path(out) / "judgments.sqlite").resolve(strict=True)
+        with contextlib.closing(sqlite3.connect(address, timeout=30)) as db:
+            return db.execute(query).fetchall()
+    return []
+
+
 def assert_same_run(a, b):
-    """Weights and log of every phase."""
+    """Weights and log of every phase, and every pool: prefixes, candidates, rewards in order."""
+    pools = "SELECT step, key, pool FROM pools ORDER BY step, key"
+    assert table(a, pools) == table(b, pools) != []
     for phase in ("base", "baseline", "."):
         left, right = Path(a) / phase, Path(b) / phase
         assert left.exists() == right.exists()

@@ -4,7 +4,6 @@ The default kills five times. `NANOSIP_FULL=1 pytest tests/test_resume.py -s -k 
 times, over one and two processes and overlap 0 and 1.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -12,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -24,7 +22,7 @@ import nursery
 import pytest
 import torch
 from faulty_server import faulty_server, world_teacher
-from nursery import log_of
+from nursery import assert_same_run, log_of, table
 
 import train
 from config import Config, phases
@@ -42,21 +40,6 @@ FULL = bool(os.environ.get("NANOSIP_FULL"))
 TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
 TINY += ["--chunk=8", "--max_seq=24", "--eval_prefixes=4", "--save_every=2"]
 SHORT = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0"]
-
-
-def table(out, query: str) -> list:
-    with contextlib.suppress(OSError, sqlite3.OperationalError):  # killed before it was made
-        address = (Path(out) / "judgments.sqlite").resolve(strict=True)
-        with contextlib.closing(sqlite3.connect(address, timeout=30)) as db:
-            return db.execute(query).fetchall()
-    return []
-
-
-def assert_same_run(a, b):
-    """And every pool: prefixes, candidates and rewards in order."""
-    nursery.assert_same_run(a, b)
-    pools = "SELECT step, key, pool FROM pools ORDER BY step, key"
-    assert table(a, pools) == table(b, pools) != []
 
 
 class Runs:

@@ -1,28 +1,26 @@
 """Teachers trained by the loop: rows become prompts and supervised answers, answers get rewards."""
 
-import asyncio
 import hashlib
 import json
 import math
 import re
 import shutil
-from concurrent.futures import Future
 from itertools import islice
 
 import pytest
 import torch
 from test_data import write
+from test_judge import Teacher
 
 from config import Config
 from judge import Judge, load_prompts
 from support import command
-from support.chat import Answer
 from support.command import UserError
 from support.files import read_jsonl
 from support.tokenizer import load_tokenizer
 from teachers import circle, train
 from teachers.tasks import Rows, TaskStream, overlap, score_answers
-from world import corpus, teacher, truth
+from world import corpus, truth
 
 TINY = "prompts/tiny"
 DOCUMENTS = [corpus.document(0, i).split() for i in range(40)]
@@ -87,29 +85,18 @@ def test_bad_rows_name_file_and_line(tmp_path, row, words):
         Rows(str(path), "judge")
 
 
-class Chat:
-    """Prefers what it has seen as "good", calls only that safe; gives no verdict on "silence".
-    Runs the coroutine at once."""
-
-    store = None
-
-    def run(self, coroutine):
-        done = Future()
-        done.set_result(asyncio.run(coroutine))
-        return done
-
-    async def ask(self, prompt, **how):
-        texts = teacher.sections(prompt)
-        label = "A" if "good" in texts.get("a", "") else "B"
-        if "text" in texts:
-            label = "SAFE" if "good" in texts["text"] else "UNSAFE"
-        silent = any("silence" in text for text in texts.values())
-        return Answer("" if silent else label, "stop", 0, 0)
+def likes_good(texts, seed):
+    """Prefers what it sees as "good", calls only that safe; gives no verdict on "silence"."""
+    if any("silence" in text for text in texts.values()):
+        return ""
+    if "text" in texts:
+        return "SAFE" if "good" in texts["text"] else "UNSAFE"
+    return "A" if "good" in texts["a"] else "B"
 
 
 def rewards(rows, texts):
-    judge = Judge(Chat(), Config(judge_samples=2, judge_retries=0))
-    return score_answers(judge, rows, texts).result()
+    judge = Judge(Teacher(likes_good), Config(judge_samples=2, judge_retries=0))
+    return score_answers(judge, rows, texts).result(10)
 
 
 def test_judge_rewards():
