@@ -214,8 +214,7 @@ def test_splits_share_nothing_and_ignore_the_layout(corpus, tmp_path):
     assert 0.87 < len(parts["train"]) / 3000 < 0.93 and len(parts["test"]) > 10
 
 
-# ------------------------------------------------------------------------------------------------
-# What can't be read
+# ---- What can't be read --------------------------------------------------------------------------
 
 
 def read(path, **options) -> tuple[list[str], Skips]:
@@ -360,8 +359,7 @@ def test_a_parquet_bomb_and_a_list_of_itself_are_refused(tmp_path):
         list_files(str(tmp_path / "list.txt"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Formats and places
+# ---- Formats and places --------------------------------------------------------------------------
 
 
 def test_plain_text_becomes_passages(tmp_path):

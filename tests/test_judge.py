@@ -70,8 +70,7 @@ def score(teacher, pools, sources=None, step=0, store=None, **keys):
     return judge.score(step, prefixes, references, pools, sources, range(len(pools))).result(30)
 
 
-# ---------------------------------------------------------------------------------------------
-# Prompts and parsers
+# ---- Prompts and parsers -------------------------------------------------------------------------
 
 
 TABLE = list(read_jsonl(ROOT / "tests/verdicts.jsonl"))
@@ -150,8 +149,7 @@ def test_own_prompts_are_named_by_a_path(tmp_path, monkeypatch):
         load_prompts(mine)
 
 
-# ---------------------------------------------------------------------------------------------
-# Schedules
+# ---- Schedules -----------------------------------------------------------------------------------
 
 
 def first_round(comparisons, n, seed=0):
@@ -212,8 +210,7 @@ def test_expected_wins_by_hand():
     assert expected_wins(3, [(0, 1)], [np.nan]).tolist() == [0.5, 0.5, 0.5]
 
 
-# ---------------------------------------------------------------------------------------------
-# Rewards
+# ---- Rewards -------------------------------------------------------------------------------------
 
 
 def test_rewards_by_hand():
@@ -334,8 +331,7 @@ def test_a_pool_that_is_scored_again_replaces_itself(tmp_path):
         assert store.find("SELECT step, key, count(*) FROM pools") == (5, 0, 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Tools
+# ---- Tools ---------------------------------------------------------------------------------------
 
 
 def test_replay_needs_no_judge(tmp_path):

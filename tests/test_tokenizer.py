@@ -61,8 +61,7 @@ def random_strings(count: int, seed: int) -> list[str]:
     return strings
 
 
-# ------------------------------------------------------------------------------------------------
-# Kinds of tokenizer.json
+# ---- Kinds of tokenizer.json ---------------------------------------------------------------------
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 BACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -216,8 +215,7 @@ def test_saved_folder_is_what_transformers_reads(kind, tmp_path):
     assert ours.encode(PROSE[3]) == ids
 
 
-# ------------------------------------------------------------------------------------------------
-# What ends and begins a text
+# ---- What ends and begins a text -----------------------------------------------------------------
 
 A, B, C, PUT = "<|a|>", "<|b|>", "</s>", "<|b|> $A"
 OBJECT, BOS = {"content": B, "special": True}, {"bos_token": B}
@@ -268,8 +266,7 @@ def test_what_begins_a_text(tmp_path, template, config, starts):
     assert small(tmp_path, [config], template).bos_name == starts
 
 
-# ------------------------------------------------------------------------------------------------
-# Words
+# ---- Words ---------------------------------------------------------------------------------------
 
 
 WORDS = ["the", "town", "of", "is", "in", ".", ",", "Ann's", "isgard", "i", "s", "to", "wn", "ten"]
@@ -296,8 +293,7 @@ def test_words_are_single_tokens_and_the_rest_is_bytes(tmp_path):
     assert ours.decode(ours.encode("é")[:1]) == again.decode(ours.encode("é")[:1]) == "\ufffd"
 
 
-# ------------------------------------------------------------------------------------------------
-# What can't be used
+# ---- What can't be used --------------------------------------------------------------------------
 
 
 def test_one_clear_error(tmp_path, monkeypatch):
