@@ -81,14 +81,9 @@ def running(folder, key="", memory=None):
 
 
 @pytest.fixture(scope="module")
-def running_server(folder):
-    with running(folder) as both:
-        yield both
-
-
-@pytest.fixture(scope="module")
-def url(running_server):
-    return running_server[0]
+def url(folder):
+    with running(folder) as (url, _):
+        yield url
 
 
 def post(url, body, path="/chat/completions", **more):
@@ -271,18 +266,18 @@ def test_openai_client(url):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_rows(running_server, stream, caplog):
-    url, engine = running_server
+def test_a_client_that_leaves_frees_its_rows(folder, stream, caplog):
     body = says("w1", n=128, max_tokens=500, stop="~never~", stream=stream)
-    with contextlib.suppress(requests.Timeout):
-        answer = requests.post(url + "/chat/completions", json=body, timeout=0.3, stream=stream)
-        next(answer.iter_lines())
-        answer.close()
-    deadline = time.monotonic() + 20
-    while engine.works and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not engine.works and post(url, ASK).status_code == 200
-    assert not caplog.records  # that somebody leaves is no error
+    with running(folder) as (url, engine):
+        with contextlib.suppress(requests.Timeout):
+            answer = requests.post(url + "/chat/completions", json=body, timeout=0.3, stream=stream)
+            next(answer.iter_lines())
+            answer.close()
+        deadline = time.monotonic() + 20
+        while engine.works and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not engine.works and post(url, ASK).status_code == 200
+        assert not caplog.records  # that somebody leaves is no error
 
 
 # --- What it refuses -----------------------------------------------------------------------------

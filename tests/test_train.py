@@ -156,7 +156,6 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--learning_rat=1"], 1, "the nearest is 'learning_rate'"),
         (["--data=/nowhere/*.jsonl", "--tokenizer=world"], 1, "/nowhere/*.jsonl"),
         (["--out_dir=/proc/run"], 1, "error: /proc/run: "),  # not even root can write there
         (["--init_from=/nowhere"], 1, "there is no checkpoint folder /nowhere"),
