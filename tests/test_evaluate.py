@@ -7,6 +7,7 @@ import hashlib
 import json
 import sqlite3
 import statistics
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -233,11 +234,7 @@ def test_command_on_all_sets_generates_nothing_twice(checkpoints, tmp_path, monk
     assert summary["overall"]["checkpoint"]["safety"]["n"] == 2 * 8 + 4
     assert summary["overall"]["checkpoint"]["factuality"]["n"] == 2 * 8 + 4
     assert "truthfulqa_mc2" in shown and "halueval_dialogue" in shown and "nan" not in shown
-
-    def refuse(*_, **__):
-        raise AssertionError("generated again")
-
-    monkeypatch.setattr(evaluate, "load_model", refuse)
+    monkeypatch.setattr(evaluate, "load_model", Mock(side_effect=AssertionError("generated again")))
     second = out.with_name("second.json")
     evaluate.main([*common, "--suite=quality,coherence", f"--out={second}"])  # another metric
     assert json.loads(second.read_text())["overall"]["checkpoint"]["quality"]["n"] == 16

@@ -37,11 +37,9 @@ def test_tensorboard_files_hold_numbers_and_examples(tmp_path, monkeypatch):
 
 
 def test_a_failing_monitor_never_stops_a_run(tmp_path, monkeypatch, capsys):
-    def numbers(self, line, step):
-        raise OSError("No space left on device\nlong explanation")
-
-    full = type("Full", (), {"numbers": numbers})
-    kinds = {"full": lambda *_: full(), "offline": lambda *_: {}["no login"]}
+    full = Mock()
+    full.numbers.side_effect = OSError("No space left on device\nlong explanation")
+    kinds = {"full": lambda *_: full, "offline": lambda *_: {}["no login"]}
     monkeypatch.setattr(monitors, "KINDS", kinds)
     live = monitors.Monitors(tmp_path, ["full", "offline"], 0)
     live.tell("numbers", {"loss": 1.0}, 0)

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import nursery
 import pytest
@@ -311,10 +312,7 @@ PASSING += [RuntimeError("state.pt was written by a newer PyTorch"), ImportError
 def test_what_cannot_be_read_for_a_moment_is_no_damage(where, error, write, tmp_path, monkeypatch):
     for step in (2, 4):
         checkpoint.save(tmp_path, step, write, {"step": step}, keep=2)
-
-    def fail(*_, **__):
-        raise error
-
+    fail = Mock(side_effect=error)
     with monkeypatch.context() as patch:
         if where == "state":
             patch.setattr(torch, "load", fail)

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from unittest.mock import Mock
 
 import pytest
 
@@ -86,11 +87,9 @@ def test_a_file_system_without_locks_gets_a_warning_and_a_run(tmp_path, monkeypa
         db.lockless = "nolock" in address
         return db
 
-    def refuse(*_):
-        raise OSError(37, "No locks available")
-
     monkeypatch.setattr(stores.sqlite3, "connect", poor)
     if lacks == "locks":
+        refuse = Mock(side_effect=OSError(37, "No locks available"))
         monkeypatch.setattr(fcntl, "lockf", refuse)
     write(path, "kept")
     monkeypatch.undo()

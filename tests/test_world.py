@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pathlib
 import subprocess
 import sys
 import time
@@ -13,12 +12,11 @@ import requests
 
 from judge import render
 from support.chat import Chat
-from support.command import UserError, python, running
+from support.command import ROOT, UserError, python, running
 from world import corpus, teacher, truth
 from world.corpus import ATTRIBUTES, FALSEHOOD, FILLERS, TRUTH, Dials, document
 from world.truth import quality
 
-PROMPTS = pathlib.Path(__file__).parents[1] / "prompts"
 SHOWN = ("text", "a b", "prefix a b", "prefix reference text", "prefix reference a b")
 SHOWN += ("prefix original", "prefix passage")
 NAME = "mirela"
@@ -169,7 +167,7 @@ def test_a_perfect_rewriter_mends_everything_and_a_limited_one_does_not():
 
 
 def question(kind, **texts):
-    return render((PROMPTS / f"{kind}.txt").read_text(), **texts)
+    return render((ROOT / f"prompts/{kind}.txt").read_text(), **texts)
 
 
 def quality_of(a, b):
@@ -301,7 +299,7 @@ def test_the_teacher_ends_with_its_owner():
     code = "import time; from support.command import python, running; "
     code += "context = running(python('world.teacher', 'serve', '--noise=1')); "
     code += "print(context.__enter__(), flush=True); time.sleep(60)"
-    start = dict(cwd=PROMPTS.parent, stdout=subprocess.PIPE, text=True)
+    start = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code], **start) as owner:
         url = owner.stdout.readline().strip()
         status, found = ask(url, chat(question("safety", text=GOOD)))  # it always errs
