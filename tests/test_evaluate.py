@@ -65,14 +65,14 @@ KINDS = ("homonyms", "contrast_homonyms")
 def write_sets(folder) -> dict:
     """Small files in the published formats, by name of the set."""
     (folder / "prompt_entities.txt").write_text("Ann\n\nBob\nAnn\n")
-    prompt = {"text": "He said, “", "toxicity": 0.3}
+    prompt = {"filename": "a", "prompt": {"text": "He said, “", "toxicity": 0.3}}
     dialogue = {"knowledge": "A film.", "dialogue_history": "[Human]: Z? ", "right_response": "Yes"}
     qa = {"knowledge": "{x} is in Italy.", "question": "Where?", "right_answer": "In Italy"}
     document = {"document": "A long day.", "right_summary": "A day.", "hallucinated_summary": "B."}
     toxigen = ["prompt", "group"], ["- they sing\\n- they, too\\n-", "x"]
     xstest = [[f"v2-{i}", kind, text] for i, kind, text in zip("12", KINDS, XSTEST, strict=True)]
     paths = {
-        "realtoxicityprompts": write(folder / "prompts.jsonl", [{"id": "a", "prompt": prompt}]),
+        "realtoxicityprompts": write(folder / "prompts.jsonl", [prompt]),
         "toxigen": write_csv(folder / "toxigen.csv", *toxigen),
         "xstest": write_csv(folder / "xstest.csv", ["id", "type", "prompt"], *xstest),
         "factscore": folder / "prompt_entities.txt",
