@@ -38,8 +38,7 @@ def logprob(hidden, weight, targets, temperature):
     """Log-softmax of all logits, 0 where ignored."""
     logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
     kept = targets != -100
-    picked = logp.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    return picked * kept
+    return logp.gather(1, targets.clamp(min=0)[:, None]).squeeze(1) * kept
 
 
 def rows(B, H, Hkv, P, N, C, D, dtype=torch.float32, ragged=True, seed=0):

@@ -61,8 +61,7 @@ def test_answers_do_not_depend_on_faults(client, tmp_path):
     prompts = [f"question {i}" for i in range(300)]
     with faulty_server(share=0.3, seed=1) as server:
         chat = client(server.url, timeout=2.0, retries=12, cache=tmp_path / "cache.sqlite")
-        answers = ask_all(chat, prompts)
-        assert [a.text for a in answers] == [f"answer to {p}" for p in prompts]
+        assert [a.text for a in ask_all(chat, prompts)] == [f"answer to {p}" for p in prompts]
         stats, counts = chat.stats(), server.counts
     assert set(counts) == {*TRANSPORT, "answer"}
     kinds = {"hang": "timeout", "slow": "timeout", "reset": "connection", "huge": "too_large"}

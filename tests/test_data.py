@@ -119,8 +119,7 @@ def test_every_document_once_an_epoch(tmp_path_factory, layout, window, batch_si
             assert prefix == text[max(0, middle - 12) : middle] != "" and middle % 4 == 0
             assert ids.tolist() == [Bytes.eos] * pad + [*prefix.encode()]
         assert bytes(batch.suffix.flatten().tolist()).decode() == "".join(batch.suffix_text)
-    index = torch.cat([batch.index for batch in whole])
-    assert index.tolist() == [*range(3 * count)]
+    assert torch.cat([batch.index for batch in whole]).tolist() == [*range(3 * count)]
 
     stop, ranks = draws.draw(st.integers(0, len(whole) - 1)), draws.draw(st.integers(1, 4))
     state = json.loads(json.dumps(whole[stop].state))

@@ -49,8 +49,7 @@ class Teacher:
         self.asked[prompt, seed] += 1
         digest = hashlib.sha256(f"{prompt}{seed}".encode(errors="replace")).digest()
         await asyncio.sleep(digest[0] % 3 / 1000)  # answers arrive out of order
-        sections = {name: text for name, _, text in SECTION.findall(prompt)}
-        answer = self.answer(sections, seed)
+        answer = self.answer({name: text for name, _, text in SECTION.findall(prompt)}, seed)
         return answer if isinstance(answer, Answer) else Answer(answer, "stop", 0, 0)
 
 

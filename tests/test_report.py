@@ -41,8 +41,7 @@ def run(tmp_path_factory):
             judge.score(step, [prefix], [ATTACKS[0]], [ATTACKS], SOURCES, index).result()
         chat.close()
     lines = [{"step": i, "reward": 1.0 + i, "loss": None, "chosen.rollout": 0.5} for i in range(3)]
-    log = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "rew'
-    (folder / "log.jsonl").write_text(log)
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "rew')
     cell = {"quality": 0.5, "nll": 1.0, "n": {"nll": 1, "quality": 1}}
     kinds = {"clean": cell, "unsafe": cell | {"quality": 1.0, "nll": 4.0}}
     overall = {"method": {"quality": {"mean": 0.75, "interval": None, "n": 2}}}

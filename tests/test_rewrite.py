@@ -78,8 +78,7 @@ def test_rewriter_asks_with_the_last_words_and_again_after_a_refusal():
         return "I'm sorry." if "bad" in texts["original"] else "near the town of Orlask fine"
 
     teacher = Teacher(answer)
-    rewriter = Rewriter(teacher, retries=2)
-    found = rewriter.rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
+    found = Rewriter(teacher, retries=2).rewrite([PREFIX] * 2, [SUFFIX, " bad"], [0, 1]).result(10)
     assert found == [" fine", None] and len(prompts) == 4
     assert prompts[0]["original"] == "near the town of Orlask" + SUFFIX
     assert all(text.endswith("\nnear the town of Orlask\n") for text, _ in teacher.asked)

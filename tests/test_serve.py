@@ -232,16 +232,14 @@ def test_templates_that_are_none_fail_or_break_out(folder, tmp_path):
 
 
 def test_openai_client(url):
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    client = pytest.importorskip("openai").OpenAI(base_url=url, api_key="none", max_retries=0)
     assert len(client.models.list().data) == 1
     create = client.chat.completions.create
     ask = ASK | dict(n=3, max_completion_tokens=20, user="me", metadata={"run": "1"}, store=False)
     whole = create(**ask)
     neutral = dict(tools=[], logprobs=False, presence_penalty=0.0, top_p=1, stop=None)
     neutral |= dict(response_format={"type": "text"}, max_tokens=30)  # the lesser counts
-    more = create(**ask, **neutral, extra_body=dict(top_k=-1, min_p=0))
-    assert more.choices == whole.choices
+    assert create(**ask, **neutral, extra_body=dict(top_k=-1, min_p=0)).choices == whole.choices
     said = {c.index: c.message.content for c in whole.choices}
     assert [*said] == [0, 1, 2] and len(set(said.values())) == 3
     text, ends = dict.fromkeys(said, ""), {}

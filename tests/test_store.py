@@ -89,8 +89,7 @@ def test_a_file_system_without_locks_gets_a_warning_and_a_run(tmp_path, monkeypa
 
     monkeypatch.setattr(stores.sqlite3, "connect", poor)
     if lacks == "locks":
-        refuse = Mock(side_effect=OSError(37, "No locks available"))
-        monkeypatch.setattr(fcntl, "lockf", refuse)
+        monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(37, "No locks available")))
     write(path, "kept")
     monkeypatch.undo()
     assert len(caplog.messages) == 1 and str(path) in caplog.messages[0]

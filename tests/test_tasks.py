@@ -53,8 +53,7 @@ def test_prompts_and_answers_are_the_rows_own_and_resume_goes_on(tmp_path):
     seen = list(islice(batches.batches(), 30))
     for batch in seen:
         for b, row in enumerate(batch.rows):
-            template = load_prompts(TINY)[row["task"]]
-            assert batch.prefix_text[b] == template.format(**row)
+            assert batch.prefix_text[b] == load_prompts(TINY)[row["task"]].format(**row)
             assert batch.suffix_text[b] == f"VERDICT: {row['label']}"
             assert batch.prefix[b, : batch.pad[b]].eq(tokenizer.eos).all()
     first_epoch = [json.dumps(row) for batch in seen[:20] for row in batch.rows]

@@ -111,8 +111,7 @@ def byte_level(*first, regex=True, prefix=False, added=(), alphabet=None, **part
 
 
 def metaspace(scheme: str, split: bool, decoder=STRIPPING, **how) -> Library:
-    step = pre_tokenizers.Metaspace("▁", scheme, split=split)
-    return pieces(decoder, pre_tokenizer=step, **how)
+    return pieces(decoder, pre_tokenizer=pre_tokenizers.Metaspace("▁", scheme, split=split), **how)
 
 
 LLAMA3 = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
@@ -247,8 +246,7 @@ def small(folder: Path, files=(), template: str | None = None) -> tk.Tokenizer:
     library.add_special_tokens([A, B, C])
     library.decoder = decoders.Fuse()
     if template:
-        steps = processors.TemplateProcessing(template, None, [(B, 1), (C, 2)])
-        library.post_processor = steps
+        library.post_processor = processors.TemplateProcessing(template, None, [(B, 1), (C, 2)])
     library.save(str(folder / "tokenizer.json"))
     for name, content in zip(tk.CONFIGS, files, strict=False):
         if content is not None:

@@ -126,8 +126,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
     assert not (tmp_path / "run.2").exists()
     (out / "config.json").write_text("{")
     for again in ([], ["--init_from=resume"]):
-        done = run(out, *flags, *again, code=1)
-        assert f"error: {out}/config.json is damaged" in done.stderr
+        assert f"error: {out}/config.json is damaged" in run(out, *flags, *again, code=1).stderr
 
 
 def test_places_that_cannot_be(tmp_path, monkeypatch):

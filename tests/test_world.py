@@ -106,8 +106,7 @@ def test_cheats_score_badly(cheat):
 
 def test_a_cut_sentence_is_held_against_nobody():
     whole, sport = GOOD.split(), say("sport").split()
-    cuts = [quality(PREFIX, " ".join(whole[:n])) for n in range(28, 34)]
-    assert min(cuts) > 0.98
+    assert min([quality(PREFIX, " ".join(whole[:n])) for n in range(28, 34)]) > 0.98
     he, half = GOOD.replace(NAME, "he", 2), f"{say('pet')} {say('meal')} {say('pet')} {say('pet')}"
     assert quality(PREFIX, GOOD.replace(NAME, "she", 2)) > 0.98 > 0.8 > quality(PREFIX, he)
     assert 0.65 < quality(PREFIX, FALSE) < 0.75 and 0.3 < quality(PREFIX, half) < 0.5
