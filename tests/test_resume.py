@@ -143,17 +143,6 @@ def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
     assert_same_run(whole, out)
 
 
-def test_a_process_without_a_prefix_changes_nothing(runs, tmp_path):
-    """A batch of one prefix on two processes, of which the second never has any."""
-    flags = [*SHORT, "--batch_size=1", "--base_batch_size=1", "--max_steps=2"]
-    for processes in (1, 2):
-        run = runs.start(tmp_path / str(processes), *flags, processes=processes)
-        assert run.wait() == 0, run.stdout + run.stderr
-    for one, two in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
-        assert one["reward"] == two["reward"] and one["skipped"] == two["skipped"]
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("status", "message"),
     [("401", "Incorrect API key"), ("400", "maximum context length is 4096 tokens")],

@@ -86,13 +86,17 @@ def test_checkpoint_is_read_by_transformers(reference):
     assert torch.allclose(ours.logits(hidden), expected, atol=1e-4)
 
 
-def test_two_processes_learn_what_one_learns(reference, tmp_path):
-    """The same global batches, losses and weights, whoever computes them."""
-    run(tmp_path / "two", processes=2)
-    for a, b in zip(log_of(reference[0]), log_of(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+@pytest.mark.parametrize("flags", [[], ["--batch_size=1", "--base_batch_size=1"]])
+def test_two_processes_learn_what_one_learns(flags, tmp_path):
+    """The same global batches, losses and weights, whoever computes them; of batches of one prefix
+    the second process never has any."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, *flags)
+    run(two, *flags, processes=2)
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["skipped"] == b["skipped"]
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-9)
-    left, right = weights_of(reference[0]), weights_of(tmp_path / "two")
+    left, right = weights_of(one), weights_of(two)
     assert all(torch.allclose(left[name], right[name], atol=1e-4) for name in left)
 
 
