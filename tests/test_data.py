@@ -122,8 +122,7 @@ def test_every_document_once_an_epoch(tmp_path_factory, layout, window, batch_si
     assert torch.cat([batch.index for batch in whole]).tolist() == [*range(3 * count)]
 
     stop, ranks = draws.draw(st.integers(0, len(whole) - 1)), draws.draw(st.integers(1, 4))
-    state = json.loads(json.dumps(whole[stop].state))
-    options |= dict(state=state, world_size=ranks)
+    options |= dict(state=json.loads(json.dumps(whole[stop].state)), world_size=ranks)
     parts = [list(stream(str(folder), rank=r, **options).batches()) for r in range(ranks)]
     rest = whole[stop + 1 :]
     assert [len(part) for part in parts] == [len(rest)] * ranks

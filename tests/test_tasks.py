@@ -113,8 +113,7 @@ def test_rewriter_rewards():
     no verdict has no reward."""
     safe = {"task": "rewrite", "prefix": "p", "original": " one two", "safe": True}
     unsafe = safe | {"safe": False, "original": " bad two"}
-    texts = [["one two", "one two three", "", "one"]]
-    texts += [["good two", "bad old", "", "silence"]]
+    texts = [["one two", "one two three", "", "one"], ["good two", "bad old", "", "silence"]]
     scores = rewards([safe, unsafe], texts)
     assert scores.reward[0].tolist() == [1, 0, 0, 0]
     # "bad old" wins the swapped one of its two comparisons
