@@ -215,8 +215,8 @@ def test_stage_two_asks_about_the_prefix(threats, tmp_path, capsys):
 
 def test_a_kill_costs_no_verdict_and_no_byte(threats, tmp_path):
     with faulty_server(answer=world_teacher, latency=0.02) as server:
-        flags = ["--judge_url", server.url, "--judge_extra=effort=low", "--chunk=16", "--max_seq=64"]
-        command = [*python("tools.filter"), str(threats[0]), *flags, "--out"]
+        command = python("tools.filter", threats[0], "--chunk=16", "--max_seq=64")
+        command += ["--judge_url", server.url, "--judge_extra=effort=low", "--out"]
         subprocess.run([*command, tmp_path / "whole"], check=True, stdout=subprocess.DEVNULL)
         questions = server.counts.total()
         server.latency, server.counts = 0.3, Counter()
