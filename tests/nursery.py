@@ -1,6 +1,6 @@
 """Starts train.py many times: imported once, forked for every run, so that a start costs 10 ms.
 
-run = start(["--max_steps=3"])            # or processes=2, as torchrun would start them
+run = Run(["--max_steps=3"])              # or processes=2, as torchrun would start them
 run.signal(signal.SIGKILL)                # to all of its processes
 run.wait()  -> exit code of the first that failed; then run.stdout, run.stderr
 """
@@ -44,9 +44,11 @@ def child(argv: list, environment: dict, folder: Path, file_limit: int | None):
 
 
 class Run:
-    """The processes of one start; what they print lies in two files."""
+    """The processes of one start; what they print lies in two files.
 
-    def __init__(self, argv: list, processes: int, file_limit: int | None):
+    file_limit: bytes after which a file cannot grow, as on a full disk."""
+
+    def __init__(self, argv: list, processes: int = 1, file_limit: int | None = None):
         self.folder, place = Path(tempfile.mkdtemp()), {}
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -83,11 +85,6 @@ class Run:
         self.stdout, self.stderr = (f.read_text() if f.exists() else "" for f in files)
         shutil.rmtree(self.folder)
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
-
-
-def start(argv: list, processes: int = 1, file_limit: int | None = None) -> Run:
-    """file_limit: bytes after which a file cannot grow, as on a full disk."""
-    return Run(argv, processes, file_limit)
 
 
 def log_of(out) -> list[dict]:

@@ -48,7 +48,7 @@ def main(base: str, steps: int = 2000):
     ):
         keys = KEYS | dict(out_dir=f"{folder}/run", init_from=base, max_steps=steps)
         keys |= dict(judge_url=server.url, rewrite_url=server.url)
-        run = nursery.start([f"--{name}={value}" for name, value in keys.items()])
+        run = nursery.Run([f"--{name}={value}" for name, value in keys.items()])
         samples = watch(run, Path(folder) / "run" / "log.jsonl", steps)
         lines = nursery.log_of(f"{folder}/run")
     print(f"{len(lines)} steps, requests: {dict(server.counts)}")

@@ -221,8 +221,7 @@ def read(path, **options) -> tuple[list[str], Skips]:
     return [text for text, _ in files.documents(files.beginning(0))], skips
 
 
-RNG = random.Random(1)
-LONG = [f"{i} " + RNG.randbytes(2000).hex() for i in range(200)]
+LONG = [f"{i} " + random.Random(i).randbytes(2000).hex() for i in range(200)]
 BODY = b"".join(line({"text": text}) for text in LONG)
 BOOKS = [".\nA book that begins with a dot.", "corpus\nof many books\nand one", "# Title\n\nText"]
 BOOKS += ["a.jsonl\n\nis a file that this book is about.\nIt has no other lines."]

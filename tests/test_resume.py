@@ -19,11 +19,10 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import nursery
 import pytest
 import torch
 from faulty_server import faulty_server, world_teacher
-from nursery import assert_same_run, log_of, table
+from nursery import Run, assert_same_run, log_of, table
 
 import train
 from config import Config, phases
@@ -52,7 +51,7 @@ class Runs:
     def start(self, out, *flags, processes=1, overlap=0, **how):
         url = [f"--judge_url={self.server.url}", f"--rewrite_url={self.server.url}"]
         argv = [f"--out_dir={out}", *TINY, *url, f"--overlap={overlap}", *flags]
-        return nursery.start(argv, processes, **how)
+        return Run(argv, processes, **how)
 
     def reference(self, processes=1, overlap=0) -> tuple[Path, float]:
         """(folder, seconds) of the uninterrupted run."""

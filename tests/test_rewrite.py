@@ -11,8 +11,6 @@ from support.endpoint import Answer
 PREFIX = "The old mill stands by the river near the town of Orlask"
 SUFFIX = " and it has ground corn for two hundred years."
 PASSAGE = "and it has ground corn for three hundred years."
-
-
 WRAPPED = [  # {p}: the passage
     "{p}",
     "\n  {p}\n",

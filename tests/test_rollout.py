@@ -17,8 +17,6 @@ from model import Llama, ModelConfig
 from rollout import PrefixCache, sample_rollouts, uniforms
 
 V, EOS = 23, 22
-
-
 SHAPE = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nursery import assert_same_run, log_of, start, weights_of
+from nursery import Run, assert_same_run, log_of, weights_of
 from test_model import VARIANTS
 
 import config as configuration
@@ -28,7 +28,7 @@ SMALL += ["--rollouts=2", "--eval_prefixes=8", "--save_every=2"]
 
 
 def run(out, *flags, code=0, **how):
-    done = start([f"--out_dir={out}", *SMALL, *flags], **how)
+    done = Run([f"--out_dir={out}", *SMALL, *flags], **how)
     assert done.wait() == code, done.stdout + done.stderr
     return done
 
@@ -103,7 +103,7 @@ def test_two_processes_learn_what_one_learns(flags, tmp_path):
 def test_interrupt_saves_and_goes_on(reference, tmp_path):
     """Also where keys have changed that change no result; another one makes it another run."""
     out = tmp_path / "stopped"
-    stopped = start([f"--out_dir={out}", *SMALL])
+    stopped = Run([f"--out_dir={out}", *SMALL])
     stopped.until_it_logs(out)
     stopped.signal(signal.SIGTERM)
     began = time.monotonic()
