@@ -265,6 +265,8 @@ READS: list = [  # tokens that see each other in every layer, of 64 positions
     (16, dict(model_type="smollm3", sliding_window=16, use_sliding_window=True)),
     (16, dict(sliding_window=16)),
 ]
+WHOLE = dict(model_type="smollm3", no_rope_layers=[0, 1], layer_types=SLIDING, rope_scaling=YARN)
+WHOLE |= dict(sliding_window=16, use_sliding_window=True)
 
 
 @pytest.mark.parametrize(("reads", "changes"), READS)
@@ -279,10 +281,6 @@ def test_no_more_is_read_than_a_sliding_window_shows(reads, changes, small):
             config = Config(init_from=str(small), max_seq=size, chunk=4)
             with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
                 initial_policy(config, 96, "cpu")
-
-
-WHOLE = dict(model_type="smollm3", no_rope_layers=[0, 1], layer_types=SLIDING, rope_scaling=YARN)
-WHOLE |= dict(sliding_window=16, use_sliding_window=True)
 
 
 @pytest.mark.parametrize("changes", [{"rope_scaling": LLAMA3}, WHOLE], ids=["llama", "smollm3"])

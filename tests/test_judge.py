@@ -71,20 +71,17 @@ def score(teacher, pools, sources=None, step=0, store=None, **keys):
 
 # ---- Prompts and parsers -------------------------------------------------------------------------
 
-
 TABLE = list(read_jsonl(ROOT / "tests/verdicts.jsonl"))
-
-
-def test_verdicts_in_the_styles_of_many_models():
-    wrong = [row for row in TABLE if parse(row["kind"], row["answer"]) != row["verdict"]]
-    assert len(TABLE) >= 200 and not wrong
-
-
 PIECES = st.sampled_from(
     [row["answer"] for row in TABLE]
     + ["VERDICT", ":", "A", "B", "{", "}", '"label"', "\n", "<think>", "</think>", "```", "\\", "["]
 )
 ANSWERS = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=9))).map("".join))
+
+
+def test_verdicts_in_the_styles_of_many_models():
+    wrong = [row for row in TABLE if parse(row["kind"], row["answer"]) != row["verdict"]]
+    assert len(TABLE) >= 200 and not wrong
 
 
 @given(ANSWERS, st.sampled_from(list(VERDICTS)))

@@ -17,6 +17,8 @@ VARIANTS = {family: dict(family=family, **differs) for family, (_, differs, _) i
 VARIANTS["smollm3"] |= dict(rotates=[1, 0])
 EVERYTHING = dict(qkv_bias=True, qk_norm="whole", norm_after=True, rotates=[0, 1])
 ALL = pytest.mark.parametrize("shape", VARIANTS.values(), ids=VARIANTS)
+SHAPES = [dict(n_kv_head=2) | shape for shape in VARIANTS.values()]
+SHAPES += [{}, *(dict(n_kv_head=1, head_dim=32) | VARIANTS[name] for name in ("llama", "qwen3"))]
 
 
 def tiny(**changes) -> Llama:
@@ -33,10 +35,6 @@ def layout(B=3, P=9, C=3, N=5, seed=0, V=101):
     prefix = torch.randint(V, (B, P), generator=rng)
     pad = torch.tensor([0, 3, P - 1])[:B]
     return prefix, pad, torch.randint(V, (B, C, N), generator=rng)
-
-
-SHAPES = [dict(n_kv_head=2) | shape for shape in VARIANTS.values()]
-SHAPES += [{}, *(dict(n_kv_head=1, head_dim=32) | VARIANTS[name] for name in ("llama", "qwen3"))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.get("family"))

@@ -37,6 +37,7 @@ from support.tokenizer import from_words, load_tokenizer
 from world.corpus import WorldSource
 
 FULL = bool(os.environ.get("NANOSIP_FULL"))
+KINDS = [(1, 0, 13), (1, 1, 13), (2, 0, 13), (2, 1, 13)] if FULL else [(1, 0, 2), (2, 1, 3)]
 TINY = ["--base_steps=10", "--base_batch_size=8", "--max_steps=6", "--batch_size=4", "--rollouts=2"]
 TINY += ["--chunk=8", "--max_seq=24", "--eval_prefixes=4", "--save_every=2"]
 SHORT = ["--base_steps=1", "--baseline=False", "--eval_prefixes=0"]
@@ -88,9 +89,6 @@ class Runs:
 def runs(tmp_path_factory):
     with faulty_server(answer=world_teacher) as server:
         yield Runs(server, tmp_path_factory.mktemp("runs"))
-
-
-KINDS = [(1, 0, 13), (1, 1, 13), (2, 0, 13), (2, 1, 13)] if FULL else [(1, 0, 2), (2, 1, 3)]
 
 
 @pytest.mark.parametrize(("processes", "overlap", "kills"), KINDS)

@@ -24,6 +24,7 @@ from teachers.engine import Engine, Work
 from teachers.template import Template, plain
 from tools import sample
 
+JSON = {"Content-Type": "application/json; charset=utf-8"}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = """{% for m in messages %}
 <|im_start|>{{ m['role'] }}
@@ -323,9 +324,6 @@ def test_what_is_not_supported_is_refused_by_name(url):
     assert post(url, says("\ud800", max_tokens=1)).status_code in (200, 400)  # half a character
 
 
-JSON = {"Content-Type": "application/json; charset=utf-8"}
-
-
 def test_requests_that_are_none_or_too_many(url, monkeypatch):
     refused(413, post(url, b"x" * (serve.MAX_BODY + 1), headers=JSON))
     refused(404, post(url, {"prompt": "w1"}, "/completions"))
@@ -415,9 +413,7 @@ def test_sample_shows_checkpoints_side_by_side(folder, tmp_path, monkeypatch, ca
     halves = [(line[:45].strip(), line[45:].strip()) for line in said.split("\n\n")[0].splitlines()]
     assert all(left == right for left, right in halves[2:]) and len(halves) > 2  # the same weights
     assert sample.visible("é\x1b[2J\u202e\n") == "é\\x1b[2J\\u202e\n"
-    for wrong, match in (
-        ([str(tmp_path / "none"), "w1"], "there is no checkpoint folder"),
-        ([folder, "w1", "--tokens=1024"], "--tokens: "),
-    ):
-        with pytest.raises(UserError, match=match):
-            sample.main(wrong)
+    with pytest.raises(UserError, match="there is no checkpoint folder"):
+        sample.main([str(tmp_path / "none"), "w1"])
+    with pytest.raises(UserError, match="--tokens: "):
+        sample.main([folder, "w1", "--tokens=1024"])

@@ -20,6 +20,7 @@ SIZES = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
 SHAPE = ModelConfig(40, **SIZES, tie_embeddings=True)
 # What the families have beside, all at once.
 OTHER = replace(SHAPE, qkv_bias=True, qk_norm="whole", norm_after=True, rotates=[1, 0])
+GRPO = dict(objective="grpo", grpo_kl=0.1, optimizer="muon")
 
 
 def pool(rows: list):
@@ -57,9 +58,6 @@ def learn(policy, reference, turns: list, **settings):
 
 def models(shape=SHAPE):
     return Llama(shape).initialise(0), Llama(shape).initialise(1)
-
-
-GRPO = dict(objective="grpo", grpo_kl=0.1, optimizer="muon")
 
 
 def process(rank: int, folder: str):

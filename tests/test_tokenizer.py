@@ -266,7 +266,6 @@ def test_what_begins_a_text(tmp_path, template, config, starts):
 
 # ---- Words ---------------------------------------------------------------------------------------
 
-
 WORDS = ["the", "town", "of", "is", "in", ".", ",", "Ann's", "isgard", "i", "s", "to", "wn", "ten"]
 
 

@@ -25,6 +25,8 @@ from support.tokenizer import load_tokenizer
 
 SMALL = ["--base_steps=12", "--base_batch_size=16", "--max_steps=5", "--batch_size=6"]
 SMALL += ["--rollouts=2", "--eval_prefixes=8", "--save_every=2"]
+TABLES = sorted((ROOT / "configs").glob("table*.py"))
+ROWS = [f"{file}:{row}" for file in TABLES for row in execute(str(file))[1]]
 
 
 def run(out, *flags, code=0, **how):
@@ -60,14 +62,9 @@ def test_what_a_run_leaves(reference):
     assert list(summary["policies"]) == ["base", "baseline", "method"]
     base = summary["policies"]["base"]["unsafe"]
     assert base["quality"] == base["coherence"] == 0.5
-    for words in (
-        "training base (nll, 12 steps), baseline (nll, 5 steps), method (dpo, 5 steps)",
-        "base step   12 of 12",
-        "baseline step    5 of 5",
-        "self-improving",
-        "next-token baseline",
-        "quality win rate",
-    ):
+    told = ["training base (nll, 12 steps), baseline (nll, 5 steps), method (dpo, 5 steps)"]
+    told += ["base step   12 of 12", "baseline step    5 of 5", "quality win rate"]
+    for words in (*told, "self-improving", "next-token baseline"):
         assert words in printed
     for name in ("config.json", "environment.json", "judgments.sqlite", "training.png"):
         assert (out / name).stat().st_size > 0
@@ -198,10 +195,8 @@ def test_config_types_files_and_nearest_key(tmp_path, capsys):
     file.write_text("import math\nlearning_rate = 10 ** -3\nrewards = ['quality', 'safety']\n")
     parsed, _ = configuration.parse([str(file), "--seed=4"])
     assert (parsed.learning_rate, parsed.rewards, parsed.seed) == (1e-3, "quality,safety", 4)
-    for text, words in {
-        "rollouts = (\n": "mine.py: SyntaxError: .*line 1",
-        "max_step = 4\n": "mine.py.*'max_steps'",
-    }.items():
+    wrong = {"rollouts = (": "mine.py: SyntaxError: .*line 1", "max_step = 4": "mine.py.*max_steps"}
+    for text, words in wrong.items():
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             configuration.parse([str(file)])
@@ -220,10 +215,6 @@ def test_arguments_are_answered_before_torch_is_imported():
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code and words in done.stdout + done.stderr
         assert not re.search(r"\b(torch|numpy|aiohttp)\b", done.stderr)
-
-
-TABLES = sorted((ROOT / "configs").glob("table*.py"))
-ROWS = [f"{file}:{row}" for file in TABLES for row in execute(str(file))[1]]
 
 
 @pytest.fixture(scope="module")

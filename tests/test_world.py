@@ -80,7 +80,6 @@ def test_source_goes_on_after_any_position_and_splits_share_nothing():
 
 # --- the truth
 
-
 OTHER = " ".join(say(a, name="tanvik") for a in list(ATTRIBUTES)[:6])
 CHEATS = {
     "empty": "",
