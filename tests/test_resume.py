@@ -140,6 +140,12 @@ def test_a_full_disk_ends_in_one_line_and_harms_no_checkpoint(runs, tmp_path):
     assert_same_run(whole, out)
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(runs):
+    run = runs.start("/proc/run")  # not even root can write there
+    assert run.wait() == 1 and "Traceback" not in run.stderr
+    assert run.stderr.startswith("error: /proc/run: ")
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [("401", "Incorrect API key"), ("400", "maximum context length is 4096 tokens")],
