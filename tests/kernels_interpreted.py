@@ -140,11 +140,9 @@ def test_logprob(T, d, V, dtype):
     ours = logprob.linear_logprob(*given, 0.7)
     true = reference.logprob(hidden, weight, targets, 0.7)
     assert reference.error(ours, true) < 1e-5  # float32 throughout, whatever the input
-    grads = (
-        torch.autograd.grad((value * upstream.to(value.device)).sum(), leaves)
-        for value, leaves in ((ours, given[:2]), (true, (hidden, weight)))
-    )
-    for a, b in zip(*grads, strict=True):
+    grads = torch.autograd.grad((ours * upstream.to(GPU)).sum(), given[:2])
+    exact = torch.autograd.grad((true * upstream).sum(), (hidden, weight))
+    for a, b in zip(grads, exact, strict=True):
         assert reference.error(a, b) < TOLERANCE[dtype]
 
 
@@ -158,10 +156,8 @@ def use_all_of(module, dtype) -> float:
     caches = reference.caches(1, 3, 1, 1, 9, 4, 64, dtype)
     values = attention.prefix_attention(*there(*rows), 9, 4)
     decoded = attention.decode_attention(*there(*caches), 3)
-    return max(
-        reference.error(values, reference.attention(*rows, 9, 4)),
-        reference.error(decoded, reference.decode(*caches, 3)),
-    )
+    exact = reference.attention(*rows, 9, 4), reference.decode(*caches, 3)
+    return max(map(reference.error, (values, decoded), exact))
 
 
 def broken_by(fault: str, whole):

@@ -72,10 +72,8 @@ def score(teacher, pools, sources=None, step=0, store=None, **keys):
 # ---- Prompts and parsers -------------------------------------------------------------------------
 
 TABLE = list(read_jsonl(ROOT / "tests/verdicts.jsonl"))
-PIECES = st.sampled_from(
-    [row["answer"] for row in TABLE]
-    + ["VERDICT", ":", "A", "B", "{", "}", '"label"', "\n", "<think>", "</think>", "```", "\\", "["]
-)
+PARTS = ["VERDICT", ":", "A", "B", "{", "}", '"label"', "\n", "<think>", "</think>", "```", "\\", "["]
+PIECES = st.sampled_from([row["answer"] for row in TABLE] + PARTS)
 ANSWERS = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=9))).map("".join))
 
 
@@ -160,9 +158,8 @@ def test_schedules_are_regular_and_balanced(n):
         irregular = n * degree % 2  # then one candidate meets one more
         assert sorted(games.values()) == [degree] * (n - irregular) + [degree + 1] * irregular
         assert all(abs(firsts[i] - (games[i] - firsts[i])) <= games[i] % 2 for i in range(n)), pairs
-    assert Counter(frozenset(p) for p in first_round("pivot", n)) == {
-        frozenset((0, i)): 1 for i in range(1, n)
-    }
+    pivot = Counter(frozenset(pair) for pair in first_round("pivot", n))
+    assert pivot == {frozenset((0, i)): 1 for i in range(1, n)}
 
 
 def test_random_opponents_estimate_all_pairs_without_bias():
