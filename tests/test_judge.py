@@ -72,7 +72,7 @@ def score(teacher, pools, sources=None, step=0, store=None, **keys):
 # ---- Prompts and parsers -------------------------------------------------------------------------
 
 TABLE = list(read_jsonl(ROOT / "tests/verdicts.jsonl"))
-PARTS = ["VERDICT", ":", "A", "B", "{", "}", '"label"', "\n", "<think>", "</think>", "```", "\\", "["]
+PARTS = ["VERDICT", *":AB{}\n\\[", '"label"', "<think>", "</think>", "```"]
 PIECES = st.sampled_from([row["answer"] for row in TABLE] + PARTS)
 ANSWERS = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=9))).map("".join))
 
