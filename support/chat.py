@@ -38,7 +38,6 @@ import aiohttp
 
 from support.command import Stopped, UserError, wait
 from support.endpoint import (
-    SHAPING,
     WHOLE,
     Answer,
     Endpoint,
@@ -46,13 +45,8 @@ from support.endpoint import (
     Refused,
     Resend,
     error_in,
-    in_words,
-    read_body,
-    read_json,
     read_reply,
     refusal,
-    say_once,
-    untaken,
 )
 from support.store import Store
 
@@ -111,9 +105,8 @@ class Chat(contextlib.AbstractContextManager):
         gc.freeze()  # or each collection among thousands of questions walks through all of torch
         self._closing = asyncio.Event()
         started: Future = Future()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(started)), name="chat", daemon=True
-        )
+        life = self._serve(started)
+        self._thread = threading.Thread(target=asyncio.run, args=(life,), name="chat", daemon=True)
         self._thread.start()
         self._loop = started.result()
 
@@ -255,51 +248,33 @@ class Chat(contextlib.AbstractContextManager):
 
         self._waiting += 1
         try:
-            while (
-                left := (endpoint := min(self._endpoints, key=load)).turn - time.monotonic()
-            ) > 0:
+            while (endpoint := min(self._endpoints, key=load)).turn > (now := time.monotonic()):
                 spread = random.random() * endpoint.gap * self._waiting
-                await asyncio.sleep(min(left + spread, 1.0, self._patience()))
+                await asyncio.sleep(min(endpoint.turn - now + spread, 1.0, self._patience()))
         finally:
             self._waiting -= 1
         endpoint.turn = time.monotonic() + max(endpoint.gap, endpoint.aside)
         return endpoint
 
     async def _attempt(self, endpoint: Endpoint, request: dict) -> Answer:
-        """One request. Failure for what may pass, Refused for what is about this question alone,
-        Resend for a field that is not taken, UserError for what will never be answered."""
+        """One request, and what its end says of the endpoint."""
         self._counts["calls"] += 1
         endpoint.in_flight += 1
         left = time.monotonic()
         try:
-            await endpoint.recognise(self._session)
-            sent = endpoint.fields(request)
-            async with self._session.post(
-                endpoint.url,
-                data=json.dumps(sent).encode(),
-                allow_redirects=False,
-                proxy=endpoint.proxy,
-            ) as response:
-                answer = await self._receive(response, endpoint, request, sent)
-        except Failure as error:
-            failure = error
-        except asyncio.TimeoutError:
-            failure = Failure("timeout", f"it takes longer than {self._timeout.total:g} s")
-        except (aiohttp.ClientError, OSError) as error:
-            half = isinstance(error, aiohttp.ClientPayloadError)
-            failure = Failure("half_closed" if half else "connection", in_words(error))
+            answer = await endpoint.post(self._session, request, self._extra, self._key)
+        except Failure as failure:
+            self._failed[failure.kind] += 1
+            self._trouble = f"{endpoint.base}: {failure.why}"
+            endpoint.failed(failure, left, time.monotonic(), self._patience())
+            raise
         except (Refused, Resend):
             self._well(endpoint)
             raise
-        else:
-            self._well(endpoint)
-            return self._counted(answer, left)
         finally:
             endpoint.in_flight -= 1
-        self._failed[failure.kind] += 1
-        self._trouble = f"{endpoint.base}: {failure.why}"
-        endpoint.failed(failure, left, time.monotonic(), self._patience())
-        raise failure from None
+        self._well(endpoint)
+        return self._counted(answer, left)
 
     async def _attempt_here(self, answering: Awaitable[dict]) -> Answer:
         """As _attempt, where a function is the teacher: a pure one needs no server."""
@@ -326,24 +301,7 @@ class Chat(contextlib.AbstractContextManager):
         """Says which servers may sample in ways of their own."""
         for endpoint in self._endpoints:
             await endpoint.recognise(self._session)
-            if endpoint.unknown and not SHAPING & self._extra.keys():
-                its_own = "a top_k, min_p or repetition penalty of its own"
-                say_once(f"{endpoint.base} may sample with {its_own}: docs/judging.md, Servers")
-
-    async def _receive(self, response, endpoint: Endpoint, request: dict, sent: dict) -> Answer:
-        """Tells answers, failures, refusals and fields that are not taken apart."""
-        content = await read_body(response)
-        reply = read_json(response.content_type, content) if response.status == 200 else None
-        error = error_in(reply) if response.status == 200 else response.status
-        if not error:
-            return read_reply(reply)
-        told = content[:4096].decode(errors="replace")
-        ours = [name for name in sent if name not in {"model", "messages", *self._extra}]
-        if name := untaken(error, told, reversed(ours)):
-            if name in endpoint.fields(request):  # else others have met with it meanwhile
-                endpoint.forget(name, self._model)
-            raise Resend
-        raise refusal(error, told, endpoint.url, self._key, response.headers)
+            endpoint.say_if_unsure(self._extra)
 
 
 def greet(chat: Chat, question: str) -> None:

@@ -34,11 +34,9 @@ def start(kind: str, patience: float) -> torch.device:
     if not found.get(device.type, True):
         raise UserError(f"device={kind}: PyTorch finds none here; set device=auto")
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    missing = ", ".join(name for name in needed if name not in os.environ)
     if "RANK" in os.environ and missing:
-        raise UserError(
-            f"RANK is set without {', '.join(missing)}: start with torchrun, or unset it"
-        )
+        raise UserError(f"RANK is set without {missing}: start with torchrun, or unset it")
     several = not missing and int(os.environ["WORLD_SIZE"]) > 1
     if device.type == "cuda":
         if several and device.index is not None:
@@ -52,21 +50,16 @@ def start(kind: str, patience: float) -> torch.device:
     return device
 
 
-QUOTA = ("quota", "period")  # microseconds, of cgroups 1
-
-
 def choose_threads(width: int, root: Path = Path("/sys/fs/cgroup")) -> int:
     """Set how many threads compute on the CPU, and tell: what OMP_NUM_THREADS says; one for a model
     of up to 256 features, whose small products only wait for each other on several; else one for
     each core, of those that the container's quota allows (files of cgroups 2 or 1 under root)."""
     if "OMP_NUM_THREADS" not in os.environ:
         limit = float("inf")
-        with contextlib.suppress(OSError, ValueError):  # "max 100000": no limit
-            quota, period = (root / "cpu.max").read_text().split()
-            limit = int(quota) / int(period)
-        with contextlib.suppress(OSError, ValueError):
-            of = {name: int((root / f"cpu/cpu.cfs_{name}_us").read_text()) for name in QUOTA}
-            limit = of["quota"] / of["period"] if of["quota"] > 0 else limit
+        for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+            with contextlib.suppress(OSError, ValueError):  # "max 100000" is no limit, nor is -1
+                quota, period = map(int, " ".join((root / f).read_text() for f in files).split())
+                limit = quota / period if quota > 0 else limit
         most = 1 if width <= 256 else torch.get_num_threads()
         torch.set_num_threads(max(1, int(min(most, limit))))
     return torch.get_num_threads()

@@ -1,7 +1,7 @@
 """A chat server as its client sees it: its address, its pace, its dialect, what its replies mean.
 
-In: a URL; status and body of the replies of an OpenAI-compatible server. Out: an `Endpoint`, which
-says when the next request may leave, and in which words; an `Answer`, whose text is None where a
+In: the URL of an OpenAI-compatible server, and requests. Out: an `Endpoint`, which says when the
+next request may leave, and sends it in the server's words; an `Answer`, whose text is None where a
 reply is none; `Failure` for what asking again may mend, `Refused` for what the question's content
 forbids, UserError for what is wrong with us.
 """
@@ -69,7 +69,7 @@ NEWER = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
 
 
 class Endpoint:
-    """A server's address, when the next request may leave for it, and in which words.
+    """A server's address, when the next request may leave for it, in which words, and what it says.
 
     Rate limited: all requests pause, then leave one by one, `gap` seconds apart. Every answer
     narrows the gap by 2 %, every pause widens it by half, so that about one request in twenty is
@@ -126,6 +126,12 @@ class Endpoint:
             owner = str(json.loads(models)["data"][0]["owned_by"])
         self.unknown, self.neutral = owner not in NEUTRAL, NEUTRAL.get(owner, {})
 
+    def say_if_unsure(self, extra: dict) -> None:
+        """What it may do to the answers, but for fields that are added to each request."""
+        if self.unknown and not SHAPING & extra.keys():
+            its_own = "a top_k, min_p or repetition penalty of its own"
+            say_once(f"{self.base} may sample with {its_own}: docs/judging.md, Servers")
+
     def fields(self, request: dict) -> dict:
         """The request in the server's words; a value of None leaves its field out."""
         whole = (self.neutral or {}) | request
@@ -139,6 +145,32 @@ class Endpoint:
         self.names[first] = newer = NEWER.get(name, "")
         instead = f"it is sent as {newer}" if newer else "it is left out"
         say_once(f"{self.base}: {model} does not take {name}: {instead}")
+
+    async def post(self, session: aiohttp.ClientSession, request: dict, extra: dict, key: str):
+        """One request -> Answer. Failure for what may pass, Refused for what is about this question
+        alone, Resend for a field that is not taken, UserError for what will never be answered.
+        extra: fields that are never left out; key: what is not shown."""
+        await self.recognise(session)
+        sent, how = self.fields(request), dict(allow_redirects=False, proxy=self.proxy)
+        try:
+            async with session.post(self.url, data=json.dumps(sent).encode(), **how) as response:
+                content = await read_body(response)
+        except asyncio.TimeoutError:
+            raise Failure("timeout", f"it takes longer than {session.timeout.total:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            half = isinstance(error, aiohttp.ClientPayloadError)
+            raise Failure("half_closed" if half else "connection", in_words(error)) from None
+        reply = read_json(response.content_type, content) if response.status == 200 else None
+        error = error_in(reply) if response.status == 200 else response.status
+        if not error:
+            return read_reply(reply)
+        told = content[:4096].decode(errors="replace")
+        ours = [name for name in sent if name not in {"model", "messages", *extra}]
+        if name := untaken(error, told, reversed(ours)):
+            if name in self.fields(request):  # else others have met with it meanwhile
+                self.forget(name, request["model"])
+            raise Resend
+        raise refusal(error, told, self.url, key, response.headers)
 
     def answered(self, now: float) -> None:
         if self.neutral is None:

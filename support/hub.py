@@ -26,25 +26,22 @@ WEIGHTS = ["*.safetensors"]
 def local_folder(name: str | Path, weights: bool = True) -> Path:
     """A folder's own path, or where hf://owner/name[@revision] was put, with its weights or, for
     the shape and the tokenizer alone, without. What is no such folder is for the reader to say."""
-    if str(name).startswith("hf://"):
-        return from_hub(str(name), TEXTS + WEIGHTS * weights)
-    return Path(name).expanduser()
-
-
-def from_hub(url: str, patterns: list[str]) -> Path:
-    parts = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@(.+))?", url)
+    if not str(name).startswith("hf://"):
+        return Path(name).expanduser()
+    parts = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@(.+))?", str(name))
     if not parts:
-        raise UserError(f"{url}: write hf://owner/name or hf://owner/name@revision")
+        raise UserError(f"{name}: write hf://owner/name or hf://owner/name@revision")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(parts[1], revision=parts[2], allow_patterns=patterns))
+        how = dict(revision=parts[2], allow_patterns=TEXTS + WEIGHTS * weights)
+        return Path(snapshot_download(parts[1], **how))
     except ImportError:
-        raise UserError(f"{url} needs a library: pip install huggingface_hub") from None
+        raise UserError(f"{name} needs a library: pip install huggingface_hub") from None
     except Exception as e:  # the hub's client lets many libraries' errors through
         why = str(e).strip().partition("\n")[0] or type(e).__name__
         raise UserError(
-            f"{url} cannot be fetched: {why} (a private or gated model needs HF_TOKEN; what broke "
+            f"{name} cannot be fetched: {why} (a private or gated model needs HF_TOKEN; what broke "
             "off goes on; without a network, name the folder of a copy)"
         ) from None
 
@@ -192,7 +189,7 @@ def read_shape(folder: str | Path) -> dict:
     raw = defaults | raw  # where null may stand for something else than what is absent
     hf = {"max_position_embeddings": 2048, **without_null(raw)}
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
-    shape: dict = {}
+    shape: dict = {**differs}
     for our, (key, limit) in SIZES.items():
         value = hf.get(key, shape["d_model"] // shape["n_head"] if our == "head_dim" else None)
         if type(value) is not int or not 0 < value < limit:
@@ -200,9 +197,8 @@ def read_shape(folder: str | Path) -> dict:
             raise UserError(f"{path}: {key} must be a positive integer below {limit}, {found}")
         shape[our] = value
     if shape["n_head"] % shape["n_kv_head"] or shape["head_dim"] % 2:
-        raise UserError(
-            f"{path}: num_key_value_heads must divide num_attention_heads, head_dim must be even"
-        )
+        rule = "num_key_value_heads must divide num_attention_heads, head_dim must be even"
+        raise UserError(f"{path}: {rule}")
     shape["rope_theta"], shape["rope_scaling"] = read_rope(hf, path)
     kept = {key: hf[key] for key in TOKEN_IDS if key in hf}
     kept |= {key: raw[key] for key in WINDOWS if key in raw}
@@ -210,18 +206,12 @@ def read_shape(folder: str | Path) -> dict:
         kept["max_position_embeddings"], shape["max_seq"] = shape["max_seq"], window
     if hf["model_type"] == "smollm3":
         shape["rotates"] = rotating(hf, shape["n_layer"], path)
+    shape |= dict(family=hf["model_type"], kept=kept)
+    shape["norm_eps"] = number(hf, "rms_norm_eps", 1e-6, path)
+    shape["tie_embeddings"] = bool(hf.get("tie_word_embeddings", False))
     generation = path.with_name("generation_config.json")
-    return (
-        shape
-        | differs
-        | {
-            "family": hf["model_type"],
-            "norm_eps": number(hf, "rms_norm_eps", 1e-6, path),
-            "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
-            "kept": kept,
-            "generation": read_object(generation) if generation.exists() else None,
-        }
-    )
+    shape["generation"] = read_object(generation) if generation.exists() else None
+    return shape
 
 
 # ---- Tensors ------------------------------------------------------------------------------------

@@ -108,9 +108,9 @@ class Clock(dict):
         self["other"] = self["step"] - sum(self[part] for part in PARTS)
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """log.jsonl of a phase, without the lines of steps that a resumed run does again, and what is
-    shown of it. A context manager; on all but one process (active=False) it does nothing."""
+    shown of it. On all but one process (active=False) it does nothing."""
 
     def __init__(self, run: Path, label: str, step: int, steps: int, track: list, active: bool):
         self.label, self.steps, self.active = label, steps, active
@@ -130,9 +130,6 @@ class RunLog:
         self.stack.callback(self.monitors.tell, "close")
         how = dict(total=steps, initial=step, desc=label, disable=None, mininterval=1)
         self.bar = self.stack.enter_context(tqdm(**how))
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, error, *_):
         self.stack.close()
@@ -177,16 +174,13 @@ class RunLog:
             self.monitors.tell("text", name, text, step)
 
 
-def shown(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
 def words(line: dict) -> list[str]:
     """What matters of a step, for the screen."""
-    out = [f"loss {shown(line['loss'], 3)}"]
+    means = {name: line[name] for name in ("loss", "reward") if name in line}
+    shown = (f"{k} {v:.3f}" if math.isfinite(v) else f"{k} -" for k, v in means.items())
+    out = ["  ".join(shown)]
     if "reward" in line:
         won = [f"{k.partition('.')[2]} {v:.2f}" for k, v in line.items() if k.startswith("chosen.")]
-        out[0] += f"  reward {shown(line['reward'], 3)}"
         out += [f"chosen: {', '.join(won)}", f"skipped {line['skipped']:.0f}"]
         if line.get("rewrite.failed"):
             out.append(f"rewrites failed {line['rewrite.failed']:.0f}")

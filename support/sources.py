@@ -82,8 +82,7 @@ class Skips(collections.Counter):
             )
 
 
-# ------------------------------------------------------------------------------------------------
-# Bytes
+# ---- Bytes --------------------------------------------------------------------------------------
 
 
 def open_raw(name: str) -> BinaryIO:
@@ -175,8 +174,7 @@ def lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
         yield number, b"".join(parts) if size <= MAX_LINE else None
 
 
-# ------------------------------------------------------------------------------------------------
-# Records
+# ---- Records ------------------------------------------------------------------------------------
 
 
 def records(
@@ -308,8 +306,7 @@ def as_object(value) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-# ------------------------------------------------------------------------------------------------
-# Corpora
+# ---- Corpora ------------------------------------------------------------------------------------
 
 
 def is_url(name: str) -> bool:
@@ -404,14 +401,12 @@ class Files:
                 text, reason = text_of(record, self.text_field)
                 misses = misses + 1 if text is None else 0
                 if misses == PATIENCE:
-                    raise UserError(
-                        f"no text in {name} ({reason}); its fields: {repr(', '.join(record))[1:-1]}"
-                    )
+                    shown = repr(", ".join(record))[1:-1]
+                    raise UserError(f"no text in {name} ({reason}); its fields: {shown}")
                 if text is None:
                     self.skips.note(reason, f"{name}:{number}")
                 else:
-                    position = {"epoch": epoch, "shard": shard, "line": number, "files": self.mark}
-                    yield text, position
+                    yield text, self.beginning(epoch) | {"shard": shard, "line": number}
             line = 0
 
     def beginning(self, epoch: int) -> dict:

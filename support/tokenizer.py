@@ -182,8 +182,7 @@ def named(says: dict[Path, dict], role: str, ids: dict[str, int]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------
-# Where they come from
+# ---- Where they come from -----------------------------------------------------------------------
 
 
 def load_tokenizer(name: str) -> Tokenizer:
