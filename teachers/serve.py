@@ -227,10 +227,8 @@ def admitted(http: web.Request, key: str):
 
 def application(folder: str, engine: Engine, key: str) -> web.Application:
     """key: what clients must show, or empty."""
-    template, began = (
-        Template(local_folder(folder, weights=False), engine.tokenizer),
-        int(time.time()),
-    )
+    template = Template(local_folder(folder, weights=False), engine.tokenizer)
+    began = int(time.time())
 
     async def complete(http: web.Request) -> web.StreamResponse:
         body = checked(await body_of(http), FIELDS, needed=("messages",))

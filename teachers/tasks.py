@@ -120,8 +120,7 @@ class TaskStream(Stream):
         return batch
 
 
-# ------------------------------------------------------------------------------------------------
-# Rewards
+# ---- Rewards ------------------------------------------------------------------------------------
 
 
 def score_answers(judge: Judge, rows: list[dict], texts: list[list[str]]) -> Future:
@@ -180,8 +179,7 @@ def overlap(passage: str | None, original: str) -> float:
     return (words & kept).total() / max(words.total(), 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ---------------------------------------------------------------------------------
 
 
 def held_out_stream(config: Config, teacher: str, tokenizer) -> TaskStream:
@@ -192,11 +190,10 @@ def held_out_stream(config: Config, teacher: str, tokenizer) -> TaskStream:
             f"beside each file named .train.; rename it, or set eval_prefixes=0"
         )
     rows = Rows(config.data.replace(".train.", ".validation."), teacher)
-    size = dict(
-        chunk=config.chunk, max_seq=config.max_seq, batch_size=min(64, config.eval_prefixes)
-    )
+    size = dict(chunk=config.chunk, max_seq=config.max_seq, epochs=1)
+    size["batch_size"] = min(64, config.eval_prefixes)
     how = dict(prompts=config.prompts, folder=config.init_from, supervised=False)
-    return TaskStream(rows, tokenizer, epochs=1, **size, **how)
+    return TaskStream(rows, tokenizer, **size, **how)
 
 
 @torch.no_grad()

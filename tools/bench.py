@@ -337,18 +337,12 @@ def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
     from trl import DPOConfig, DPOTrainer
 
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    trainer = DPOTrainer(
-        peer_of(policy),
-        peer_of(reference),
-        # Checkpointing would compute every layer twice.
-        DPOConfig(
-            tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[]
-        ),
-        train_dataset=Dataset.from_dict(dict(prompt=["a"], chosen=["a"], rejected=["a"])),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, eos_token="b", pad_token="b"
-        ),
-    )
+    words = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b", pad_token="b")
+    rows = Dataset.from_dict(dict(prompt=["a"], chosen=["a"], rejected=["a"]))
+    # checkpointing would compute every layer twice
+    how = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[])
+    given = peer_of(policy), peer_of(reference), DPOConfig(tempfile.mkdtemp(), **how)
+    trainer = DPOTrainer(*given, train_dataset=rows, processing_class=words)
     model = trainer.model.train()
     own = (torch.arange(pair.shape[1]) >= P).long().expand_as(pair)
     inputs = dict(input_ids=pair, attention_mask=torch.ones_like(pair), completion_mask=own)
@@ -436,9 +430,8 @@ def step():
     """That of a small policy; on a GPU of the paper's: seconds by stage, and its memory, which has
     to be within 15 % of the forecast."""
     small = ModelConfig(8192, 2, 4, 2, d_model=256, d_ff=704, head_dim=64)
-    shape, sizes = (
-        (preset("llama-1.4b", 32000), (16, 1920, 128, 16)) if CUDA else (small, (4, 256, 32, 4))
-    )
+    large = CUDA and (preset("llama-1.4b", 32000), (16, 1920, 128, 16))
+    shape, sizes = large or (small, (4, 256, 32, 4))
     made: list = []
 
     def twice():  # Adam's moments are there from the second on

@@ -197,12 +197,11 @@ def judges_of(options):
     """name -> (its keys, dials of the pocket world's teacher)"""
     flags = dict(judge_url=options.judge_url, judge_max_tokens=options.max_tokens)
     flags |= dict(concurrency=options.concurrency)
+    if options.judge_url == "world" and not options.judges:
+        config, dials = Config(**flags), corpus.parse_dials(options.dials)
+        return {f"world, noise {x:g}": (config, dials | dict(noise=x)) for x in options.noise}
     rows = {row.rpartition(":")[2]: read_arguments(Config, [row]) for row in options.judges}
     rows = rows or {model: dict(judge_model=model) for model in options.judge_model.split(",")}
-    if options.judge_url == "world" and not options.judges:
-        dials = corpus.parse_dials(options.dials)
-        noises = [(f"world, noise {x:g}", dials | dict(noise=x)) for x in options.noise]
-        return {name: (Config(**flags), each) for name, each in noises}
     return {name: (check(Config(**(flags | keys))), {}) for name, keys in rows.items()}
 
 
@@ -238,10 +237,9 @@ def main(arguments: list[str]):
             judge = Judge(chat, config)
             answers[name] = ask_all(judge, asked)
         failed, calls, absent = (judge.tally[what] for what in ("failed", "calls", "absent"))
-        told = (
-            f"{failed:,} of {calls:,} answers malformed (at most {config.judge_max_tokens} tokens)"
-        )
-        print(f"{name}: {told}, {absent:,} of {len(asked):,} questions left open\n")
+        told = f"{failed:,} of {calls:,} answers malformed (at most {config.judge_max_tokens} "
+        told += f"tokens), {absent:,} of {len(asked):,} questions left open"
+        print(f"{name}: {told}\n")
     print(markdown(accuracy_table(answers)), markdown(factuality_table(answers)), sep="\n\n")
 
 

@@ -47,20 +47,19 @@ def one_run() -> tuple[float, float]:
 def main(arguments: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag.add_argument("--times", type=int, default=5, help="runs of each kind, in turns")
-    times, found = flag.parse_args(arguments).times, ([], [])
-    cores = len(os.sched_getaffinity(0))
+    times, cores = flag.parse_args(arguments).times, len(os.sched_getaffinity(0))
+    runs = {"alone": [], f"beside {cores} loops": []}
     for _ in range(times):
-        found[0].append(one_run())
-        with busy_loops(cores):
-            found[1].append(one_run())
-        print(*(f"{cpu:.1f} CPU s, {wall:.1f} s" for cpu, wall in (f[-1] for f in found)), sep="; ")
-    alone, beside = ([median(column) for column in zip(*runs, strict=True)] for runs in found)
-    ratio = [b / a for a, b in zip(alone, beside, strict=True)]
-    lines = [["", "CPU seconds", "seconds"], ["alone", *alone], [f"beside {cores} loops", *beside]]
-    rows = [
-        [name, *(f"{x:.2f}" for x in values)] for name, *values in [*lines[1:], ["ratio", *ratio]]
-    ]
-    print(markdown([lines[0], *rows]))
+        for loops, found in zip((0, cores), runs.values(), strict=True):
+            with busy_loops(loops):
+                found.append(one_run())
+        last = (found[-1] for found in runs.values())
+        print(*(f"{cpu:.1f} CPU s, {wall:.1f} s" for cpu, wall in last), sep="; ")
+    shown = {name: [median(x) for x in zip(*found, strict=True)] for name, found in runs.items()}
+    alone, beside = shown.values()
+    shown["ratio"] = [b / a for a, b in zip(alone, beside, strict=True)]
+    rows = [[name, *(f"{x:.2f}" for x in values)] for name, values in shown.items()]
+    print(markdown([["", "CPU seconds", "seconds"], *rows]))
 
 
 if __name__ == "__main__":

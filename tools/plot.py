@@ -111,9 +111,7 @@ def plot_run(run: Path) -> Path:
     if shares := [key for key in rewards if key.count(".") > 1]:  # a teacher's: figures 5 to 7
         upper, lower = [key for key in rewards if key not in shares], shares
         titles = "reward by kind of prompt", "share"
-    above, below = (
-        [(key.partition(".")[2], log, key) for key in panel] for panel in (upper, lower)
-    )
+    above, below = ([(k.partition(".")[2], log, k) for k in panel] for panel in (upper, lower))
     if not rewards:  # nothing is judged, or nothing yet: base and baseline come first
         before = {n: list(read_jsonl(run / n / "log.jsonl")) for n in ("base", "baseline")}
         logs, titles = {run.name: log} if log else before, ("loss", titles[1])

@@ -37,10 +37,8 @@ def continuations(folder: str, options) -> list[str]:
     if len(prompt) + N > limit:
         raise UserError(f"--tokens: {len(prompt)} of the prefix and {N} more exceed {limit}")
     prefix, pad = torch.tensor([prompt]), torch.zeros(1, dtype=torch.int32)  # [1, P], [1]
-    how = dict(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    drawn = sample_rollouts(
-        model, prefix, pad, options.n, N, eos=ends, index=torch.tensor([0]), **how
-    )
+    how = dict(temperature=options.temperature, top_p=options.top_p, seed=options.seed, eos=ends)
+    drawn = sample_rollouts(model, prefix, pad, options.n, N, index=torch.tensor([0]), **how)
     rows = zip(drawn.tokens[0].tolist(), drawn.lengths[0].tolist(), strict=True)
     return [tokenizer.decode([i for i in row[:length] if i not in ends]) for row, length in rows]
 
