@@ -37,9 +37,9 @@ class Failure(Exception):
     """One attempt failed and may be repeated. `kind` is what the statistics count it under, `why`
     what is told, in plain words."""
 
-    def __init__(self, kind: str, why: str = "", retry_after: float | None = None):
+    def __init__(self, kind: str, why: str, retry_after: float | None = None):
         super().__init__(kind, why)
-        self.kind, self.why, self.retry_after = kind, why or kind, retry_after
+        self.kind, self.why, self.retry_after = kind, why, retry_after
 
 
 class Refused(Exception):

@@ -43,10 +43,6 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
-def strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def refuse(message):
     raise TemplateError(message)
 
@@ -67,7 +63,8 @@ class Template:
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = tojson
-        environment.globals |= dict(strftime_now=strftime_now, raise_exception=refuse)
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         source = settings.get("chat_template")
         try:
             if self.path.exists():
