@@ -157,9 +157,9 @@ class Endpoint:
                 content = await read_body(response)
         except asyncio.TimeoutError:
             raise Failure("timeout", f"it takes longer than {session.timeout.total:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            half = isinstance(error, aiohttp.ClientPayloadError)
-            raise Failure("half_closed" if half else "connection", in_words(error)) from None
+        except (aiohttp.ClientError, OSError) as broken:
+            half = isinstance(broken, aiohttp.ClientPayloadError)
+            raise Failure("half_closed" if half else "connection", in_words(broken)) from None
         reply = read_json(response.content_type, content) if response.status == 200 else None
         error = error_in(reply) if response.status == 200 else response.status
         if not error:
