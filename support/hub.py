@@ -34,8 +34,8 @@ def local_folder(name: str | Path, weights: bool = True) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        how = dict(revision=parts[2], allow_patterns=TEXTS + WEIGHTS * weights)
-        return Path(snapshot_download(parts[1], **how))
+        patterns = TEXTS + WEIGHTS * weights
+        return Path(snapshot_download(parts[1], revision=parts[2], allow_patterns=patterns))
     except ImportError:
         raise UserError(f"{name} needs a library: pip install huggingface_hub") from None
     except Exception as e:  # the hub's client lets many libraries' errors through
