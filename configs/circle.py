@@ -31,6 +31,5 @@ rows = {
     "rewriter": _grpo | _rewriter | _served | dict(max_steps=120, rollouts=8, learning_rate=5e-4),
     "policy": _world
     | _served
-    | dict(rewards="quality,safety", batch_size=16, max_steps=100, eval_prefixes=0)
-    | dict(learning_rate=5e-4, reject="any"),
+    | dict(rewards="quality,safety", batch_size=16, max_steps=100, eval_prefixes=0),
 }

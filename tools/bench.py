@@ -319,14 +319,14 @@ def sampler(K: int = 16, N: int = 64):
         prefix = drawn(B, P)
         peer = partial(theirs.generate, prefix, attention_mask=torch.ones_like(prefix), **how)
         sides = {"ours": ours(small, prefix), "transformers": peer}
-        yield in_turns(f"{K} rollouts of {N}: B={B} P={P}", sides, tokens=B * K * N)
+        yield in_turns(f"{K} rollouts of {N}: B={B} P={P}", sides, rounds=5, tokens=B * K * N)
     large = Llama(preset("smollm2-135m", 49152)).initialise(0)
     for P in (256, 1024):
         prefix, sides = drawn(1, P), {"ours": ours(large, drawn(1, P))}
         for kind in ("float32", "float16"):
             peer = llama_cpp_sampler(large, kind, prefix[0], uniforms(0, torch.arange(1), K, N)[0])
             sides[f"llama.cpp, {kind} weights"] = peer
-        yield in_turns(f"{K} rollouts of {N}: 135M, P={P}", sides, tokens=K * N)
+        yield in_turns(f"{K} rollouts of {N}: 135M, P={P}", sides, rounds=5, tokens=K * N)
 
 
 def trl_dpo(policy: Llama, reference: Llama, pair: torch.Tensor, P: int):
