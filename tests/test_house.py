@@ -82,8 +82,8 @@ def lines(*folders: str) -> int:
     [  # lines; the last two should come to 9,500 and 5,500
         (["."], 3000),
         ([".", "kernels"], 4016),
-        ([".", *GROUND, *ROOMS], 13300),
-        (["tests"], 7920),
+        ([".", *GROUND, *ROOMS], 13240),
+        (["tests"], 7670),
     ],
     ids=["root", "root and kernels", "outside tests", "tests"],
 )
