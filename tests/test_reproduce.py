@@ -226,7 +226,7 @@ def test_page_and_blocks_without_and_with_runs(study, tmp_path):
         found = results.BLOCK.findall(text)
         blocks += len(found)
         assert len(lacking) == (0 if study["demo:base"] else len(found)), (page, lacking)
-    assert blocks == 9
+    assert blocks == 10
 
 
 def test_every_figure_of_the_pages_is_the_records():
