@@ -146,9 +146,11 @@ class Endpoint:
         instead = f"it is sent as {newer}" if newer else "it is left out"
         say_once(f"{self.base}: {model} does not take {name}: {instead}")
 
-    async def post(self, session: aiohttp.ClientSession, request: dict, extra: dict, key: str):
-        """One request -> Answer. Failure for what may pass, Refused for what is about this question
-        alone, Resend for a field that is not taken, UserError for what will never be answered.
+    async def post(
+        self, session: aiohttp.ClientSession, request: dict, extra: dict, key: str
+    ) -> "Answer":
+        """One request. Failure for what may pass, Refused for what is about this question alone,
+        Resend for a field that is not taken, UserError for what will never be answered.
         extra: fields that are never left out; key: what is not shown."""
         await self.recognise(session)
         sent, how = self.fields(request), dict(allow_redirects=False, proxy=self.proxy)

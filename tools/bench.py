@@ -430,8 +430,9 @@ def step():
     """That of a small policy; on a GPU of the paper's: seconds by stage, and its memory, which has
     to be within 15 % of the forecast."""
     small = ModelConfig(8192, 2, 4, 2, d_model=256, d_ff=704, head_dim=64)
-    large = CUDA and (preset("llama-1.4b", 32000), (16, 1920, 128, 16))
-    shape, sizes = large or (small, (4, 256, 32, 4))
+    shape, sizes = small, (4, 256, 32, 4)
+    if CUDA:
+        shape, sizes = preset("llama-1.4b", 32000), (16, 1920, 128, 16)
     made: list = []
 
     def twice():  # Adam's moments are there from the second on
