@@ -136,7 +136,8 @@ def key_of(values: dict) -> str:
 
 
 def hash_of(values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:6]
+    text = json.dumps(values).replace(str(ROOT), "")  # a clone may be moved, or be another one
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 @cache

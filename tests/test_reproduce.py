@@ -72,6 +72,7 @@ def test_runs_are_named_by_their_settings_and_shared(tmp_path):
         assert names[shared] == "dpo_suffix-rollouts_K16_266700"
     assert names["table6:dpo_suffix_pivot"] == "dpo_suffix-rollouts_K16_0a0313"
     assert names["table2:baseline"] == "nll_suffix_K4_f8e9d6"
+    assert names["circle:teachers"] == "3a2aaa"  # in whatever folder this clone lies
     assert names["overlap:overlap_0"] == names["rollouts:quality_4"] != names["overlap:overlap_1"]
     *first, last = steps_of(tmp_path, row("table6:sft_rewrite"), 1)
     assert [step.module for step in first] == ["train", "evaluation.evaluate", "train"]
