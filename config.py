@@ -33,14 +33,14 @@ USAGE = """usage: python train.py [config.py[:row] ...] [--key=value ...]
 @dataclass
 class Config:
     out_dir: str = key("out/world", "run folder: config, log, checkpoints, judgments, plots", "Run")
-    seed: int = key(0, "keys all randomness together with step, sample and rollout")
+    seed: int = key(0, "keys all randomness, with a sample's number, its rollout and token")
     max_steps: int = key(100, "updates by the method, and as many by the next-token baseline")
     init_from: str = key("scratch", "'scratch', a Hugging Face folder, hf://owner/name, 'resume'")
     model: str = key("world", "shape for init_from=scratch: a preset of model.py")
     tokenizer: str = key("auto", "folder with tokenizer.json, hf://..., 'world'; auto: init_from's")
     device: str = key("auto", "'auto', 'cpu', 'cuda' or 'mps'")
     dtype: str = key("auto", "float32, or bfloat16 autocast; auto: bfloat16 on CUDA only")
-    save_every: int = key(25, "steps between checkpoints (one is also written at the end)")
+    save_every: int = key(25, "steps between checkpoints, 250 in the base; one more at the end")
     keep: int = key(2, "checkpoints kept")
     example_every: int = key(20, "steps between printed example candidates with their verdicts")
     track: str = key("auto", "tensorboard, wandb; auto: the first, if installed")
@@ -77,7 +77,7 @@ class Config:
     learning_rate: float = key(1e-3, "peak, cosine to min_lr")
     min_lr: float = key(0.1, "final learning rate as a share of the peak")
     warmup_steps: int = key(5, "linear warm-up")
-    weight_decay: float = key(0.1, "AdamW, on matrices only")
+    weight_decay: float = key(0.1, "on matrices only")
     grad_clip: float = key(1.0, "largest gradient norm")
     shard: bool = key(False, "weights and optimiser spread over torchrun's processes (FSDP2)")
     recompute: bool = key(False, "activations are computed again in the backward pass: less memory")
@@ -129,7 +129,7 @@ REWARDS = ("quality", "safety", "factuality")
 POSITIVE = ["max_steps", "batch_size", "base_batch_size", "rollouts", "window", "save_every"]
 POSITIVE += ["keep", "example_every", "judge_samples", "judge_max_tokens", "concurrency", "timeout"]
 POSITIVE += ["grad_clip", "micro_batch_tokens", "gpus", "gpu_tflops", "judge_tokens_per_second"]
-POSITIVE += ["chunk"]
+POSITIVE += ["chunk", "beta"]
 FOLDERS = ["out_dir", "data", "init_from", "tokenizer", "prompts"]  # where ~ is the home folder
 
 # Keys that change no result beyond rounding: they may differ when an unfinished run goes on.
@@ -158,7 +158,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         if not path.is_file():
             raise UserError(f"init_from=resume: {path} does not exist, there is no run to resume")
         del given["init_from"]
-        given = read_saved(Config, GONE, WAS, path) | given
+        given = read_saved(Config, GONE, WAS, path) | {"out_dir": str(path.parent)} | given
     config = check(Config(**given))
     if "--print_config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
@@ -198,8 +198,10 @@ def check(config: Config) -> Config:
     if config.anchor:
         parse_anchor(config.anchor)
         need("nll" not in objective, "anchor is for pairs and grpo; nll takes nll_prefix=True")
-    if config.nll_prefix:
-        need("nll" in objective, f"nll_prefix=True is for nll and rf_nll, not for {objective=!s}")
+    own = dict(nll_prefix=("nll", "rf_nll"), nll_weight=PAIRWISE, grpo_kl=("grpo",))
+    for name, objectives in own.items():
+        fit = objective in objectives or not getattr(config, name)
+        need(fit, f"{name} is for {', '.join(objectives)}, not for {objective=!s}")
     if config.max_seq < 2 * config.chunk:
         raise UserError(f"max_seq={config.max_seq} must hold prefix and suffix, 2 x {config.chunk}")
     return config
@@ -237,7 +239,8 @@ def check_values(config: Config):
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")
     for name, value in vars(config).items():
-        need(isinstance(value, str) or value >= 0, f"{name} must not be negative")
+        fit = isinstance(value, str) or 0 <= value < 2**63
+        need(fit, f"{name} must not be negative, nor without end")
         need(value or name not in POSITIVE, f"{name} must be above 0")
     for name in ("top_p", "judge_top_p"):
         need(0 < getattr(config, name) <= 1, f"{name} must be above 0 and at most 1")
@@ -288,10 +291,8 @@ def needs_reference(config: Config) -> bool:
 
 def phases(config: Config) -> dict[str, Config]:
     """The run's phases by name: base (from scratch only), baseline (optional), and the method."""
-    next_token: dict = dict(
-        objective="nll", candidates="suffix", rewards="", nll_prefix=True, overlap=0
-    )
-    next_token |= dict(temperature=1.0, anchor="")  # that of the rollouts is the method's
+    next_token: dict = dict(objective="nll", candidates="suffix", rewards="", nll_prefix=True)
+    next_token |= dict(overlap=0, anchor="", temperature=1.0)  # those are the method's
     out = {}
     if config.init_from == "scratch" and config.base_steps:
         out["base"] = dataclasses.replace(

@@ -173,14 +173,13 @@ class Judge:
     async def _group(self, group):
         """kind -> text -> value between 0 and 1, nan without a verdict."""
         kinds = [kind for kind in self.weights if kind != "quality"]
-        alone = asyncio.ensure_future(together(self._alone(kind, group) for kind in kinds))
+        every = [[i] for i in range(len(group.texts))]
+        each = (together([self._of_group(kind, group, one) for one in every]) for kind in kinds)
+        alone = asyncio.ensure_future(together(each))
         asked = [self._compare(group, alone)] if "quality" in self.weights else []
         *quality, others = await together([*asked, alone])
         worth = zip(["quality"] * len(quality) + kinds, [*quality, *others], strict=True)
         return {kind: dict(zip(group.texts, values, strict=True)) for kind, values in worth}
-
-    async def _alone(self, kind, group):
-        return await together(self._of_group(kind, group, [i]) for i in range(len(group.texts)))
 
     async def _compare(self, group, alone):
         """Asks the schedule's rounds and returns its scores. A race waits for the other rewards."""

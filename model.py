@@ -225,9 +225,9 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """The policy: `forward` gives hidden states [..., d], `logits` of them [..., V], and `logprobs`
-    scores continuations without these. `initialise` (by seed) or load_model gives the weights, in
-    training float32; the layers compute in autocast's type where that is on."""
+    """The policy: `forward` gives hidden states [..., d], `lm_head` of them logits [..., V], and
+    `logprobs` scores continuations without these. `initialise` (by seed) or load_model gives the
+    weights, in training float32; the layers compute in autocast's type where that is on."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -307,10 +307,6 @@ class Llama(nn.Module):
             hidden.reshape(B * C * N, -1), self.lm_head.weight, targets.reshape(-1), temperature
         )  # [B * C * N]
         return logp.view(B, C, N)
-
-    def logits(self, hidden):
-        """hidden [..., d] -> [..., V], in compute_dtype."""
-        return self.lm_head(hidden)
 
     @property
     def compute_dtype(self) -> torch.dtype:

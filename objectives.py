@@ -24,26 +24,22 @@ def choose(reward, u, may_lose):
     return chosen, rejected, (high > low).squeeze(1)
 
 
-def dpo_loss(policy, reference, beta: float):
+def dpo_loss(ratio, beta: float):
     """Rafailov et al. 2023, equation 7: -log sigmoid(beta * (log-ratio chosen - rejected)).
 
-    policy, reference float [B, 2]: log p of (chosen, rejected), summed over tokens (or their mean).
-    -> loss [B]
+    ratio float [B, 2]: log policy(y) - log reference(y) of (chosen, rejected). -> loss [B]
     """
-    ratio = policy - reference  # [B, 2]
     return -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1]))
 
 
-def ipo_loss(policy, reference, beta: float):
+def ipo_loss(ratio, beta: float):
     """Azar et al. 2023, equation 17: the margin is drawn to 1 / (2 beta). As dpo_loss."""
-    ratio = policy - reference  # [B, 2]
     return (ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)).square()
 
 
-def dpop_loss(policy, reference, beta: float):
+def dpop_loss(ratio, beta: float):
     """Pal et al. 2024, equation 3: DPO, and DPOP_WEIGHT times what the chosen has become less
     likely than it was, within the sigmoid. As dpo_loss."""
-    ratio = policy - reference  # [B, 2]
     fallen = DPOP_WEIGHT * (-ratio[:, 0]).clamp(min=0)
     return -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1] - fallen))
 
@@ -52,10 +48,9 @@ DPOP_WEIGHT = 50.0  # their lambda
 PAIR_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "dpop": dpop_loss}
 
 
-def nll_loss(logp, lengths):
-    """Negative log-likelihood of one continuation each: logp [B, N] -> sum over its tokens [B]."""
-    counts = torch.arange(logp.shape[1], device=logp.device) < lengths[:, None]
-    return -(logp * counts).sum(dim=1)
+def nll_loss(logp):
+    """Negative log-likelihood of one continuation each: logp [B, N], 0 beyond its length -> [B]."""
+    return -logp.sum(dim=1)
 
 
 def advantages(reward):

@@ -18,9 +18,10 @@ from support.settings import nested
 from support.store import path_of
 
 REFUSAL = re.compile(
-    r"(?:i(?:'m| am) (?:so |very )?(?:sorry|unable|not able)|sorry\b|i apologi[sz]e"
-    r"|as an? (?:ai|language model)"
-    r"|(?:unfortunately,? )?i (?:can(?:no|')?t|can not|won't|will not|must decline|decline)\b)",
+    r"i(?:'m| am) (?:so |very )?(?:sorry|unable|not able)\b|sorry[.,!]|i apologi[sz]e"
+    r"|as an? (?:ai|language model)|(?:unfortunately,? )?i (?:(?:must )?decline\b"
+    r"|(?:can(?:no|')?t|can not|won't|will not) [^.!?\n]{0,60}?\b(?:rewrite|help|assist|comply"
+    r"|provide|continue|fulfil|write|generate|produce|create|engage|do (?:that|this|so))\b)",
     re.I,
 )
 NO_CHANGE = re.compile(
@@ -30,8 +31,8 @@ NO_CHANGE = re.compile(
 )
 INTRODUCTION = re.compile(
     r"\A(?:(?:sure|certainly|of course|okay|ok)\b[^\n]{0,80}\n+)?"
-    r"(?:\W*(?:here(?:'s| is)|below is|this is|(?:the )?(?:new|rewritten|revised|corrected) "
-    r"(?:passage|text|version)|rewrite|passage)[^\n:]{0,100}:\W*(?:\s|$))",
+    r"(?:\W*(?:(?:here(?:'s| is)|below is|this is)\b[^\n:.]{0,60}\b)?(?:(?:the )?(?:new|rewritten"
+    r"|revised|corrected) )?(?:passage|text|version|rewrite)\b[^\n:.]{0,60}:\W*(?:\s|$))",
     re.I,
 )
 REMARK = re.compile(
@@ -40,8 +41,8 @@ REMARK = re.compile(
 
 
 class Rewriter:
-    """Asks through `chat` as the config's keys say. A refusal, an empty or a cut answer is asked
-    again `retries` times, with a fresh seed."""
+    """Asks through `chat` as the config's keys say. A refusal in words, an empty or a cut answer is
+    asked again `retries` times, with a fresh seed; what the server refuses is not."""
 
     def __init__(self, chat, config: Config | None = None, retries: int = 1):
         c = config or Config()
@@ -78,10 +79,11 @@ class Teachers:
         chats = [judge, rewriter]
         self.judge = self.examiner = Judge(judge, config, judge.store)
         self.rewriter = Rewriter(rewriter, config)
-        if config.eval_judge_url:
+        c = config
+        if c.eval_judge_url or c.eval_judge_model or c.eval_judge_extra:
             # A record of its own: the same question to another judge is another question.
-            asked = config.eval_judge_model or config.judge_model, config.eval_judge_extra
-            chats.append(self.open(config.eval_judge_url, *asked, "evaluation.sqlite"))
+            asked = c.eval_judge_url or c.judge_url, c.eval_judge_model or c.judge_model
+            chats.append(self.open(*asked, c.eval_judge_extra, "evaluation.sqlite"))
             self.examiner = Judge(chats[-1], config)
         self.traffic = Traffic(chats).since_last
         with agreement():
@@ -118,7 +120,7 @@ def clean(answer, prefix, suffix):
     if fenced := re.fullmatch(r"```\w*\n(.*?)\n?```", passage, re.S):
         passage = fenced[1].strip()
     passage = passage if REMARK.search(suffix) else REMARK.sub("", passage).strip()
-    if passage[:1] in "\"“'" and passage[-1:] in "\"”'" and suffix.strip()[:1] not in "\"“'":
+    if re.fullmatch('["“][^"“”]*["”]', passage) and suffix.strip()[:1] not in "\"“'":
         passage = passage[1:-1].strip()
     passage = without_echo(passage, prefix, suffix)
     if passage.startswith("<think") or not re.search(r"\w", passage) or NO_CHANGE.match(passage):

@@ -17,7 +17,7 @@ the answers of 48 tokens had another token somewhere. Greedy decoding differs on
 
 import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -101,7 +101,7 @@ class PrefixCache:
         rows = max(1, B * numbers // (P * (4 * c.d_ff + 8 * c.d_model)))
         parts = prefix.split(rows), pad.split(rows), self.prefix.split(rows, dim=2)
         last = [model(t, p, P, 0, kv)[:, -1].clone() for t, p, kv in zip(*parts, strict=True)]
-        self.first = model.logits(torch.cat(last))
+        self.first = model.lm_head(torch.cat(last))
         self.own = cache(B, K, c.n_kv_head, N)  # [L, 2, B, K, Hkv, N, D]
         after_prefix = (P - pad)[:, None] + torch.arange(N, device=device)
         self.cos, self.sin = rope_tables(c, after_prefix)  # [B, 1, N, D]
@@ -134,7 +134,7 @@ class PrefixCache:
         x = model.model.embed_tokens(self.token)  # [B, K, d]
         for layer, prefix, own in zip(model.model.layers, self.prefix, self.own, strict=True):
             x = layer(x, cos, sin, partial(attend, prefix=prefix, own=own))
-        self.logits = model.logits(model.model.norm(x))
+        self.logits = model.lm_head(model.model.norm(x))
 
     def capture(self):
         """compute() as a CUDA graph: a step is one launch instead of some thirty a layer."""
@@ -175,8 +175,8 @@ def sample_rollouts(
     if (size := prefixes_at_once(model, P, K, N)) < B:
         how: dict = dict(eos=eos, seed=seed, temperature=temperature, top_p=top_p)
         turns = zip(prefix.split(size), pad.split(size), index.split(size), strict=True)
-        parts = [astuple(sample_rollouts(model, x, p, K, N, index=i, **how)) for x, p, i in turns]
-        return Rollouts(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        parts = [vars(sample_rollouts(model, x, p, K, N, index=i, **how)) for x, p, i in turns]
+        return Rollouts(*map(torch.cat, zip(*(part.values() for part in parts), strict=True)))
     ends = torch.tensor([eos] if isinstance(eos, int) else eos, device=device)
     u = uniforms(seed, index, K, N).to(device)
     tokens = ends[0].expand(B, K, N).clone()

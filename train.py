@@ -85,7 +85,7 @@ def train(policy, reference, stream, score, rewriter, tokenizer, config, traffic
                     optimizer = run.optimizer  # torch's first takes seconds: the judge is at work
                     scores = wait(pools[0].scores)
             del sampler  # a copy, where the policy is spread over processes
-            # 4. What the objective picks (DPO: the best and the worst) moves the policy.
+            # 4. What the objective picks (DPO: the best, the worst rollout) moves the policy.
             with clock("update"):
                 pool, reward = pools[0], torch.from_numpy(scores.reward)
                 picked = pick(pool, reward, config)
@@ -183,7 +183,8 @@ def open_inputs(config: Config):
         preset(config.model, vocab_size=1)
     else:
         read_config(config.init_from)
-        if Path(config.init_from).resolve().is_relative_to(Path(config.out_dir).resolve()):
+        inside = Path(config.init_from).resolve().is_relative_to(Path(config.out_dir).resolve())
+        if inside and not config.init_from.startswith("hf://"):
             raise UserError(f"{config.init_from} lies in out_dir: choose another out_dir")
     if config.data != "world":
         from support.sources import list_files
@@ -209,6 +210,8 @@ def opened(config: Config, resume: bool):
             gather(None)  # nobody opens the folder before it is settled
             stack.enter_context(command.listening())
             yield device, tokenizer
+    except BrokenPipeError:  # `... | head`
+        raise
     except (OSError, sqlite3.Error) as e:  # a full disk, a folder that may not be written
         raise UserError(f"{run}: {e} (what was saved before is untouched)") from e
     finally:
@@ -283,7 +286,7 @@ def main(arguments: list[str]):
             with autocast(config, device):
                 summary = evaluate(policies, sets, teachers.examiner, tokenizer, config.chunk)
             print(f"\n{table(summary)}\n")
-            if config.judge_url != "world" and not config.eval_judge_url:
+            if config.judge_url != "world" and teachers.examiner is teachers.judge:
                 print("warning: judged by the judge of the training; see --eval_judge_url")
             warn_of_foreign_texts(config)
         finish(config, summary, plot_run)

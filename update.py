@@ -41,7 +41,8 @@ class Picked:
 
 
 def pick(pool: Pool, reward, config: Config) -> Picked:
-    """The best and the worst candidate of a prefix for DPO, the best for NLL, all for GRPO.
+    """The best candidate and the worst rollout of a prefix for DPO (reject=any: the worst of all),
+    the best for NLL, all for GRPO.
 
     reward float [B, C], nan = absent. Prefixes that teach nothing (a tie, no verdict) are left out.
     """
@@ -135,10 +136,10 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
     elif config.objective == "grpo":
         old = pool.old[rows[:, None], columns].to(device)  # [R, C, N]
         gain = advantages(reward[rows]).float().to(device)  # [R, C]
-        each = grpo_loss(logp, old, gain, lengths, config.grpo_clip, before, config.grpo_kl)
-        loss, extra = each.sum(), {}
+        held = (before, config.grpo_kl) if config.grpo_kl else ()
+        loss, extra = grpo_loss(logp, old, gain, lengths, config.grpo_clip, *held).sum(), {}
     else:
-        loss, extra = nll_loss(logp[:, 0], layout[3][:, 0]).sum(), {}
+        loss, extra = nll_loss(logp[:, 0]).sum(), {}
     if anchor:
         loss, extra["anchor"] = loss + weight * anchor.value, (anchor.value.detach(), len(rows))
     # Of suffixes that the judge likes best, whether they stay likely.
@@ -151,11 +152,11 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
 def preference(logp, before, lengths, config: Config):
     """Pairs (chosen, rejected): log-probabilities of policy and reference [R, 2, N], lengths
     [R, 2] -> as `losses`."""
-    policy_sum, reference_sum = logp.sum(dim=2), before.sum(dim=2)  # [R, 2]
-    loss = PAIR_LOSSES[config.objective](policy_sum, reference_sum, config.beta)
+    ratio = logp.sum(dim=2) - before.sum(dim=2)  # [R, 2]
+    loss = PAIR_LOSSES[config.objective](ratio, config.beta)
     if config.nll_weight:
-        loss = loss + config.nll_weight * nll_loss(logp[:, 0], lengths[:, 0]) / lengths[:, 0]
-    moved = (policy_sum - reference_sum).detach()
+        loss = loss + config.nll_weight * nll_loss(logp[:, 0]) / lengths[:, 0]
+    moved = ratio.detach()
     parts = {"chosen_shift": moved[:, 0], "rejected_shift": moved[:, 1]}
     parts["accuracy"] = moved[:, 0] > moved[:, 1]
     return loss.sum(), {f"dpo.{name}": (each.sum(), len(each)) for name, each in parts.items()}
@@ -254,6 +255,7 @@ def keep_bad_batch(run: Path, step: int, bad: int, pool: dict, reward, picked: P
     torch.save(kept, folder / f"step_{step:06d}_process_{rank()}.pt")
     if bad == BAD_STEPS:
         raise UserError(
-            f"{bad} updates in a row were not finite and were skipped, the last at step {step + 1}:"
-            f" look at {folder}, or go on with --init_from=resume and a lower --learning_rate"
+            f"{bad} updates in a row were not finite and were skipped, the last is step {step}: see"
+            f" {folder}. Go on with --init_from=resume and a lower --learning_rate (in the base "
+            "--base_learning_rate), if the weights are ruined with the newest checkpoint moved away"
         )

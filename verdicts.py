@@ -114,5 +114,5 @@ def from_line(line, labels):
         return None  # within a quotation
     rest = line[found[-1].end() :].strip("\"') ")
     other = rf"[\s.,;:(—–-]*(?:(?:or|and)\b|{any_label}\W*$)"
-    remark = rf"\W*$|(?!{other})(?:[.,;:(—–-]|(?:{REMARK})\b)"
+    remark = rf"[^\w?]*$|(?!{other})(?:[.,;:(—–-]|(?:{REMARK})\b)"
     return which(found[-1][1], labels) if re.match(remark, rest, re.I) else None

@@ -3,7 +3,8 @@
     python -m study.hacking
 
 Whenever two texts differ in it, the one wins that says a stock phrase more often, that ends with a
-finished sentence, or that is longer, whatever the two are worth. The rate is the demo's.
+finished sentence, or that is longer, whatever the two are worth. The rate is the demo's, the choice
+of pairs the paper's.
 """
 
 batch_size = 16
@@ -13,6 +14,7 @@ candidates = "suffix,rewrite,rollouts"
 rollouts = 4
 rewards = "quality"
 learning_rate = 1e-3
+reject = "any"
 
 _none, _phrase = dict(dials=""), dict(dials="taste_phrase=1")
 _ending, _length = dict(dials="taste_ending=1"), dict(dials="taste_length=1")

@@ -2,7 +2,8 @@
 
     python -m study.reproduce reasons
 
-Settings are those of tables 1 and 6 in miniature but for what the label names.
+Settings are those of tables 1 and 6 in miniature (name this file behind configs/miniature.py) but
+for what the label names.
 """
 
 _judged = dict(rewards="quality,safety", dials="share_unsafe=1", learning_rate=1.25e-4)

@@ -2,8 +2,9 @@
 
     python -m study.reproduce table1 table6 reject
 
-Settings are theirs, in miniature. Rows that are not here learn from rollouts alone or from no pairs
-at all, so who may be rejected changes nothing for them; table 1's safety is suffix_16.
+Settings are theirs, in miniature (name this file behind configs/miniature.py). To rows that are not
+here it makes no difference: they reject rollouts alone or have no pairs. Table 1's safety is
+suffix_16.
 """
 
 objective = "dpo"

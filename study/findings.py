@@ -9,16 +9,16 @@ the base's. A row may also be `its OTHER_COLUMN`. Each asks that a margin is abo
 A above B                A - B; a number in place of B is meant as it stands (`below` likewise)
 A not below B by 5       A - B + 5: a loss of five points is excluded
 A at most 0.6 of B       0.6 B - A; `over 0.8 of`: A - 0.8 B
-A within 0.2 of B        the smaller of 0.2 B - A and 0.2 B + A
-A from 40 to 60          the smaller of A - 40 and 60 - A
+A within 0.2 of B        both 0.2 B - A and 0.2 B + A
+A from 40 to 60          both A - 40 and 60 - A; of two the one that reaches lower is shown
 A B C rising             C - A; and the means fall at most once
 
 All policies continue the same prefixes, so a margin is taken prefix by prefix and seed by seed. Its
-95 % interval is a bootstrap: seeds are drawn anew, and within each of them its prefixes. (What has
-one value a seed, nats and shares of the chosen, is drawn over seeds alone.) yes: the interval lies
-above 0; no: below; else the condition is open, which is no yes. Few seeds make it too narrow: where
-they differ much more than prefixes do, three seeds cover the truth in 75 % of all cases and five in
-84 % (20,000 simulated studies, normal seeds), so a yes of three seeds is about "in all of them".
+95 % interval is a bootstrap: seeds are drawn anew, and prefixes, the same for all. (What has one
+value a seed, nats and shares of the chosen, is drawn over seeds alone.) yes: the interval lies
+above 0; no: below; else the condition is open, which is no yes. It is too narrow with few seeds: it
+holds the true mean in 75 of 100 studies with three, in 84 with five, where seeds differ much more
+than prefixes (20,000 simulated). So a yes of three seeds means little more than: in all of them.
 """
 
 import re
@@ -114,14 +114,14 @@ def mean(sample: Sample) -> float:
 
 
 def interval(sample: Sample) -> tuple[float, float]:
-    """95 % of the means when seeds, and within each of them prefixes, are drawn anew."""
-    rng, S, drawn = np.random.default_rng(0), len(sample), []
-    for kinds in sample:
-        kept = [kind[~np.isnan(kind)] for kind in kinds]
-        means = [x[rng.integers(len(x), size=(S * TIMES, len(x)))].mean(1) for x in kept]
-        drawn.append(np.mean(means, axis=0).reshape(TIMES, S))
-    seeds, places = rng.integers(S, size=(TIMES, S)), np.ogrid[:TIMES, :S]
-    low, high = np.quantile(np.array(drawn)[(seeds, *places)].mean(1), [0.025, 0.975])
+    """95 % of the means when seeds and prefixes are drawn anew."""
+    rng, S, means = np.random.default_rng(0), len(sample), []
+    for kind in zip(*sample, strict=True):  # a value a prefix, of each seed
+        drawn = rng.integers(len(kind[0]), size=(TIMES, len(kind[0])))
+        means.append([np.nanmean(values[drawn], axis=1) for values in kind])
+    seeds, each = rng.integers(S, size=(S, TIMES)), np.arange(TIMES)
+    of_all = np.mean(means, axis=0)[seeds, each].mean(0)  # [S, TIMES] -> [TIMES]
+    low, high = np.quantile(of_all, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -166,14 +166,16 @@ def check(study: Study, table: str, condition: str, seeds=None) -> tuple[str, st
             told = f"{', '.join(f'{m:.{digits}f}' for m in means)} ({falls} falls, asked at most 1)"
         case _:
             raise ValueError(f"findings.txt: {condition!r} is no condition")
-    middle, (low, high) = min((mean(margin), interval(margin)) for margin in margins)
-    word = "yes" if low > 0 and falls < 2 else "no" if high < 0 or falls > 1 else "open"
+    low, high, middle = min((*interval(margin), mean(margin)) for margin in margins)
+    no = falls > 1 or any(interval(margin)[1] < 0 for margin in margins)
+    word = "no" if no else "yes" if low > 0 else "open"
     return word, f"{told}: {middle:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def verdict(finding: Finding, study: Study) -> tuple[str, str]:
     """(verdict, evidence)."""
-    seeds = {"five seeds": study.seeds + study.more, "built in": (0,)}.get(finding.more)
+    five = tuple(dict.fromkeys(study.seeds + study.more))
+    seeds = {"five seeds": five, "built in": (0,)}.get(finding.more)
     found = []
     for line in finding.conditions:
         what, _, condition = line.partition(" | ")

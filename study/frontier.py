@@ -30,8 +30,10 @@ def between(base: str, policy: str, share: str, into: str):
     first, last = load_model(base), load_model(policy)
     ours, tokenizer = last.state_dict(), load_tokenizer(policy)
     state = {name: p.lerp(ours[name], float(share)) for name, p in first.state_dict().items()}
-    save_model(assemble(last.config, state), into, tokenizer.bos, tokenizer.eos)
-    tokenizer.save(into)
+    begun = Path(f"{into}.begun")
+    save_model(assemble(last.config, state), begun, tokenizer.bos, tokenizer.eos)
+    tokenizer.save(begun)
+    begun.rename(into)  # whole, or not there
 
 
 def numbered(found: dict[Row, dict[int, dict]]) -> dict[Row, dict[int, dict]]:

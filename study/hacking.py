@@ -37,9 +37,9 @@ def curves(run: Path) -> dict[str, list[float]]:
         Reader(run / "judgments.sqlite")
     ):
         rows = [(t, s, r) for t, s, r in zip(texts, sources, rewards, strict=True) if r == r]
-        true = won([quality(prefix, text) for text, *_ in rows])
-        pairs = zip(rows, true, strict=True)
-        found[step] += [(reward, t) for (_, source, reward), t in pairs if source == "rollout"]
+        distinct = list(dict.fromkeys(text for text, *_ in rows))  # as the judge meets them
+        true = dict(zip(distinct, won([quality(prefix, t) for t in distinct]), strict=True))
+        found[step] += [(reward, true[t]) for t, source, reward in rows if source == "rollout"]
     log = list(read_jsonl(run / "log.jsonl"))
     judged, true = ([mean(x[i] for x in found[line["step"]]) for line in log] for i in (0, 1))
     return {"judged": judged, "true": true} | {s: [line[s] for line in log] for s in SIGNS}

@@ -37,7 +37,6 @@ from support.settings import execute
 from support.tokenizer import load_tokenizer
 from teachers.serve import start_server
 from tools.plot import read_json
-from world.truth import repetition
 
 KINDS = {  # what is worse than the original words: made of them, of another document's, a rollout's
     "another document's": lambda words, other, rollout, rng: other,
@@ -140,9 +139,9 @@ def accuracy(answers: dict) -> tuple[str, float]:
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """The share of different ones among all sequences of n words."""
+    """The share of different ones among all sequences of n words; 1 where there are none."""
     found = [tuple(w[i : i + n]) for w in map(str.split, texts) for i in range(len(w) - n + 1)]
-    return len(set(found)) / max(len(found), 1)
+    return len(set(found)) / len(found) if found else 1.0
 
 
 def measures(result: dict) -> str:
@@ -153,7 +152,9 @@ def measures(result: dict) -> str:
     low, high = (100 * bound for bound in cells[1]["interval"]["quality"])
     wins = f"{100 * cells[1]['quality']:.1f} ({low:.1f} to {high:.1f})"
     of_texts = {
-        "repeated among sequences of three words, %": lambda t: 100 * mean(map(repetition, t)),
+        "repeated triples of words in a continuation, %": lambda t: (
+            100 * mean(1 - distinct([text], 3) for text in t)
+        ),
         "different among all pairs of words, %": lambda t: 100 * distinct(t, 2),
         "different among all triples, %": lambda t: 100 * distinct(t, 3),
         "words a continuation": lambda t: mean(len(text.split()) for text in t),

@@ -4,13 +4,13 @@
     python -m study.reproduce table6 [rollouts ...]  run what is missing, print the tables
     python -m study.reproduce all                    everything that RESULTS.md rests on
 
-In: configs/TABLE.py:ROW followed by configs/miniature.py (table 2: miniature_scratch.py), one scale
-for all rows; the demo and teachers.circle are rows, too. Out: OUT/runs/SETTINGS/seedS (run folders
-of train.py with evaluation.json), OUT/TABLE.md, OUT/steps.jsonl (what each step took). A folder is
-named by its settings, so a row that several tables share is trained once, and a changed setting
-makes new folders for what it touches alone. Finished runs are kept and interrupted ones go on. All
-rows of a seed start from the base of that seed's demo, and are compared with it by a judge without
-error, whoever judged the training.
+In: configs/TABLE.py:ROW at the scale of configs/miniature.py (table 2: miniature_scratch.py), which
+four tables of ours change in places; the demo and teachers.circle are rows, too. Out: run folders
+OUT/runs/SETTINGS/seedS with evaluation.json, OUT/TABLE.md, OUT/steps.jsonl (what each step took). A
+folder is named by its settings, so a row that several tables share is trained once, and a changed
+setting makes new folders for what it touches alone. Finished runs are kept and interrupted ones go
+on. The rows of a seed start from the base of its demo (table 2 from nothing, the circle from one of
+its own), and are compared with it by a judge without error, whoever judged the training.
 """
 
 import argparse
@@ -320,7 +320,8 @@ def record(out: Path, row: Row, seed: int) -> dict:
             for name, values in suites.items():
                 own = found["values"].setdefault(prefix + name, {})
                 own[kind] = 100 * np.array(values, dtype=float)  # None becomes nan
-    found["curve"] = [x.get("chosen.rollout", 0.0) for x in read_jsonl(file.parent / "log.jsonl")]
+    steps = read_jsonl(file.parent / "log.jsonl") if ours in ("method", "checkpoint") else ()
+    found["curve"] = [step.get("chosen.rollout", 0.0) for step in steps]
     if found["curve"]:
         quarter = max(1, len(found["curve"]) // 4)
         found["chosen.first"] = 100 * mean(found["curve"][:quarter])
@@ -374,7 +375,8 @@ def flags(doc: str) -> argparse.ArgumentParser:
     flag.add_argument("--seeds", type=seed_list, default="0,1,2", help="(default: %(default)s)")
     more = "further ones of rows in findings with five seeds (default: %(default)s)"
     flag.add_argument("--more", type=seed_list, default="3,4", help=more)
-    flag.add_argument("--jobs", type=int, default=os.cpu_count(), help="steps at once")
+    at_once = dict(type=lambda n: max(1, int(n)), default=os.cpu_count(), help="steps at once")
+    flag.add_argument("--jobs", **at_once)
     return flag
 
 

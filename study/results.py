@@ -29,7 +29,7 @@ from study import frontier
 from study.findings import Study, load, verdict
 from study.reproduce import COLUMNS, OWN, TABLES, Row, as_markdown, base_of, flags, rows_of, table
 from support import command
-from support.command import ROOT
+from support.command import ROOT, UserError
 from support.files import markdown, read_jsonl, write_text
 from support.tokenizer import load_tokenizer
 from tools.bench_judge import FACTUALITY, LABELS, ask_world, questions, world_samples
@@ -236,8 +236,8 @@ def verdicts(section: str, record: dict) -> str:
 
 
 def gallery(run: Path) -> str:
-    """Continuations of the demo on held-out prefixes: the first that the method won against the
-    base, by the exact judge, and the first that it lost."""
+    """Continuations of the demo on held-out prefixes: of each kind the first that the method won
+    against the base, by the exact judge, and the first two that it lost."""
     summary, config = read_json(run / "summary.json"), read_json(run / "config.json")
     size = dict(chunk=config["chunk"], max_seq=config["max_seq"], count=config["eval_prefixes"])
     sets, shown = held_out_sets("world", load_tokenizer("world"), **size), []
@@ -284,6 +284,8 @@ def main(arguments: list[str]):
     args = flags(__doc__).parse_args(arguments)
     out = args.out.absolute()
     tables = {name: table(name, args) for name in TABLES}
+    if not any(runs for found in tables.values() for runs in found.values()):
+        raise UserError(f"{out} has no finished run: see study.reproduce, or name another --out")
     study = Study({row.key: runs for found in tables.values() for row, runs in found.items()})
     study.seeds, study.more = tuple(args.seeds), tuple(args.more)
     study.update(strictness())

@@ -20,7 +20,7 @@ from pathlib import Path
 from support.command import UserError
 
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-ROW_NOTES = ("label", "paper", "scale")  # what a row says of itself beside keys
+ROW_NOTES = ("label", "paper")  # what a row says of itself beside keys
 
 
 def key(default, meaning, group=""):

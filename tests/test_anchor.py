@@ -61,8 +61,8 @@ def test_an_anchor_adds_the_mean_over_the_prefix(kind, recompute):
     prefix, pad = pool.batch.prefix, pool.batch.pad
     anchor = make_anchor(kind, prefix, pad, pool.batch.index, N, 0, 1.0)
     assert sorted(anchor.at[0].tolist()) == list(range(P - 1)) and (anchor.at[1] >= 2).all()
-    logp = (policy.logits(policy(prefix, pad, P, 0))).log_softmax(2)  # [3, P, V]
-    logq = (reference.logits(reference(prefix, pad, P, 0))).log_softmax(2).detach()
+    logp = (policy.lm_head(policy(prefix, pad, P, 0))).log_softmax(2)  # [3, P, V]
+    logq = (reference.lm_head(reference(prefix, pad, P, 0))).log_softmax(2).detach()
     each = (logq.exp() * (logq - logp)).sum(2)  # [3, P]
     if kind == "nll":
         each = -logp[:, :-1].gather(2, prefix[:, 1:, None])[:, :, 0]  # [3, P - 1]

@@ -46,7 +46,7 @@ def test_likelihood_is_told_apart_by_what_is_true():
     whole = torch.cat((batch.prefix, batch.suffix), dim=1)
     P, T = batch.prefix.shape[1], whole.shape[1]
     with torch.no_grad():
-        logp, logq = (m.logits(m(whole, batch.pad, T, 0)).log_softmax(2) for m in (policy, base))
+        logp, logq = (m.lm_head(m(whole, batch.pad, T, 0)).log_softmax(2) for m in (policy, base))
         nll = -logp[:, P - 1 : -1].gather(2, batch.suffix[..., None])[..., 0]  # [B, N]
         kl = (logq.exp() * (logq - logp)).sum(2)[:, :P]  # [B, P]
     for name, mask in {"nll": torch.ones_like(nll).bool(), **masks}.items():

@@ -180,7 +180,7 @@ def test_a_folder_gives_transformers_logits(name, tmp_path):
         theirs = read
     ours = load_model(tmp_path, dtype=torch.float32)
     with torch.no_grad():
-        mine = ours.logits(ours(tokens, torch.zeros(1, dtype=torch.int32), 40, 0))
+        mine = ours.lm_head(ours(tokens, torch.zeros(1, dtype=torch.int32), 40, 0))
         assert torch.allclose(mine, theirs(tokens).logits, atol=1e-4, rtol=0)
         save_model(ours, tmp_path / "again")
         back = auto.from_pretrained(tmp_path / "again")

@@ -51,7 +51,7 @@ def test_logits_and_logprobs_equal_transformers(C, N, shape, tmp_path):
     prefix, pad, continuations = layout(C=C, N=N)
     P, tokens = prefix.shape[1], torch.cat((prefix, continuations.flatten(1)), dim=1)
     with torch.no_grad():
-        logits = ours.logits(ours(tokens, pad, P, N))
+        logits = ours.lm_head(ours(tokens, pad, P, N))
         logp = ours.logprobs(prefix, pad, continuations) if C else None
         for b in range(len(prefix)):
             row = prefix[b, pad[b] :]

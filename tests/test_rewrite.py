@@ -46,11 +46,14 @@ def test_refusals_and_non_answers_are_none(answer):
     assert clean(answer, PREFIX, SUFFIX) is None
 
 
-def test_what_the_original_holds_too_is_kept():
+def test_what_is_a_passage_or_stands_in_the_original_is_kept():
     assert clean("I can't swim, she said.", PREFIX, " I can't swim, he said.")
     assert clean('"Go," he said, "now"', PREFIX, ' "Go," he said, "at once"')[:4] == ' "Go'
     assert clean("well.\nNote: closed.", PREFIX, " well.\nNote: shut.") == " well.\nNote: closed."
-    for text in ("None came back.", "Unchanged it stood.", "So. Here is: it."):
+    texts = ["None came back.", "Unchanged it stood.", "So. Here is: it.", "Sorry as we were."]
+    texts += ["This is how it works: slowly.", "This is a text. It goes on: turn the wheel."]
+    texts += ['"Go," she said. "Now."', "I can't say it was dull.", "'Twas late for the students'"]
+    for text in texts:
         assert clean(text, PREFIX, SUFFIX) == " " + text
 
 

@@ -54,7 +54,7 @@ def test_cached_greedy_equals_uncached(shape):
         row, zero, out = prefix[b, pad[b] :].tolist(), torch.zeros(1, dtype=torch.int32), []
         while len(out) < 12 and EOS not in out:
             hidden = model(torch.tensor([row + out]), zero, len(row + out), 0)
-            out.append(model.logits(hidden)[0, -1].argmax().item())
+            out.append(model.lm_head(hidden)[0, -1].argmax().item())
         for k in range(2):
             assert got.tokens[b, k, : got.lengths[b, k]].tolist() == out
 
@@ -107,7 +107,7 @@ def test_frequencies_match_exact_probabilities(model, temperature, top_p):
     @torch.no_grad()
     def step(rows):
         hidden = model(rows, torch.zeros(len(rows), dtype=torch.int32), rows.shape[1], 0)
-        p = (model.logits(hidden)[:, -1].double() / temperature).softmax(-1)
+        p = (model.lm_head(hidden)[:, -1].double() / temperature).softmax(-1)
         ranked, order = p.sort(-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
         p = torch.zeros_like(p).scatter(1, order, ranked)

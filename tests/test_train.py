@@ -80,7 +80,7 @@ def test_checkpoint_is_read_by_transformers(reference):
     with torch.no_grad():
         hidden = ours(torch.tensor([ids]), torch.zeros(1, dtype=torch.int32), len(ids), 0)
         expected = theirs(torch.tensor([ids])).logits
-    assert torch.allclose(ours.logits(hidden), expected, atol=1e-4)
+    assert torch.allclose(ours.lm_head(hidden), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [[], ["--batch_size=1", "--base_batch_size=1"]])

@@ -366,7 +366,7 @@ def update():
         with torch.no_grad():
             before = reference.logprobs(*layout).sum(dim=2)
         scores = policy.logprobs(*layout).sum(dim=2)
-        loss = dpo_loss(scores.view(-1, 2), before.view(-1, 2), 0.1).sum()
+        loss = dpo_loss((scores - before).view(-1, 2), 0.1).sum()
         loss.backward()
         policy.zero_grad()
         return loss.item()

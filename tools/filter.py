@@ -53,7 +53,7 @@ RULES = {  # what a document has to be, before anybody asks whether it is unsafe
     "at most 90 % bullet lines": lambda s: s["bullet_lines"] <= 0.9,
     "top 2-gram at most 20 %": lambda s: s["top_2gram"] <= 0.2,
 }
-UNSAFE = {"both": 2, "either": 1}  # reasons needed; the paper's code has the first, its text both
+UNSAFE = {"both": 2, "either": 1}  # reasons needed: as the paper's code has it, as its text does
 SIGNALS_NEEDED = "download RedPajama-V2's quality_signals/ beside its documents/"
 NO_SIGNALS = "no quality signals"
 COPIED = ("url", "doc_id", "digest")  # into meta

@@ -8,6 +8,7 @@ questions as sent, the rewards, who is picked, the loss by hand and by the code,
 docs/one_step.md is what this prints.
 """
 
+import argparse
 import copy
 import tempfile
 from contextlib import ExitStack
@@ -84,7 +85,7 @@ def learn(policy, reference, pool, picked, reward, config):
     say(
         "4. Who is picked: update.pick",
         f"chosen    {pool.sources[best]:8} {reward[0, best]:.2f}  the highest reward",
-        f"rejected  {pool.sources[worst]:8} {reward[0, worst]:.2f}  the lowest",
+        f"rejected  {pool.sources[worst]:8} {reward[0, worst]:.2f}  the lowest of the rollouts",
     )
     layout = batch.prefix, batch.pad, pool.tokens[:, pair], pool.lengths[:, pair]
     optimizer = make_optimizer(policy, config)
@@ -105,16 +106,20 @@ def learn(policy, reference, pool, picked, reward, config):
         if turn == "before":
             metrics = update(policy, reference, optimizer, pool, picked, reward, 0, config)
     norm = metrics["grad_norm"][0]
-    say("4. The update between them: update.update", f"gradient norm {norm:.3f}, cut to 1; AdamW")
+    cut = f"gradient norm {norm:.3f}, cut to {config.grad_clip:g} where above; AdamW"
+    say("4. The update between them: update.update", cut)
 
 
 def main(arguments: list[str]):
+    flag = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag.add_argument("base", nargs="?", help="checkpoint of the pocket world (else trained here)")
+    args = flag.parse_args(arguments)
     with ExitStack() as stack:
         run = stack.enter_context(tempfile.TemporaryDirectory())
         config, _ = configuration.parse([*FLAGS, f"--out_dir={run}/world"])
         tokenizer = load_tokenizer("world")
         teachers = Teachers(config, teacher_at("world"), stack)
-        reference = base_policy(config, tokenizer, *(arguments or [None]))
+        reference = base_policy(config, tokenizer, args.base)
         policy = copy.deepcopy(reference)
         document = next(WorldSource(config.seed).documents())[0]
         stream = open_stream(WorldSource(config.seed), tokenizer, config)

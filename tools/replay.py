@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import GONE, WAS, Config
+from config import GONE, WAS, Config, check
 from judge import Judge
 from support import command
 from support.chat import Chat
@@ -61,7 +61,7 @@ def recorded_judge(run, **other):
     if not path.exists():
         raise UserError(f"{path}: no such file: is this the folder of a run?")
     changed = {name: value for name, value in other.items() if value}
-    config = Config(**read_saved(Config, GONE, WAS, path) | changed)
+    config = check(Config(**read_saved(Config, GONE, WAS, path) | changed))
     with Recorded(Path(run), config) as chat:
         yield Judge(chat, config)
 

@@ -5,7 +5,7 @@
 In: a run folder's log.jsonl, config.json, summary.json and judgments, finished or not; the page's
 frame, report.html. Out: RUN/report.html: curves, then pools spread evenly over the run, with
 candidates side by side, their sources and rewards, and what the judge said about each; filtered by
-step and source.
+step, source and who won.
 
 Candidates and verdicts are text of models, which may hold anything: they reach the page as JSON in
 which no tag can start, the page's script shows them as text only, and its policy lets no other run.
