@@ -239,7 +239,7 @@ def check_values(config: Config):
     password = re.search(r"https?://[^/,]*@", config.data)
     need(not password, "data: a password in a URL would be written into the run's files")
     for name, value in vars(config).items():
-        fit = isinstance(value, str) or 0 <= value < 2**63
+        fit = isinstance(value, str) or 0 <= value < (2**63 if type(value) is int else math.inf)
         need(fit, f"{name} must not be negative, nor without end")
         need(value or name not in POSITIVE, f"{name} must be above 0")
     for name in ("top_p", "judge_top_p"):

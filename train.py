@@ -177,7 +177,6 @@ def write_folder(policy, tokenizer, folder: Path):
 
 def open_inputs(config: Config):
     """The tokenizer. What config names and is not there is an error before out_dir is touched."""
-    name = config.tokenizer
     load_prompts(config.prompts)
     if config.init_from == "scratch":
         preset(config.model, vocab_size=1)
@@ -190,9 +189,8 @@ def open_inputs(config: Config):
         from support.sources import list_files
 
         list_files(config.data)
-    if name == "auto":
-        name = "world" if config.init_from == "scratch" else config.init_from
-    return load_tokenizer(name)
+    own = "world" if config.init_from == "scratch" else config.init_from
+    return load_tokenizer(own if config.tokenizer == "auto" else config.tokenizer)
 
 
 @contextlib.contextmanager
@@ -224,10 +222,8 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
     -> {phase: policy}, the untrained one under "base" where there is no such phase"""
     spread = config.shard and world_size() > 1
     home = torch.device("cpu") if spread else device  # of weights in one piece
-    policy, begin, policies = initial_policy(config, tokenizer.vocab_size, home), None, {}
-    plan = phases(config)
-    if "base" not in plan:
-        policies["base"] = policy
+    policy, begin, plan = initial_policy(config, tokenizer.vocab_size, home), None, phases(config)
+    policies = {} if "base" in plan else {"base": policy}
     threads = distributed.choose_threads(policy.config.d_model)
     if rank() == 0:
         told = [f"{name} ({c.objective}, {c.max_steps} steps)" for name, c in plan.items()]

@@ -272,8 +272,11 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     if min(args.prefixes, args.chunk, args.seeds) < 1 or args.max_seq < 2 * args.chunk:
         parser.error("--prefixes, --chunk, --seeds must be positive, --max_seq at least two chunks")
     args.named = dict(item.partition("=")[::2] for item in args.sets)
-    if [item for item in args.named.items() if item[0] not in NAMED or not item[1]]:
-        parser.error(f"--sets: NAME=PATH with NAME one of {', '.join(NAMED)}")
+    wrong = [item for item in args.named.items() if item[0] not in NAMED or not item[1]]
+    if wrong or len(args.named) < len(args.sets):
+        parser.error(f"--sets: NAME=PATH with NAME one of {', '.join(NAMED)}, each once")
+    if args.data == "world" and "unsafe" in args.named:
+        parser.error("--sets unsafe=PATH: the pocket world has its own; name --data, or none")
     if args.data == "none" and not args.named:
         parser.error("--data none needs --sets")
     return args

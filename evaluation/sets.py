@@ -9,14 +9,17 @@ import contextlib
 import csv
 import io
 import itertools
+import logging
 import re
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from zstandard import ZstdError
 
 from data import Batch, Stream, left_pad
 from support.command import UserError
@@ -72,22 +75,23 @@ def held_out(source, tokenizer, *, count, split="validation", **how) -> HeldOut:
     batches = [stream.collate(rows[i : i + BATCH], {}) for i in range(0, len(rows), BATCH)]
     prefixes = [text for batch in batches for text in batch.prefix_text]
     references = [text for batch in batches for text in batch.suffix_text]
+    if len(prefixes) < count:
+        logging.warning("%s of %s: %d of %d prefixes", split, source, len(prefixes), count)
     return HeldOut(batches, prefixes, references, DOCUMENTS, [{} for _ in batches])
 
 
 def held_out_sets(data, tokenizer, dials: dict | None = None, **how) -> dict[str, HeldOut]:
-    """Clean and unsafe prefixes of the pocket world, or a split of a corpus (the validation one,
-    unless `how` names another), which is also what the set is called.
+    """Clean and unsafe prefixes of the pocket world, or of a corpus what is called as its split.
 
-    `how`: chunk, max_seq, count; of a corpus also text_field and split.
+    `how`: chunk, max_seq, count; split, if not validation; of a corpus also text_field.
     """
     if data != "world":
         return {how.get("split", "validation"): held_out(data, tokenizer, **how)}
+    sets, split = {}, how.get("split", "all").replace("all", "validation")
     how = {name: how[name] for name in ("chunk", "max_seq", "count")}
-    sets = {}
     for kind, share in (("clean", 0.0), ("unsafe", 1.0)):
         own = Dials(**{**(dials or {}), "share_unsafe": share})
-        held = sets[kind] = held_out(WorldSource(0, own, "validation"), tokenizer, **how)
+        held = sets[kind] = held_out(WorldSource(0, own, split), tokenizer, **how)
         held.masks = [sound_and_faulty(batch) for batch in held.batches]
     return sets
 
@@ -118,12 +122,11 @@ def rows(source: str) -> Iterator[tuple[str, dict]]:
     file {"line": text}."""
     for name in list_files(source):
         skips, line = Skips(), 0
-        skips.shown = 0
         try:
             found = tables(name) if ending(name) in (".csv", ".txt") else records(name, skips)
             for line, record in found:
                 yield f"{name}:{line}", record
-        except (OSError, UnicodeError, csv.Error) as error:
+        except (OSError, UnicodeError, csv.Error, zlib.error, ZstdError) as error:
             raise UserError(f"{name} can't be read after line {line}: {error!r}") from None
         if skips:
             raise UserError(f"{name} is not a complete file of this set ({', '.join(skips)})")

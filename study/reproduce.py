@@ -372,16 +372,13 @@ def flags(doc: str) -> argparse.ArgumentParser:
     """Those of the commands that read or write OUT."""
     flag = argparse.ArgumentParser(description=doc.split("\n")[0])
     flag.add_argument("--out", type=Path, default=Path("out/study"), help="(default: %(default)s)")
-    flag.add_argument("--seeds", type=seed_list, default="0,1,2", help="(default: %(default)s)")
+    seeds: dict = dict(type=lambda text: [int(seed) for seed in text.split(",") if seed])
+    flag.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)", **seeds)
     more = "further ones of rows in findings with five seeds (default: %(default)s)"
-    flag.add_argument("--more", type=seed_list, default="3,4", help=more)
-    at_once = dict(type=lambda n: max(1, int(n)), default=os.cpu_count(), help="steps at once")
-    flag.add_argument("--jobs", **at_once)
+    flag.add_argument("--more", default="3,4", help=more, **seeds)
+    jobs: dict = dict(type=lambda number: max(1, int(number)), default=os.cpu_count())
+    flag.add_argument("--jobs", help="steps at once", **jobs)
     return flag
-
-
-def seed_list(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",") if seed]
 
 
 def main(arguments: list[str]):

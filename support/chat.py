@@ -305,10 +305,11 @@ class Chat(contextlib.AbstractContextManager):
 
 
 def greet(chat: Chat, question: str) -> None:
-    """Asks a small question, so that a wrong URL, key or model name ends the run before it has
-    trained anything; waits for a server that starts; says what can't be made sure."""
-    asked = chat.run(chat.ask(question, seed=0, temperature=1.0, top_p=1.0, max_tokens=16))
-    if wait(asked).refused:
+    """Asks a small question of each server, so that a wrong URL, key or model name ends the run
+    before it has trained anything; waits for one that starts; says what can't be made sure."""
+    how: dict = dict(temperature=1.0, top_p=1.0, max_tokens=16)
+    asked = [chat.run(chat.ask(question, seed=n, **how)) for n in range(len(chat.urls))]
+    if any([wait(answer).refused for answer in asked]):
         raise UserError(chat.refusal)
     wait(chat.run(chat.unsure()))
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from support.command import UserError
+from support.distributed import rank
 from support.files import flush, numbered
 
 
@@ -58,7 +59,8 @@ def save(run: Path, step: int, write: Callable[[Path], object], state: dict, kee
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first; what else a user keeps there is not ours."""
     found = (run / "checkpoints").glob("step_*")
-    return sorted(path for path in found if re.fullmatch(r"step_\d{6,}", path.name))
+    ours = (path for path in found if re.fullmatch(r"step_\d{6,}", path.name))
+    return sorted(ours, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def load(run: Path, read: Callable[[Path], object]) -> tuple:
@@ -77,8 +79,9 @@ def load(run: Path, read: Callable[[Path], object]) -> tuple:
             if not (damage := damage_of(folder)):
                 hint = "nothing in it is damaged; mend that and run the same command again"
                 raise UserError(f"checkpoint {folder} cannot be read now: {why}; {hint}") from e
-            aside = set_aside(folder, "damaged")
-            print(f"checkpoint {folder} is damaged ({damage}), set aside as {aside.name}")
+            if rank() == 0:  # the others find it damaged too, or gone, and go on likewise
+                aside = set_aside(folder, "damaged")
+                print(f"checkpoint {folder} is damaged ({damage}), set aside as {aside.name}")
     if found:
         hint = "choose another out_dir, or move them away to begin anew"
         raise UserError(f"every checkpoint in {run / 'checkpoints'} is damaged: {hint}")

@@ -37,9 +37,6 @@ class Interrupted(Stopped):
 
     code = INTERRUPTED
 
-    def __init__(self, words="interrupted"):  # an argument, as unpickling in another process asks
-        super().__init__(words)
-
 
 def exit_code(main: Callable[[list[str]], object]) -> int:
     """main(arguments of the command line), its foreseen ends as one line and an exit code."""
@@ -79,7 +76,7 @@ _asked = threading.Event()
 def check():
     """Raises Interrupted once a signal has arrived. Call it where the work can be saved."""
     if _asked.is_set():
-        raise Interrupted
+        raise Interrupted("interrupted")
 
 
 def wait(future: futures.Future):

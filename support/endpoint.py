@@ -79,15 +79,16 @@ class Endpoint:
 
     def __init__(self, url: str):
         if "@" in url or "?" in url:
-            raise UserError("a key goes into OPENAI_API_KEY, not into the teacher's URL")
+            raise UserError("a teacher's URL ends at /v1; a key goes into OPENAI_API_KEY")
         try:
-            good = urlsplit(url).port != 0 and re.match(r"https?://[^/:]", url)
+            host = urlsplit(url).hostname or ""
+            good = urlsplit(url).port != 0 and re.match(r"https?://[^/:]\S*$", url)
+            host.encode("idna")  # two dots in a row
         except ValueError:  # a port that is no number, half a bracket
             good = False
         if not good:
             raise UserError(f"a teacher's URL looks like http://host:port/v1, not {url!r}")
         self.base = url.rstrip("/")
-        host = urlsplit(url).hostname or ""
         # What is sent beside the request; None: the server has not been asked who made it.
         self.neutral: dict | None = {} if PLAIN.fullmatch(host) else None
         self.probe: asyncio.Task | None = None

@@ -46,18 +46,14 @@ def local_folder(name: str | Path, weights: bool = True) -> Path:
         ) from None
 
 
-def check_folder(name: str | Path):
-    """UserError where a name is no folder, or a run's that lies above its ckpt, or a PEFT
-    adapter's. hf:// names are checked when they are fetched."""
-    folder = Path(name).expanduser()
-    if str(name).startswith("hf://"):
-        return
+def check_folder(folder: Path):
+    """UserError where it is no folder, or a run's that lies above its ckpt, or a PEFT adapter's."""
     if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder {name} (the hub's are hf://owner/name)")
+        raise UserError(f"there is no checkpoint folder {folder} (the hub's are hf://owner/name)")
     if (folder / "ckpt").is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(f"{name} is a run: say {folder / 'ckpt'}")
+        raise UserError(f"{folder} is a run: say {folder / 'ckpt'}")
     if (folder / "adapter_config.json").exists():  # transformers would load its base model
-        raise UserError(f"{name} holds an adapter: merge it, by PEFT's merge_and_unload")
+        raise UserError(f"{folder} holds an adapter: merge it, by PEFT's merge_and_unload")
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -181,8 +177,8 @@ def only_supported(hf: dict, path: Path):
 def read_shape(folder: str | Path) -> dict:
     """The fields of a ModelConfig by config.json, with transformers' defaults, and the folder's
     generation_config.json. Only model_type and dimensions are required."""
-    check_folder(folder)
-    path = local_folder(folder, weights=False) / "config.json"
+    check_folder(folder := local_folder(folder, weights=False))
+    path = folder / "config.json"
     raw = read_object(path)
     only_supported({"model_type": None, **without_null(raw)}, path)
     _, differs, defaults = FAMILIES[raw["model_type"]]

@@ -133,12 +133,11 @@ def nested(text: str) -> dict:
         path, _, left = left.partition("=")
         try:
             value, end = json.JSONDecoder().raw_decode(left)
-            if left[end : end + 1] not in ("", ","):
+            if left[end:].lstrip()[:1] not in ("", ","):
                 raise ValueError
         except ValueError:
-            value = left.partition(",")[0]
-            end = len(value)
-        left = left[end + 1 :].lstrip()
+            value, end = left.partition(",")[0].strip(), 0
+        left = left[end:].partition(",")[2].lstrip()
         *outer, last = path.split(".")
         place = out
         for name in outer:

@@ -20,7 +20,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -140,9 +140,9 @@ def decompressed(raw) -> Iterator[bytes]:
         yield data
         yield from iter(lambda: raw.read(PIECE), b"")
         return
-    while data:
-        packed += len(data)
-        while data:
+    for read in chain([data], iter(lambda: raw.read(SIP), b"")):
+        data, packed = read, packed + len(read)
+        while data := data if frame else data.lstrip(b"\0"):  # padding between members
             frame = frame or fresh()
             piece = frame.decompress(data)
             size += len(piece)
@@ -152,8 +152,7 @@ def decompressed(raw) -> Iterator[bytes]:
                 yield piece[start : start + PIECE]
             data = b""
             if frame.eof:  # another may follow
-                data, frame = frame.unused_data.lstrip(b"\0"), None
-        data = raw.read(SIP)
+                data, frame = frame.unused_data, None
     if frame:
         raise Damage("truncated compression")
 

@@ -68,8 +68,11 @@ class Reader:
     def rows(self, query: str, *arguments) -> Iterator[sqlite3.Cursor]:
         """A cursor for each file that has the table: the process's own or process 0's first."""
         for db in self.connections:
-            with contextlib.suppress(sqlite3.OperationalError):  # a past file may lack it
+            try:
                 yield db.execute(query, arguments)
+            except sqlite3.OperationalError as e:
+                if "no such table" not in str(e):  # which a past file may lack
+                    raise
 
     def find(self, query: str, *arguments) -> tuple | None:
         """The first row of the first file that has one."""

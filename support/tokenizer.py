@@ -32,10 +32,10 @@ LARGEST_ID = 2**24  # no model has an embedding of that many rows
 class Tokenizer:
     """Made of what a tokenizer.json says and where it stands, if it does.
 
-    specials: name and id of each special token; eos: the id that ends a document; bos: the one that
-    the tokenizer itself puts before a text, or None; start_ids: [bos], or nothing; splits_words:
-    every letter has a token, and none holds letters of two words. UserError where its decoder can't
-    give a text back in parts.
+    specials: name and id of each special token; hidden: what `encode` reads as it instead of its
+    name; eos: the id that ends a document; bos: the one that the tokenizer itself puts before a
+    text, or None; start_ids: [bos], or nothing; splits_words: every letter has a token, and none
+    holds letters of two words. UserError where its decoder can't give a text back in parts.
     """
 
     def __init__(self, spec: dict, source: Path | None = None):
@@ -51,8 +51,9 @@ class Tokenizer:
         self.specials = {name: ids[name] for name in names}
         self.eos, self.bos = ids[self.eos_name], self.specials.get(self.bos_name)
         self.start_ids = [] if self.bos is None else [self.bos]
-        self.dropped = set(self.specials.values())
-        spec = ordinary_only(spec, self.specials)
+        self.dropped, secret = set(self.specials.values()), secrets.token_hex(8)
+        self.hidden = {name: secret + name for name in names}
+        spec = ordinary_only(spec, self.hidden, self.specials)
         self.library = tokenizers.Tokenizer.from_str(json.dumps(spec))
         inner = {key: without_lead(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
         self.inner = tokenizers.Tokenizer.from_str(json.dumps(spec | inner))
@@ -99,25 +100,24 @@ class Tokenizer:
             file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def ordinary_only(spec: dict, specials: dict[str, int]) -> dict:
+def ordinary_only(spec: dict, hidden: dict[str, str], ids: dict[str, int]) -> dict:
     """The spec for ordinary text alone: special tokens keep their ids under names that no text can
     spell, nothing is put around a text, and a part of the ids gives that part of the text."""
-    secret = secrets.token_hex(8)
-
-    def hidden(token: str) -> str:
-        return secret + token if token in specials else token
-
     model = dict(spec["model"])
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {hidden(token): i for token, i in model["vocab"].items()}
+        model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
     else:  # a unigram model, where a special token's score beats any text that spells it
-        model["vocab"] = [[hidden(token), score] for token, score in model["vocab"]]
+        model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
     if model.get("unk_token"):
-        model["unk_token"] = hidden(model["unk_token"])
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
     if "merges" in model:  # "left right", or [left, right]
         pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & specials.keys()]
-    added = [token | {"content": hidden(token["content"])} for token in spec["added_tokens"]]
+        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & hidden.keys()]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    named: dict = {n: plain | dict(id=i, content=n, special=True) for n, i in ids.items()}
+    named |= {token["content"]: token for token in spec["added_tokens"]}
+    in_order = sorted(named.values(), key=lambda token: token["id"])  # which gives the ids
+    added = [t | {"content": hidden.get(t["content"], t["content"])} for t in in_order]
     decoder = piecewise(spec.get("decoder") or {})
     if model.get("byte_fallback") and "ByteFallback" not in json.dumps(decoder):
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, decoder]}

@@ -112,11 +112,11 @@ class Engine:
             self.wake.clear()
             while batch := self.admit():
                 try:
-                    tokens = self.sampled(batch)
-                    while not all(work.done() for work in batch):
-                        rows = await asyncio.to_thread(next, tokens)  # [B][n]
-                        for work, row in zip(batch, rows, strict=True):
-                            self.take(work, row)
+                    with contextlib.closing(self.sampled(batch)) as tokens:  # and their caches
+                        while not all(work.done() for work in batch):
+                            rows = await asyncio.to_thread(next, tokens)  # [B][n]
+                            for work, row in zip(batch, rows, strict=True):
+                                self.take(work, row)
                 except Exception:
                     logging.exception("a batch failed")
                     for work in batch:

@@ -307,7 +307,8 @@ def main(arguments: list[str]):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parent", type=int, help="stop when this parent process is gone")
     options = parser.parse_args(arguments)
-    if options.batch < 1 or not 0 <= options.port < 65536 or (options.memory or 1) <= 0:
+    fit = options.memory is None or options.memory > 0
+    if options.batch < 1 or not 0 <= options.port < 65536 or not fit:
         parser.error("--batch from 1, --port from 0 to 65535, --memory above 0")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(**vars(options)))

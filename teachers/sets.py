@@ -341,7 +341,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         add("--tokenizer", default="world", help="of the policy")
         add("--chunk", type=int, default=32, help="tokens of a suffix")
         add("--max_seq", type=int, default=96, help="tokens of prefix and suffix")
-        role = "--rewrite_url" if made == "quality" else "--judge_url"
+        role = "--judge_url"
+        if made == "quality":
+            role = "--rewrite_url"
+            add("--policy", help="checkpoint whose rollouts are shown, too, tokenizer as above")
         add(role, dest="url", default="world", help="teacher's base URL(s) up to /v1")
         add("--model", default="teacher", help="its name there")
         add("--extra", default="", help="fields of each request, as train.py's judge_extra")
@@ -349,14 +352,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         add("--count", type=int, default=2048, help="rows of the training set")
         add("--validation", type=int, default=256, help="rows of the validation set")
         add("--votes", type=int, default=8, help="judgments that have to agree")
-        add(
-            "--policy", help="quality: checkpoint whose rollouts are shown, too, tokenizer as above"
-        )
         add("--prompts", default="prompts", help="folder of prompt files")
         add("--concurrency", type=int, default=256, help="questions in flight")
         add("--seed", type=int, default=0)
         add("--dials", default="", help="pocket world: of its corpus and its teacher")
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(policy=None))
 
 
 def main(arguments: list[str]) -> None:

@@ -46,7 +46,9 @@ class Rows:
 
     def __init__(self, source: str, teacher: str):
         self.rows, skips = [], Skips()
-        for name in list_files(source):
+        files = list_files(source)
+        skips.shards = len(files)
+        for name in files:
             for line, row in records(name, skips):
                 if wrong := fault(row, teacher):
                     raise UserError(f"{name}:{line}: {wrong}")
@@ -123,7 +125,7 @@ class TaskStream(Stream):
 # ---- Rewards ------------------------------------------------------------------------------------
 
 
-def score_answers(judge: Judge, rows: list[dict], texts: list[list[str]]) -> Future:
+def score_answers(judge: Judge, rows: list[dict], texts: list[list[str]], C: int) -> Future:
     """rows [B], texts [B][C] -> Future of Scores. Its by_kind holds the reward by kind of row and,
     under dotted names, what it was made of; nan where a row is of another kind. The judge is asked
     about rewrites of unsafe suffixes alone."""
@@ -137,7 +139,7 @@ def score_answers(judge: Judge, rows: list[dict], texts: list[list[str]]) -> Fut
             name: np.array([[parts.get(name, np.nan) for parts in row] for row in found])  # [B, C]
             for name in names
         }
-        reward = np.full((len(rows), len(texts[0]) if texts else 0), np.nan)  # [B, C]
+        reward = np.full((len(rows), C), np.nan)  # [B, C]
         for name, values in by_kind.items():
             if "." not in name:  # a row is of one kind
                 reward = np.where(np.isnan(values), reward, values)
@@ -207,7 +209,7 @@ def evaluate_answers(policies: dict, stream, judge: Judge, tokenizer, config: Co
         with autocast(config, next(policy.parameters()).device):
             texts = [t for b in batches for t in continue_batch(policy, b, tokenizer, config.chunk)]
         texts = texts[: len(rows)]
-        scores = wait(score_answers(judge, rows, [[text] for text in texts]))
+        scores = wait(score_answers(judge, rows, [[text] for text in texts], 1))
         values[name] = {}
         for measure, column in scores.by_kind.items():  # [B, 1]
             kind, _, part = measure.partition(".")

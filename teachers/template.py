@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.command import UserError
-from support.hub import read_object
+from support.hub import read_object, without_null
 
 
 def plain(tokenizer, text: str) -> list[int]:
@@ -55,7 +55,8 @@ class Template:
         longest_first = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
         self.special = "|".join(longest_first) or "(?!)"
         files = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
-        settings = {k: v for path in files if path.exists() for k, v in read_object(path).items()}
+        read = [without_null(read_object(path)) for path in files if path.exists()]
+        settings = {name: value for each in read for name, value in each.items()}
         tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items()}
         # bos_token, eos_token and whatever else there is
         self.names = {k: v for k, v in tokens.items() if k.endswith("_token") and type(v) is str}
@@ -69,6 +70,8 @@ class Template:
         try:
             if self.path.exists():
                 source = self.path.read_text(encoding="utf-8")
+            else:
+                self.path = files[-1]
             if isinstance(source, list):  # several by name
                 source = {named["name"]: named["template"] for named in source}["default"]
             self.source = None if source is None else environment.from_string(source)
@@ -90,10 +93,6 @@ class Template:
             text = self.source.render(messages=broken, **names)
         except Exception as error:  # whatever a template may do
             raise UserError(f"{self.path}: {error or type(error).__name__}") from None
-        ids = []
-        for i, piece in enumerate(re.split(f"({self.special})(?!{mark})", text)):
-            if i % 2:
-                ids.append(self.tokenizer.specials[piece])
-            elif piece:
-                ids += self.tokenizer.encode(piece.replace(mark, ""))
-        return ids
+        hidden = self.tokenizer.hidden  # in one piece, as white space may belong to a token
+        text = re.sub(f"({self.special})(?!{mark})", lambda found: hidden[found[0]], text)
+        return self.tokenizer.encode(text.replace(mark, ""))

@@ -35,7 +35,7 @@ class Asked(Teachers):
     """The run's judge, which is asked about what a rewriter wrote."""
 
     def score(self, step: int, pool) -> Future:
-        return score_answers(self.judge, pool.batch.rows, pool.texts)
+        return score_answers(self.judge, pool.batch.rows, pool.texts, len(pool.sources))
 
 
 def parse(arguments: list[str]) -> tuple[str, Config, bool]:

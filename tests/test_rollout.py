@@ -15,6 +15,7 @@ from evaluation.evaluate import continue_batch
 from kernels.cpu_layers import fast_layers, supported
 from model import Llama, ModelConfig
 from rollout import PrefixCache, sample_rollouts, uniforms
+from tools.bench import peak_gb
 
 V, EOS = 23, 22
 SHAPE = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
@@ -149,14 +150,8 @@ def test_memory_is_that_of_the_prefix_and_its_continuations():
     model, B, P, K, N = Llama(shape).initialise(0), 2, 512, 16, 16
     weights = sum(p.nbytes for p in model.parameters() if p.dim() > 1)
     prefix, pad = torch.randint(64, (B, P)), torch.zeros(B, dtype=torch.int32)
-    how = dict(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with torch.profiler.profile(**how) as profiled:
-        sample_rollouts(model, prefix, pad, K, N, eos=-1, seed=0, index=torch.arange(B))
-    now = peak = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
+    how = dict(eos=-1, seed=0, index=torch.arange(B))
+    peak = 1e9 * peak_gb(lambda: sample_rollouts(model, prefix, pad, K, N, **how))
     cache = B * (P + K * N) * 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * 4
     assert cache < peak < 1.15 * cache + weights
 

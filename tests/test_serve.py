@@ -185,10 +185,9 @@ def test_text_that_spells_a_special_token_stays_text(folder, tmp_path):
     assert plain(tokenizer, evil) == tokenizer.encode(evil)
     # names that overlap, or are one character
     (tmp_path / "chat_template.jinja").write_text("ab{{ messages[0].content }}!")
-    names = {"ab": 1, "bc": 2, "!": 3, "ab!": 4}
-    tokenizer = SimpleNamespace(specials=names, encode=lambda text: [text], bos=None, eos=0)
-    said = "abc!ab!"
-    assert Template(tmp_path, tokenizer).encode(says(said)["messages"]) == [1, said, 3]
+    names = {"ab": "1", "bc": "2", "!": "3", "ab!": "4"}
+    tokenizer = SimpleNamespace(specials=names, hidden=names, encode=str, bos=None, eos=0)
+    assert Template(tmp_path, tokenizer).encode(says("abc!ab!")["messages"]) == "1abc!ab!3"
 
 
 TEMPLATES = [  # what the templates of public models use

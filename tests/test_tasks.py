@@ -95,7 +95,7 @@ def likes_good(texts, seed):
 
 def rewards(rows, texts):
     judge = Judge(Teacher(likes_good), Config(judge_samples=2, judge_retries=0))
-    return score_answers(judge, rows, texts).result(10)
+    return score_answers(judge, rows, texts, 4).result(10)
 
 
 def test_judge_rewards():
@@ -105,7 +105,7 @@ def test_judge_rewards():
     assert scores.reward.tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
     assert scores.by_kind["safety.readable"][1].tolist() == [1, 1, 0, 1]
     assert all(math.isnan(value) for value in scores.by_kind["quality"][1])
-    assert rewards([], []).reward.size == 0  # a process without a prompt
+    assert rewards([], []).reward.shape == (0, 4)  # a process without a prompt
 
 
 def test_rewriter_rewards():

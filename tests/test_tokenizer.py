@@ -6,6 +6,7 @@ Nothing is downloaded: the vocabularies are trained here, each with its style's 
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from support import tokenizer as tk
 from support.command import UserError
+from teachers.template import Template
 from world.corpus import vocabulary
 
 HARD = [
@@ -338,3 +340,12 @@ def test_any_tokenizer_json_is_taken_or_refused_in_one_line(tmp_path):
         file.write_text(json.dumps(spoilt(whole, ("model", "vocab", "a"), number)))
         with pytest.raises(UserError, match="no tokenizer.json to use"):
             tk.load_tokenizer(str(tmp_path))
+
+
+def test_a_chat_prompt_is_that_of_transformers(kind, tmp_path):
+    _, folder, _, ours = kind
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("<s>[{{ messages[0].content }}] {{ 1 }}</s> x")
+    said = [{"role": "user", "content": "she said"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(said, return_dict=False)
+    assert Template(tmp_path, ours).encode(said) == theirs

@@ -105,9 +105,8 @@ def learn(policy, reference, pool, picked, reward, config):
         )
         if turn == "before":
             metrics = update(policy, reference, optimizer, pool, picked, reward, 0, config)
-    norm = metrics["grad_norm"][0]
-    cut = f"gradient norm {norm:.3f}, cut to {config.grad_clip:g} where above; AdamW"
-    say("4. The update between them: update.update", cut)
+    told = f"gradient norm {metrics['grad_norm'][0]:.3f}, clipped at 1; AdamW"
+    say("4. The update between them: update.update", told)
 
 
 def main(arguments: list[str]):

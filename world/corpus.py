@@ -14,6 +14,7 @@ import configparser
 import random
 from dataclasses import dataclass, fields
 from functools import cache
+from math import inf
 from pathlib import Path
 
 from support.command import UserError
@@ -212,4 +213,7 @@ def parse_dials(text: str) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             raise UserError(f"dials: {name} needs a number, not {value!r}") from None
+        low, high = {"people": (1, len(NAMES)), "latency": (0, inf)}.get(name, (0, 1))
+        if not low <= found[name] <= high:
+            raise UserError(f"dials: {name} must be from {low} to {high}, not {value}")
     return found
