@@ -374,7 +374,7 @@ def test_fields_of_ones_own(client, tmp_path, caplog):
     for wrong in ("low", "=low", "a=", "a=1,a.b=2", "a..b=1"):
         with pytest.raises(UserError, match="write field=value"):
             nested(wrong)
-    assert nested("") == {} and nested("a=1, b=x") == {"a": 1, "b": "x"}
+    assert nested("") == {} and nested("a=1 , b=x ,") == {"a": 1, "b": "x"}
 
 
 # ---- Where it asks, and one answer for one question ----------------------------------------------
@@ -384,7 +384,8 @@ def test_urls():
     assert Endpoint("http://host:1/v1/").url == "http://host:1/v1/chat/completions"
     hosts = ("api.openai.com", "me.openai.azure.com", "api.mistral.ai")  # need not be asked
     assert all(Endpoint(f"https://{host}/v1").neutral == {} for host in hosts)
-    for url in ["", "host:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://["]:
+    wrong = ["", "host:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://["]
+    for url in [*wrong, "http://my host/v1", "http://a..b/v1"]:
         with pytest.raises(UserError, match="looks like"):
             Endpoint(url)
     for url in [f"http://user:{KEY}@host/v1", f"{KEY}@host", f"http://host/v1?api_key={KEY}"]:

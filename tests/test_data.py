@@ -65,8 +65,9 @@ def write(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     body = b"".join(map(line, rows))
     if pack := {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix):
-        half = len(body) // 2  # two members, as `cat a.gz b.gz` makes
-        body = pack(body[:half]) + pack(body[half:])
+        half = len(body) // 2  # two members, as `cat a.gz b.gz` makes; of gzip some are padded
+        zeros = b"\0" * 5000 * (path.suffix == ".gz")
+        body = pack(body[:half]) + zeros + pack(body[half:])
     if path.suffix == ".parquet":
         table = pyarrow.Table.from_pylist([row for row in rows if isinstance(row, dict)])
         pyarrow.parquet.write_table(table, path, row_group_size=3)

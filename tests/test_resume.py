@@ -278,16 +278,16 @@ def test_a_text_file_is_the_old_one_or_the_new(tmp_path):
 def test_damage_is_set_aside_and_the_checkpoint_before_is_used(name, harm, write, tmp_path, capsys):
     folder = tmp_path / "checkpoints"
     (folder / "step_000002_good").mkdir(parents=True)
-    for step in (2, 4):
+    for step in (999_999, 1_000_000):
         checkpoint.save(tmp_path, step, write, {"step": step}, keep=2)
-    file = folder / "step_000004" / name
+    file = folder / "step_1000000" / name
     file.write_bytes(harm(file.read_bytes())) if harm else file.unlink()
-    assert saved_step(tmp_path) == 2
+    assert saved_step(tmp_path) == 999_999
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "step_000004 is damaged" in printed
-    checkpoint.save(tmp_path, 4, write, {"step": 4}, keep=1)
+    assert printed.count("\n") == 1 and "step_1000000 is damaged" in printed
+    checkpoint.save(tmp_path, 1_000_000, write, {"step": 4}, keep=1)
     kept = sorted(path.name for path in folder.iterdir())
-    assert kept == ["step_000002_good", "step_000004", "step_000004.damaged"]
+    assert kept == ["step_000002_good", "step_1000000", "step_1000000.damaged"]
     file.write_bytes(b"")  # now none is whole: that is no reason to begin anew
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         saved_step(tmp_path)

@@ -62,7 +62,7 @@ def test_documents_and_answers_are_those_that_were_published():
 
 def test_dials_are_read_or_refused():
     assert corpus.parse_dials(" noise=0.1, people=3,") == {"noise": 0.1, "people": 3.0}
-    for wrong in ("beauty=1", "noise", "noise=much"):
+    for wrong in ("beauty=1", "noise", "noise=much", "noise=2", "people=0", "people=nan"):
         with pytest.raises(UserError, match=f"dials: .*{wrong.partition('=')[0]}"):
             corpus.parse_dials(wrong)
 
