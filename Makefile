@@ -1,5 +1,5 @@
 # make demo: the pocket world end to end on CPU.   make test: the tests.
-# make study: all runs behind RESULTS.md on two cores, about three hours; interrupted, it goes on.
+# make study: all runs behind RESULTS.md on two cores, three hours or more; interrupted, it goes on.
 # Each sets up .venv first. PIP_CONSTRAINT=FILE pins other versions than constraints.txt does.
 PYTHON ?= python3
 export PIP_CONSTRAINT ?= $(CURDIR)/constraints.txt
