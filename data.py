@@ -5,7 +5,8 @@
 
 A document is its tokens and an end of text, cut into chunks of N tokens. One chunk boundary, drawn
 at random, gives one sample: up to max_seq - N tokens before it are the prefix, the N tokens after
-it the suffix. A sample never holds text of two documents.
+it the suffix. A sample never holds text of two documents. What follows the last whole chunk, mostly
+with the end of text, is in no suffix.
 
 The order of samples is one global order that knows nothing of processes: shards in an order keyed
 by the seed, documents in windows permuted by a keyed generator. Every rank walks through all of it,
@@ -129,9 +130,9 @@ class Stream:
             raise ValueError(f"max_seq {max_seq} can't hold two chunks of {chunk} tokens")
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-        self.files, self.skipped, self.source = isinstance(source, str), Counter(), source
-        self.name = source if self.files else type(source).__name__
-        if self.files:
+        self.from_files, self.skipped, self.source = isinstance(source, str), Counter(), source
+        self.name = source if self.from_files else type(source).__name__
+        if self.from_files:
             from support.sources import Files, Skips  # the pocket world needs no such file
 
             self.skipped = Skips()
@@ -186,7 +187,7 @@ class Stream:
         window, used, idle = state["window"], state["used"], 0
         while self.epochs is None or epoch < self.epochs:
             first = index if (window, used) == (0, 0) else None  # None: joined in mid-epoch
-            start = self.source.beginning(epoch) if self.files and begin is None else begin
+            start = self.source.beginning(epoch) if self.from_files and begin is None else begin
             for texts, end in self.windows(start):
                 order = np.random.default_rng([self.seed, epoch, window]).permutation(len(texts))
                 for i in range(used, len(texts)):
@@ -209,7 +210,7 @@ class Stream:
         """Texts that are shuffled together, and the position after them, to the end of an epoch."""
         texts, size, end = [], 0, start
         for text, end in self.source.documents(start):
-            if self.files and not in_split(digest(text), self.split):
+            if self.from_files and not in_split(digest(text), self.split):
                 self.skipped[f"not in split {self.split}"] += 1
                 continue
             texts.append(text)

@@ -181,9 +181,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm()  # Llama's stands before the MLP
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = norm() if after else nn.Identity()
-        middle = (nn.Identity(), self.post_attention_layernorm)[:: -1 if after else 1]
+        first, middle = self.input_layernorm, self.post_attention_layernorm
+        none, last = nn.Identity(), self.post_feedforward_layernorm
         # Before and behind attention, before and behind the MLP; a tuple adds no names of tensors.
-        self.norms = self.input_layernorm, *middle, self.post_feedforward_layernorm
+        self.norms = (none, middle, none, last) if after else (first, none, middle, none)
 
     def forward(self, x, cos, sin, attend, compiled: bool = False):
         """x [B, T, d] -> [B, T, d]; attend(q, k, v) -> what each token attended [B, T, H * D]."""

@@ -231,7 +231,7 @@ def train_phases(config: Config, device, tokenizer, batches: Callable, teachers)
         print(f"training {', '.join(told)} in {where}", flush=True)
     for label, phase in plan.items():
         trained, state = checkpoint.load(Path(phase.out_dir), lambda ckpt: load_model(ckpt, home))
-        trained, reference = copy.deepcopy(policy) if trained is None else trained, policy
+        trained, reference = (copy.deepcopy(policy) if trained is None else trained), policy
         trained.recompute, trained.compiled = config.recompute, config.compile
         if spread:
             pair = trained, copy.deepcopy(policy)

@@ -1,9 +1,9 @@
 """Triton kernels, each beside the plain PyTorch that defines it.  Triton itself is optional.
 
-In: `chosen` asks for a kernel by its definition. Out: the kernel, where tensors of that device and
-type are its matter and it keeps its word there: the first time it is used for a device, type and
-shape of heads it is compared with its definition on a small case, forward and backward.  Where it
-does not compile, or differs, one line says so and the definition computes in its place.
+In: `chosen` asks for a kernel by its definition. Out: the kernel, for tensors that it takes and
+where it has passed its check: the first time it is used for a device, type and shape of heads it is
+compared with its definition on a small case, forward and backward.  Where it does not compile, or
+differs, one line says so and the definition computes in its place.
 """
 
 import os

@@ -442,7 +442,7 @@ def _decode_prefix(
     start = pad + split * size
     stop = tl.minimum(start + size, P)
     full = tl.maximum(stop - start, 0) // BN
-    r = tl.program_id(1) * BM + tl.arange(0, BM)  # row K*G: rollout r // G, head r % G of the group
+    r = tl.program_id(1) * BM + tl.arange(0, BM)  # of K * G rows: rollout r // G, its head r % G
     column, d = tl.arange(0, BN), tl.arange(0, D)
     k_in, v_in = column[None, :] * kt + d[:, None], column[:, None] * vt + d[None, :]
     K += b * kb + kv * kh

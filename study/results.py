@@ -5,7 +5,7 @@
 In: the runs of study.reproduce; results.md, the page's words. Out: record.json, per row and seed
 the figures and per finding the verdict, which is committed; from it alone RESULTS.md (but for its
 gallery, texts of the demo) and, in README.md and docs/, whatever stands between
-`<!-- study TEMPLATE -->` and `<!-- end -->`; docs/results_*.png and docs/frontier.png.
+`<!-- study TEMPLATE -->` and `<!-- end -->`; docs/results_*.png, frontier.png and hacking.png.
 
 In a template {table1} is a table and {ROW HOW: COLUMN ...} are figures of a row, as cells of a
 table: means over seeds, or by HOW those of `each` seed or of one seed, `both`: mean (clean /
@@ -15,6 +15,7 @@ them in again.
 
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -138,7 +139,7 @@ def strictness(count: int = 200) -> dict[str, dict]:
 
 def record_of(tables: Tables, study: Study, out: Path) -> dict:
     """record.json: {"tables": {table: {"columns", "rows": {row: {seed: figures}}}}, "verdicts" in
-    the order of findings.txt, "hours" of one core, all steps together}."""
+    the order of findings.txt, "hacking": its table, "hours" of one core, all steps together}."""
     found: dict = {}
     for name, rows in tables.items():
         there = {c for runs in rows.values() for r in runs.values() for c in r}
@@ -152,7 +153,10 @@ def record_of(tables: Tables, study: Study, out: Path) -> dict:
         found[name] = {"columns": columns, "rows": cells}
     seconds = sum(line["seconds"] for line in read_jsonl(out / "steps.jsonl"))
     verdicts = [verdict(finding, study) for finding in load()]
-    return {"hours": round(seconds / 3600, 1), "verdicts": verdicts, "tables": found}
+    told = out / "hacking.md"
+    hacking = told.read_text(encoding="utf-8").strip() if told.exists() else ""
+    hours = round(seconds / 3600, 1)
+    return {"hours": hours, "verdicts": verdicts, "hacking": hacking, "tables": found}
 
 
 def recorded(record: dict) -> Tables:
@@ -265,10 +269,12 @@ def page(record: dict, tables: Tables) -> str:
     return fill(frame, tables, parts, missing="-")
 
 
-def rewritten(text: str, tables: Tables) -> tuple[str, list[str]]:
-    """(a page with its blocks filled in again, what they lack); such a block is left as it is."""
+def rewritten(text: str, tables: Tables, hacking: str) -> tuple[str, list[str]]:
+    """(a page with its blocks filled in again, what they lack); such a block is left as it is.
+    hacking: the table of study.hacking."""
     lacking, rows = [], tables["frontier"] | tables["between"]
     parts = {"frontier": as_markdown(frontier.numbered(rows))} if all(rows.values()) else {}
+    parts |= {"hacking": hacking} if hacking else {}
 
     def again(match) -> str:
         try:
@@ -291,18 +297,20 @@ def main(arguments: list[str]):
     study.update(strictness())
     record = record_of(tables, study, out)
     lines = ",\n".join(f' "{name}": {json.dumps(part)}' for name, part in record["tables"].items())
-    others = f'"hours": {record["hours"]},\n"verdicts": {json.dumps(record["verdicts"], indent=0)}'
-    write_text(RECORD, f'{{{others},\n"tables": {{\n{lines}\n}}}}\n')
+    others = {name: record[name] for name in ("hours", "hacking", "verdicts")}
+    write_text(RECORD, f'{json.dumps(others, indent=0)[:-2]},\n"tables": {{\n{lines}\n}}}}\n')
     for name, panels in PICTURES.items():
         figure_of(ROOT / "docs" / name, [partial(panel, tables=tables) for panel in panels])
     frontier.picture(ROOT / "docs" / "frontier.png", tables["frontier"] | tables["between"])
+    if (drawn := out / "hacking.png").exists():
+        shutil.copy(drawn, ROOT / "docs")
     record = read_json(RECORD)
     tables = recorded(record)
     run = base_of(out, args.seeds[0])
     shown = gallery(run) if (run / "summary.json").exists() else "(the demo is not finished)\n"
     write_text(ROOT / "RESULTS.md", page(record, tables) + shown)
     for path in PAGES:
-        text, lacking = rewritten(path.read_text(encoding="utf-8"), tables)
+        text, lacking = rewritten(path.read_text(encoding="utf-8"), tables, record["hacking"])
         write_text(path, text)
         if lacking:
             print(f"{path.name}: left as it was, not finished: {', '.join(lacking)}")

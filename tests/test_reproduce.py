@@ -222,13 +222,13 @@ def test_page_and_blocks_without_and_with_runs(study, tmp_path):
     text = results.page(record, tables)
     assert text.count("\n| 16 | DPO with the rewrite") == 1 and text.count("*why?*") == 6
     assert "| self-improving, safety | " in text and not results.FIELD.search(text)
-    blocks = 0
+    blocks, hacking = 0, "|" if study["demo:base"] else ""
     for page in results.PAGES:
-        text, lacking = results.rewritten(page.read_text(encoding="utf-8"), tables)
+        text, lacking = results.rewritten(page.read_text(encoding="utf-8"), tables, hacking)
         found = results.BLOCK.findall(text)
         blocks += len(found)
         assert len(lacking) == (0 if study["demo:base"] else len(found)), (page, lacking)
-    assert blocks == 10
+    assert blocks == 11
 
 
 def test_every_figure_of_the_pages_is_the_records():
@@ -237,7 +237,7 @@ def test_every_figure_of_the_pages_is_the_records():
     tables = results.recorded(record)
     for page in results.PAGES:
         text = page.read_text(encoding="utf-8")
-        assert results.rewritten(text, tables)[0] == text, f"{page}: study.results"
+        assert results.rewritten(text, tables, record["hacking"])[0] == text, f"{page}: stale"
     if record["verdicts"]:
         assert (ROOT / "RESULTS.md").read_text("utf-8").startswith(results.page(record, tables))
 
