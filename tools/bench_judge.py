@@ -12,7 +12,7 @@ In: one JSON object a line, each with some of: "prefix", "better", "worse" (a la
 "source" (pairs are reported by source). With --policy documents, as for train.py: the text is that
 policy's greedy continuation of a held-out prefix, the reference the original one. Judges are rows
 of config files, with keys of train.py, or --judge_model a,b of one server; agreement is with the
-first. Out: what it costs, before it starts; tables in Markdown. Everybody is asked the same.
+first. Out: what it costs, before it starts; tables in Markdown. Everybody is asked the same, once.
 """
 
 import argparse
@@ -195,14 +195,14 @@ def factuality_table(answers):
 
 def judges_of(options):
     """name -> (its keys, dials of the pocket world's teacher)"""
-    flags = dict(judge_url=options.judge_url, judge_max_tokens=options.max_tokens)
-    flags |= dict(concurrency=options.concurrency)
+    flags = dict(judge_max_tokens=options.max_tokens, concurrency=options.concurrency)
+    url, flags = dict(judge_url=options.judge_url), {k: v for k, v in flags.items() if v}
     if options.judge_url == "world" and not options.judges:
-        config, dials = Config(**flags), corpus.parse_dials(options.dials)
+        config, dials = Config(**url, **flags), corpus.parse_dials(options.dials)
         return {f"world, noise {x:g}": (config, dials | dict(noise=x)) for x in options.noise}
     rows = {row.rpartition(":")[2]: read_arguments(Config, [row]) for row in options.judges}
     rows = rows or {model: dict(judge_model=model) for model in options.judge_model.split(",")}
-    return {name: (check(Config(**(flags | keys))), {}) for name, keys in rows.items()}
+    return {name: (check(Config(**(url | keys | flags))), {}) for name, keys in rows.items()}
 
 
 def main(arguments: list[str]):
@@ -218,8 +218,8 @@ def main(arguments: list[str]):
     flag.add_argument("--samples", type=int, default=200, help="of the data")
     flag.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="of world")
     flag.add_argument("--dials", default="", help="of world, as for train.py")
-    flag.add_argument("--concurrency", type=int, default=256)
-    flag.add_argument("--max_tokens", type=int, default=512)
+    flag.add_argument("--concurrency", type=int, help="as train.py's key")
+    flag.add_argument("--max_tokens", type=int, help="as train.py's judge_max_tokens")
     flag.add_argument("--record", help="file of all answers (.sqlite), which are not asked again")
     options = flag.parse_args(arguments)
     if options.policy:
