@@ -112,11 +112,12 @@ class Engine:
             self.wake.clear()
             while batch := self.admit():
                 try:
-                    with contextlib.closing(self.sampled(batch)) as tokens:  # and their caches
-                        while not all(work.done() for work in batch):
-                            rows = await asyncio.to_thread(next, tokens)  # [B][n]
-                            for work, row in zip(batch, rows, strict=True):
-                                self.take(work, row)
+                    tokens = self.sampled(batch)
+                    while not all(work.done() for work in batch):
+                        rows = await asyncio.to_thread(next, tokens)  # [B][n]
+                        for work, row in zip(batch, rows, strict=True):
+                            self.take(work, row)
+                    tokens.close()  # its caches, too; a cancelled one may still be running
                 except Exception:
                     logging.exception("a batch failed")
                     for work in batch:

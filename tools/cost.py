@@ -179,6 +179,5 @@ def dry_run(config: Config) -> str:
         own = "world" if config.data == "world" else ""
         name = own if config.tokenizer == "auto" else config.tokenizer
         shape = preset(config.model, load_tokenizer(name).vocab_size if name else 32000)
-    usual = "bfloat16" if torch.cuda.is_available() else "float32"
-    bf16 = (usual if config.dtype == "auto" else config.dtype) == "bfloat16"
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and torch.cuda.is_available())
     return estimate(config, shape, bf16=bf16)
