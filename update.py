@@ -121,7 +121,7 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
     layout = (prefix, pad, continuations, lengths)
     if config.nll_prefix:
         layout = whole_documents(*layout)
-    before = anchor = None
+    ref = anchor = None
     if config.anchor:  # at as many tokens of a prefix as a candidate has
         kind, weight = parse_anchor(config.anchor)
         where = prefix, pad, pool.batch.index[rows], pool.tokens.shape[2]
@@ -129,14 +129,14 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
     with autocast(config, device):
         if needs_reference(config):
             with torch.no_grad():
-                before = reference.logprobs(*layout, temperature, anchor and anchor.of_reference)
+                ref = reference.logprobs(*layout, temperature, anchor and anchor.of_reference)
         logp = policy.logprobs(*layout, temperature, anchor and anchor.of_policy)  # [R, C', N]
     if config.objective in PAIRWISE:
-        loss, extra = preference(logp, before, lengths, config)
+        loss, extra = preference(logp, ref, lengths, config)
     elif config.objective == "grpo":
         old = pool.old[rows[:, None], columns].to(device)  # [R, C, N]
         gain = advantages(reward[rows]).float().to(device)  # [R, C]
-        held = (before, config.grpo_kl) if config.grpo_kl else ()
+        held = (ref, config.grpo_kl) if config.grpo_kl else ()
         loss, extra = grpo_loss(logp, old, gain, lengths, config.grpo_clip, *held).sum(), {}
     else:
         loss, extra = nll_loss(logp[:, 0]).sum(), {}
@@ -149,10 +149,10 @@ def losses(policy, reference, pool: Pool, picked: Picked, part: slice, reward, c
     return loss, extra
 
 
-def preference(logp, before, lengths, config: Config):
+def preference(logp, ref, lengths, config: Config):
     """Pairs (chosen, rejected): log-probabilities of policy and reference [R, 2, N], lengths
     [R, 2] -> as `losses`."""
-    ratio = logp.sum(dim=2) - before.sum(dim=2)  # [R, 2]
+    ratio = logp.sum(dim=2) - ref.sum(dim=2)  # [R, 2]
     loss = PAIR_LOSSES[config.objective](ratio, config.beta)
     if config.nll_weight:
         loss = loss + config.nll_weight * nll_loss(logp[:, 0]) / lengths[:, 0]
@@ -198,8 +198,8 @@ def update(
         (loss / max(total, 1)).backward()
         metrics["loss"] = (metrics["loss"][0] + float(loss.detach()), count)
         for name, (part, n) in extra.items():
-            before = metrics.get(name, (0.0, 0))
-            metrics[name] = before[0] + float(part), before[1] + n
+            so_far = metrics.get(name, (0.0, 0))
+            metrics[name] = so_far[0] + float(part), so_far[1] + n
     if total == 0:  # no process has a row
         return metrics
     # Gradients of all processes, clipped to a norm of grad_clip.

@@ -28,7 +28,7 @@ import torch
 
 from kernels import architecture, chosen, cores, jit, tl
 
-CHUNK = 1 << 20  # logits alive at once: 4 MiB in float32, small enough for a CPU's caches
+SLICE = 1 << 20  # logits alive at once: 4 MiB in float32, small enough for a CPU's caches
 WORKSPACE = 1 << 25  # d logits alive at once on a GPU: 64 MiB in bfloat16
 
 # target, kernel: (BT tokens, BV vocabulary, BK hidden, warps, stages)
@@ -118,8 +118,8 @@ class _Chunked(torch.autograd.Function):
 
 
 def slices(weight, rows: int):
-    """(first row, slice) of the vocabulary, as many rows a slice as CHUNK logits allow."""
-    size = max(CHUNK // max(rows, 1), 128)
+    """(first row, slice) of the vocabulary, as many rows a slice as SLICE logits allow."""
+    size = max(SLICE // max(rows, 1), 128)
     return [(first, weight[first : first + size]) for first in range(0, len(weight), size)]
 
 
@@ -149,7 +149,7 @@ class _Divergence(torch.autograd.Function):
         w, v = weight.to(hidden.dtype), other_weight.to(other.dtype)
         learns = ctx.needs_input_grad[0]
         dh, dw = (torch.zeros_like(x) for x in (hidden, weight)) if learns else (None, None)
-        size = max((WORKSPACE if hidden.is_cuda else CHUNK) // len(weight), 64)
+        size = max((WORKSPACE if hidden.is_cuda else SLICE) // len(weight), 64)
         for first in range(0, len(hidden), size):
             h, o, s = (x[first : first + size] for x in (hidden, other, scale))
             logp, logq = (  # [size, V]

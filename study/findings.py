@@ -166,8 +166,8 @@ def check(study: Study, table: str, condition: str, seeds=None) -> tuple[str, st
             told = f"{', '.join(f'{m:.{digits}f}' for m in means)} ({falls} falls, asked at most 1)"
         case _:
             raise ValueError(f"findings.txt: {condition!r} is no condition")
-    low, high, middle = min((*interval(margin), mean(margin)) for margin in margins)
-    no = falls > 1 or any(interval(margin)[1] < 0 for margin in margins)
+    found = [(*interval(margin), mean(margin)) for margin in margins]
+    (low, high, middle), no = min(found), falls > 1 or any(high < 0 for _, high, _ in found)
     word = "no" if no else "yes" if low > 0 else "open"
     return word, f"{told}: {middle:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 

@@ -24,6 +24,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -60,13 +61,16 @@ def pairs(args, size: dict, split: str) -> Iterator[dict]:
     tokenizer, policy = load_tokenizer(args.start), load_model(args.start)
     how = dict(batch_size=32, seed=args.seed, split=split, epochs=EPOCHS[split])
     for batch in Stream(args.text, tokenizer, **size, **how).batches():
-        how = dict(temperature=1.0, seed=args.seed)
-        rollouts = continue_batch(policy, batch, tokenizer, size["chunk"], **how)
-        for i, number in enumerate(batch.index.tolist()):
-            texts = batch.suffix_text[i], batch.suffix_text[i - 1], rollouts[i]
+        numbers, how, each = batch.index.tolist(), dict(temperature=1.0, seed=args.seed), [*KINDS]
+        kinds = [each if split == "validation" else [each[n % len(each)]] for n in numbers]
+        asked = [i for i, names in enumerate(kinds) if "a rollout" in names]
+        fields = {name: getattr(batch, name)[asked] for name in ("prefix", "pad", "index")}
+        drawn = continue_batch(policy, replace(batch, **fields), tokenizer, size["chunk"], **how)
+        rollouts = dict(zip(asked, drawn, strict=True))
+        for i, number in enumerate(numbers):
+            texts = batch.suffix_text[i], batch.suffix_text[i - 1], rollouts.get(i, "")
             words, other, rollout = map(str.split, texts)
-            kinds = [*KINDS] if split == "validation" else [[*KINDS][number % len(KINDS)]]
-            for kind in kinds:
+            for kind in kinds[i]:
                 rng = random.Random(f"{args.seed}/{split}/{number}/{kind}")
                 worse, label = KINDS[kind](words, other, rollout, rng), rng.choice("AB")
                 if words and worse and worse != words:
@@ -144,11 +148,14 @@ def distinct(texts: list[str], n: int) -> float:
     return len(set(found)) / len(found) if found else 1.0
 
 
+def of_both(found: dict) -> list:
+    """What an evaluation found of the start and of the policy, on its one kind of prefix."""
+    return [next(iter(found[name].values())) for name in ("base", "checkpoint")]
+
+
 def measures(result: dict) -> str:
     """A table: what the judge says of both, and what had no part in training."""
-    both = "base", "checkpoint"
-    cells = [next(iter(result["policies"][name].values())) for name in both]
-    texts = [next(iter(result["continuations"][name].values())) for name in both]
+    cells, texts = of_both(result["policies"]), of_both(result["continuations"])
     low, high = (100 * bound for bound in cells[1]["interval"]["quality"])
     wins = f"{100 * cells[1]['quality']:.1f} ({low:.1f} to {high:.1f})"
     of_texts = {
@@ -168,11 +175,8 @@ def measures(result: dict) -> str:
 
 def gallery(result: dict, prefixes: list[str]) -> str:
     """The first prefixes' ends, and how both go on."""
-    start, policy = (
-        next(iter(result["continuations"][n].values())) for n in ("base", "checkpoint")
-    )
-    shown = []
-    for each in list(zip(prefixes, start, policy, strict=True))[:GALLERY]:
+    shown, texts = [], of_both(result["continuations"])
+    for each in list(zip(prefixes, *texts, strict=True))[:GALLERY]:
         prefix, *texts = (" ".join(text.split()) for text in each)
         shown += [f"...{prefix[-160:]}", *map("  {} | {}".format, ("start ", "policy"), texts), ""]
     return "\n".join(["```text", *shown[:-1], "```"])

@@ -69,7 +69,7 @@ def test_decoding_repeats_training():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprob_definition(temperature, monkeypatch):
-    monkeypatch.setattr("kernels.logprob.CHUNK", 1000)  # several slices, the last one short
+    monkeypatch.setattr("kernels.logprob.SLICE", 1000)  # several slices, the last one short
     hidden, weight = torch.randn(9, 16).requires_grad_(), torch.randn(700, 16).requires_grad_()
     targets = torch.randint(700, (9,))
     targets[2], targets[4] = -100, 699

@@ -34,8 +34,7 @@ def test_pairs_show_an_original_and_a_worse_one_of_every_kind_in_drawn_order(arg
     rows = list(real_text.pairs(args, size, "teacher"))
     assert rows == list(real_text.pairs(args, size, "teacher"))
     assert Counter(row["damage"] for row in rows).keys() == real_text.KINDS.keys()
-    labels = Counter(row["label"] for row in rows)
-    assert min(labels.values()) > 0.3 * len(rows)
+    assert min(Counter(row["label"] for row in rows).values()) > 0.3 * len(rows)
     whole = {text: in_split(digest(text), "teacher") for text in TEXTS}
     for row in rows:
         original, worse = (row["a"], row["b"])[:: 1 if row["label"] == "A" else -1]

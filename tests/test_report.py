@@ -51,7 +51,8 @@ def run(tmp_path_factory):
 
 
 def test_the_page_holds_what_was_judged_and_no_markup_of_models(run):
-    text = report.write_report(run, 4).read_text(encoding="utf-8")
+    report.main([str(run), "--pools=4"])
+    text = (run / "report.html").read_text(encoding="utf-8")
     pools = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     assert [(pool["step"], pool["key"]) for pool in pools] == [(1, 0), (2, 2), (2, 3), (3, 5)]
     best, *_, failed = pools[0]["candidates"]
@@ -75,7 +76,7 @@ def test_a_run_whose_method_has_not_begun(run, tmp_path, monkeypatch):
     (young / "environment.json").write_text("{}")
     drawn = []
     monkeypatch.setattr(plot, "draw_curves", lambda ax, curves, **_: drawn.extend(curves))
-    assert "0 of " in report.write_report(young, 2).read_text(encoding="utf-8")
+    assert "0 of " in report.page(young, report.pools_of(young, 2))
     assert [(name, len(log), key) for name, log, key in drawn if log] == [("base", 2, "loss")]
     monkeypatch.undo()
     other = shutil.copytree(run, tmp_path / run.name)

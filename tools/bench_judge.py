@@ -207,9 +207,7 @@ def judges_of(options):
 
 def main(arguments: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    flag.add_argument(
-        "judges", nargs="*", metavar="FILE.py:ROW", help="judges as configs have them"
-    )
+    flag.add_argument("judges", nargs="*", metavar="FILE.py:ROW", help="as configs have them")
     flag.add_argument("--judge_url", default="world", help="up to /v1; replicas: commas")
     flag.add_argument("--judge_model", default="judge", help="several: commas")
     flag.add_argument("--data", default="world", help=".jsonl of labelled samples, or documents")

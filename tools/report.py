@@ -99,18 +99,14 @@ def page(run: Path, pools: list[dict]) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: parts[m[1]], frame)
 
 
-def write_report(run: Path, count: int) -> Path:
-    path = run / "report.html"
-    path.write_text(page(run, pools_of(run, count)), encoding="utf-8")
-    return path
-
-
 def main(arguments: list[str]):
     flag = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     flag.add_argument("run", type=Path, help="folder of a run")
     flag.add_argument("--pools", type=int, default=200, help="shown at most, evenly spread")
     options = flag.parse_args(arguments)
-    print(write_report(options.run, options.pools))
+    path = options.run / "report.html"
+    path.write_text(page(options.run, pools_of(options.run, options.pools)), encoding="utf-8")
+    print(path)
 
 
 if __name__ == "__main__":
