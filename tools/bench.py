@@ -381,7 +381,7 @@ def update():
     values = [run() for run in sides.values()]
     assert max(values) - min(values) < 1e-3, values  # the same loss
     memory = lambda side: {"peak_gb": peak_gb(sides[side])}  # noqa: E731
-    yield in_turns("DPO pair P=1920 N=128", sides, facts=memory)
+    yield in_turns("DPO pair P=1920 N=128", sides, rounds=5, facts=memory)
 
 
 def one_step(shape: ModelConfig, B: int, P: int, N: int, K: int, processes: int = 1):
