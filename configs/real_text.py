@@ -38,6 +38,6 @@ rows = {
         max_seq=72,
         batch_size=16,
         max_steps=40,
-        learning_rate=1e-5,
+        learning_rate=5e-5,
     ),
 }
